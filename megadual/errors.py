@@ -1,0 +1,28 @@
+"""Errors that a user can cause, and how a command shows them."""
+
+import functools
+import os
+import sys
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: the message names the value, the place and the fix."""
+
+
+def command(main):
+    """Decorate a command's `main`: a UserError prints one line and exits with 2, no traceback.
+
+    `MEGADUAL_TRACEBACK=1` shows the traceback too.
+    """
+
+    @functools.wraps(main)
+    def run(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            if os.environ.get("MEGADUAL_TRACEBACK") == "1":
+                raise
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    return run

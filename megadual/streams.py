@@ -1,0 +1,165 @@
+"""The contract between the pipeline and the model: tokens, shard columns, how a document becomes positions.
+
+Shape suffixes: T text ids of a document, N image positions of a document, I images, S positions of a
+sequence, D code depth (per stream).
+"""
+
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+
+STREAMS = ("semantic", "pixel")
+
+IMAGE = "<image>"  # stands for one image in a document's text, and for one image position in a sequence
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = (END_OF_TEXT, IMAGE, "<image_start>", "<image_end>", "<image_gen_start>", "<image_gen_end>")
+
+# One MDS row is one document; the encodings are mosaicml-streaming's names.
+MDS_COLUMNS = {
+    "key": "str",
+    "text_ids": "ndarray:uint32",
+    "semantic": "ndarray:uint16",
+    "pixel": "ndarray:uint16",
+    "grids": "ndarray:uint16",
+    "meta": "json",
+}
+
+IGNORE = -100  # text target of a position whose next position is not text
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of SPECIAL_TOKENS in one text tokenizer."""
+
+    end_of_text: int
+    image: int
+    image_start: int
+    image_end: int
+    image_gen_start: int
+    image_gen_end: int
+
+    @classmethod
+    def of(cls, tokenizer) -> "SpecialIds":
+        """Look the tokens up in a HF tokenizer; ValueError names the ones it lacks."""
+        ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+        unknown = [token for token, i in zip(SPECIAL_TOKENS, ids) if i is None or i == tokenizer.unk_token_id]
+        if unknown:
+            raise ValueError(f"the text tokenizer lacks the special tokens {unknown}")
+        return cls(*ids)
+
+
+@dataclass
+class Document:
+    """Text with images in it, the images as codes: one row of a shard set.
+
+    text_ids (T,) uint32, each image one `<image>` id; semantic, pixel (N, D) uint16, all images in order,
+    row-major; grids (I, 2) uint16, rows and columns of each image, N = sum of rows x columns.
+    """
+
+    key: str
+    text_ids: np.ndarray
+    semantic: np.ndarray
+    pixel: np.ndarray
+    grids: np.ndarray
+    meta: dict = field(default_factory=dict)
+
+    def check(self, special: SpecialIds) -> "Document":
+        """Raise ValueError, naming the document, where its columns do not fit together."""
+        images = int((self.text_ids == special.image).sum())
+        positions = int(self.grids.astype(np.int64).prod(axis=1).sum()) if len(self.grids) else 0
+        if images != len(self.grids):
+            raise ValueError(f"document '{self.key}': {images} image tokens in the text, {len(self.grids)} grids")
+        for stream in STREAMS:
+            codes = getattr(self, stream)
+            if codes.ndim != 2 or len(codes) != positions:
+                raise ValueError(
+                    f"document '{self.key}': {stream} codes of shape {codes.shape}, the grids say {positions} positions"
+                )
+        return self
+
+    def row(self) -> dict:
+        """The document as MDSWriter takes it."""
+        return {column.name: getattr(self, column.name) for column in fields(self)}
+
+    @property
+    def is_pair(self) -> bool:
+        """One image and its caption: may be read in either direction."""
+        return len(self.grids) == 1
+
+
+@dataclass
+class Sequence:
+    """One document laid out as positions.
+
+    tokens (S,) int64, `<image>` at image positions; semantic, pixel (S, D) int64, zero at text positions;
+    text_targets (S,) int64, the next token where it is text, else IGNORE; draw (S,) bool, true where the
+    next position is an image position to be drawn (its codes are then those of the next position).
+    """
+
+    tokens: np.ndarray
+    semantic: np.ndarray
+    pixel: np.ndarray
+    text_targets: np.ndarray
+    draw: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def arrange_text(text_ids: np.ndarray, draw_images: list[bool], image: int, pair: bool, drop_caption: bool):
+    """The order of a document's text when it is read: a pair is image-first to describe, image-last to draw."""
+    if not pair:
+        return text_ids
+    caption = text_ids[text_ids != image]
+    placeholder = np.array([image], dtype=text_ids.dtype)
+    if not draw_images[0]:
+        return np.concatenate([placeholder, caption])
+    return placeholder if drop_caption else np.concatenate([caption, placeholder])
+
+
+def sequence_length(text_tokens: int, images: int, positions: int, dropped_caption: bool = False) -> int:
+    """Positions that a document takes, without building it; `text_tokens` counts its T text ids."""
+    text = 0 if dropped_caption else text_tokens - images
+    return text + 2 * images + positions + 1
+
+
+def to_sequence(doc: Document, special: SpecialIds, draw_images: list[bool], drop_caption: bool = False) -> Sequence:
+    """Lay a document out as positions.
+
+    draw_images says for each image whether it is to be drawn (between the gen tokens, with visual targets)
+    or only looked at. A pair is re-ordered by its direction; other documents keep their order.
+    `drop_caption` leaves out the caption of a pair that is drawn (for classifier-free guidance).
+    Every document ends in `<|endoftext|>`.
+    """
+    if len(draw_images) != len(doc.grids):
+        raise ValueError(f"document '{doc.key}': {len(draw_images)} directions for {len(doc.grids)} images")
+    drop_caption = drop_caption and doc.is_pair and draw_images[0]
+    text = arrange_text(doc.text_ids, draw_images, special.image, doc.is_pair, drop_caption)
+    tokens, drawn, image = [], [], 0
+    for token in text.tolist():
+        if token != special.image:
+            tokens.append([token])
+            drawn.append([False])
+            continue
+        rows, columns = (int(x) for x in doc.grids[image])
+        draw = draw_images[image]
+        start, end = (
+            (special.image_gen_start, special.image_gen_end) if draw else (special.image_start, special.image_end)
+        )
+        tokens.append([start] + [special.image] * (rows * columns) + [end])
+        drawn.append([False] + [draw] * (rows * columns) + [False])
+        image += 1
+    tokens = np.array([t for part in tokens for t in part] + [special.end_of_text], dtype=np.int64)
+    drawn = np.array([d for part in drawn for d in part] + [False])
+    is_image = tokens == special.image
+
+    targets = np.full(len(tokens), IGNORE, dtype=np.int64)
+    targets[:-1] = np.where(is_image[1:], IGNORE, tokens[1:])
+    draw = np.zeros(len(tokens), dtype=bool)
+    draw[:-1] = drawn[1:]
+    codes = {}
+    for stream in STREAMS:
+        stored = getattr(doc, stream)
+        codes[stream] = np.zeros((len(tokens), stored.shape[1]), dtype=np.int64)
+        codes[stream][is_image] = stored
+    return Sequence(tokens, codes["semantic"], codes["pixel"], targets, draw)
