@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megadual.errors import UserError
@@ -95,3 +95,108 @@ def parse_command_line(schema: type, description: str, argv: list[str] | None = 
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override config keys, dotted")
     args = parser.parse_intermixed_args(argv)
     return load_config(schema, args.config, args.overrides), args
+
+
+@dataclasses.dataclass
+class HeadConfig:
+    """Both visual heads (DepthHead)."""
+
+    width: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    ffn: int | None = None
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """A Qwen2.5-shaped decoder with a visual projector and two visual heads.
+
+    `preset` fills every field that is left null (megadual/model/presets.py).
+    """
+
+    preset: str = "tiny"
+    layers: int | None = None
+    hidden: int | None = None
+    ffn: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    rope_base: float | None = None
+    norm_eps: float | None = None
+    tie_embeddings: bool | None = None
+    head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
+    dualtoken: str = MISSING  # folder of the DualToken whose codebooks the model reads and writes
+    text_tokenizer: str = MISSING  # Hugging Face folder or id
+
+
+@dataclasses.dataclass
+class DataConfig:
+    sets: list[str] = MISSING  # shard sets made by data_pipeline/tokenize.py
+    weights: list[float] | None = None  # share of each set in the mix; null: by number of documents
+    draw_probability: float = 0.5  # share of images that are to be drawn; the others are looked at
+    caption_dropout: float = 0.1  # share of drawn pairs whose caption is left out, for classifier-free guidance
+
+
+@dataclasses.dataclass
+class ParallelConfig:
+    """Sizes of the parallel groups; what is left of the world is data parallel."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1  # model chunks per pipeline stage
+    sequence: bool = False  # sequence parallelism over the tensor-parallel group
+
+
+@dataclasses.dataclass
+class LossConfig:
+    """Weights of the per-stream mean losses in the total."""
+
+    text: float = 1.0
+    semantic: float = 1.0
+    pixel: float = 1.0
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    steps: int = MISSING
+    global_batch_tokens: int = MISSING  # positions per optimizer step, padding included
+    micro_batch_size: int = 1  # packed rows of seq_len positions per forward pass
+    seq_len: int = MISSING
+    seed: int = 0
+    precision: str = "fp32"  # fp32 or bf16
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    warmup_steps: int = 0
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_grad: float = 1.0
+    recompute: bool = False  # full activation recompute, layer by layer
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+
+
+@dataclasses.dataclass
+class RunFolderConfig:
+    dir: str = MISSING
+    name: str = "pretrain"
+    wandb: str = "disabled"  # online, offline or disabled
+    wandb_project: str = "megadual"
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    every: int = 1000  # steps between checkpoints; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+    resume: bool = True  # go on from run.dir's latest checkpoint, where there is one
+
+
+@dataclasses.dataclass
+class PretrainConfig:
+    """What `pretrain/pretrain.py` takes."""
+
+    engine: str = "megatron"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    run: RunFolderConfig = dataclasses.field(default_factory=RunFolderConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)

@@ -78,8 +78,24 @@ class Document:
         return self
 
     def row(self) -> dict:
-        """The document as MDSWriter takes it."""
-        return {column.name: getattr(self, column.name) for column in fields(self)}
+        """The document as MDSWriter takes it.
+
+        MDS holds no empty array, so a document without images has one grid of 0 x 0 and one row of codes there.
+        """
+        row = {column.name: getattr(self, column.name) for column in fields(self)}
+        if not len(self.grids):
+            row["grids"] = np.zeros((1, 2), dtype=np.uint16)
+            row |= {stream: np.zeros((1, getattr(self, stream).shape[1]), dtype=np.uint16) for stream in STREAMS}
+        return row
+
+    @classmethod
+    def from_row(cls, row: dict) -> "Document":
+        """The document that `row()` stored."""
+        document = cls(**row)
+        if not document.grids[0].any():
+            document.grids = document.grids[:0]
+            document.semantic, document.pixel = document.semantic[:0], document.pixel[:0]
+        return document
 
     @property
     def is_pair(self) -> bool:

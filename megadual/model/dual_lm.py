@@ -1,0 +1,155 @@
+"""The unified LLM: text and dual-code image positions in, text, semantic and pixel predictions out.
+
+Shape suffixes: T positions of a micro-batch, H hidden width, D code depth.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from megadual.config import PretrainConfig
+from megadual.data.dataset import MicroBatch
+from megadual.model.attention import rotary_angles
+from megadual.model.depth_head import DepthHead
+from megadual.model.embeddings import Codebooks, DualEmbedding
+from megadual.model.layers import block_spec, transformer_config
+from megadual.model.losses import vocab_parallel_text_loss
+from megadual.streams import STREAMS
+
+VOCAB_MULTIPLE = 128  # the text table is padded to this, whatever the layout, so that layouts agree
+
+
+@dataclass
+class Vocabulary:
+    """Sizes and frozen code vectors that the text tokenizer and the DualToken give the model."""
+
+    text_size: int
+    depth: int
+    codebooks: dict[str, torch.Tensor]  # stream -> (K, C)
+
+    @property
+    def padded_text_size(self) -> int:
+        return -(-self.text_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclass
+class StreamLosses:
+    """Summed cross-entropies of a micro-batch, fp32: text (), semantic and pixel (D,).
+
+    Under sequence parallelism the visual ones are this tensor-parallel rank's part of the sum.
+    """
+
+    text: torch.Tensor
+    semantic: torch.Tensor
+    pixel: torch.Tensor
+
+
+class DualLM(LanguageModule):
+    """One pipeline chunk of the model. Stages before the last return hidden states, the last StreamLosses."""
+
+    def __init__(
+        self,
+        run: PretrainConfig,
+        vocabulary: Vocabulary,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(transformer_config(run), pg_collection)
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = run.model.tie_embeddings
+        self.rope_base = run.model.rope_base
+        config = self.config
+        if pre_process or post_process:
+            codebooks = Codebooks(*(vocabulary.codebooks[stream] for stream in STREAMS))
+        if pre_process:
+            self.embedding = DualEmbedding(config, vocabulary.padded_text_size, codebooks, self.tp_group)
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(config, vp_stage),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=self.pg_collection,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                vocabulary.padded_text_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_weight_param_allocation=pre_process and run.model.tie_embeddings,
+                tp_group=self.tp_group,
+            )
+            self.head_codebooks = codebooks
+            for stream in STREAMS:
+                codebook_size, code_dim = vocabulary.codebooks[stream].shape
+                head = DepthHead(
+                    config.hidden_size,
+                    run.model.head.width,
+                    run.model.head.layers,
+                    run.model.head.heads,
+                    run.model.head.ffn,
+                    vocabulary.depth,
+                    codebook_size,
+                    code_dim,
+                ).to(device=torch.cuda.current_device(), dtype=config.params_dtype)
+                for parameter in head.parameters():
+                    # Each tensor-parallel rank runs the heads on its own positions, so gradients are summed.
+                    parameter.sequence_parallel = config.sequence_parallel
+                setattr(self, f"{stream}_head", head)
+        self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """Take the hidden states of the stage before (called by megatron-core's schedules)."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor | StreamLosses:
+        hidden = self.decoder(
+            hidden_states=self.embedding(batch) if self.pre_process else None,
+            attention_mask=batch.cu_seqlens,
+            rotary_pos_emb=rotary_angles(batch.positions, self.config.kv_channels, self.rope_base),
+        )
+        if not self.post_process:
+            return hidden
+        return StreamLosses(self._text_loss(hidden, batch), *self._visual_losses(hidden, batch))
+
+    def output_weight(self) -> torch.Tensor:
+        """This rank's share of the text output layer, which is the embedding's where they are tied."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
+    def _text_loss(self, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        at = batch.text_positions
+        return vocab_parallel_text_loss(hidden.squeeze(1)[at], self.output_weight(), batch.text_targets[at])
+
+    def drawn_positions(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions whose next one is drawn: in this rank's share of the hidden states, and in the micro-batch."""
+        at = batch.draw_positions
+        if not self.config.sequence_parallel:
+            return at, at
+        share = batch.tokens.size(0) // self.tp_group.size()
+        start = self.tp_group.rank() * share
+        at = at[(at >= start) & (at < start + share)]
+        return at - start, at
+
+    def _visual_losses(self, hidden: torch.Tensor, batch: MicroBatch) -> list[torch.Tensor]:
+        local, at = self.drawn_positions(batch)
+        hidden_PH = hidden.squeeze(1)[local]
+        losses = []
+        for stream in STREAMS:
+            head, codebook = getattr(self, f"{stream}_head"), getattr(self.head_codebooks, stream)
+            losses.append(head(hidden_PH, getattr(batch, stream)[at + 1], codebook))
+        return losses

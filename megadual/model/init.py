@@ -1,0 +1,61 @@
+"""Initial weights that do not depend on the layout: every full tensor is drawn from its own name's seed."""
+
+import hashlib
+import math
+import re
+
+import torch
+from megatron.core import parallel_state
+
+NORM = re.compile(r"norm\d*\.weight$|layernorm\.weight$")
+RESIDUAL_OUT = re.compile(r"(linear_proj|linear_fc2|\.out|\.down)\.weight$")
+
+
+def global_name(name: str, module: torch.nn.Module) -> str:
+    """A parameter's name in the whole model: its layer counted from the first stage's first layer."""
+    match = re.match(r"(decoder\.layers\.)(\d+)(\..+)", name)
+    if match is None:
+        return name
+    layer = module.decoder.layers[int(match[2])].layer_number - 1
+    return f"{match[1]}{layer}{match[3]}"
+
+
+def tensor_parallel_slice(name: str, full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This tensor-parallel rank's share of the full tensor."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return full
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    if name.endswith("linear_fc1.weight"):  # gate and up are split each by themselves
+        return torch.cat([half.chunk(size)[rank] for half in full.chunk(2)])
+    return full.chunk(size, dim=parameter.partition_dim)[rank]
+
+
+@torch.no_grad()
+def initialize(chunks: list[torch.nn.Module], seed: int) -> None:
+    """Fill the parameters of this rank's model chunks.
+
+    Matrices are normal with standard deviation sqrt(2 / (5 * hidden)), those that write to the residual
+    stream divided by sqrt(2 * layers); norms are ones, biases zeros.
+    """
+    for module in chunks:
+        config = module.config
+        std = math.sqrt(2 / (5 * config.hidden_size))
+        for local_name, parameter in module.named_parameters():
+            name = global_name(local_name, module)
+            if name == "output_layer.weight" and module.share_embeddings_and_output_weights:
+                name = "embedding.word_embeddings.weight"
+            if NORM.search(name):
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+                shape = list(parameter.shape)
+                if getattr(parameter, "tensor_model_parallel", False):
+                    shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
+                full = torch.empty(shape).normal_(0.0, std, generator=generator)
+                if RESIDUAL_OUT.search(name):
+                    full /= math.sqrt(2 * config.num_layers)
+                parameter.copy_(tensor_parallel_slice(name, full, parameter))

@@ -1,0 +1,63 @@
+"""Small shard sets of random codes, for tests."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from megadual.data.mds import document_writer
+from megadual.streams import Document, SpecialIds
+
+SPECIAL = SpecialIds(end_of_text=0, image=1, image_start=2, image_end=3, image_gen_start=4, image_gen_end=5)
+
+
+def random_documents(
+    count: int, seed: int = 0, grid: tuple[int, int] = (2, 3), depth: int = 2, codebook_size: int = 64,
+    vocabulary: int = 256, caption: tuple[int, int] = (1, 12), images: tuple[int, int] = (1, 1),
+    special: SpecialIds = SPECIAL,
+) -> list[Document]:  # fmt: skip
+    """`count` documents of `images` (least, most) images, each followed by a caption of (least, most) tokens."""
+    random = np.random.default_rng(seed)
+    documents = []
+    for i in range(count):
+        text, number = [], int(random.integers(images[0], images[1] + 1))
+        for _ in range(number):
+            text.append([special.image])
+            text.append(random.integers(6, vocabulary, random.integers(caption[0], caption[1] + 1)))
+        shape = (number * grid[0] * grid[1], depth)
+        documents.append(
+            Document(
+                key=f"random-{seed}/{i:06d}",
+                text_ids=np.concatenate(text).astype(np.uint32),
+                semantic=random.integers(0, codebook_size, shape, dtype=np.uint16),
+                pixel=random.integers(0, codebook_size, shape, dtype=np.uint16),
+                grids=np.array([grid] * number, dtype=np.uint16),
+                meta={"source": f"random-{seed}"},
+            )
+        )
+    return documents
+
+
+def write_shard_set(
+    root: str | Path, documents: list[Document], dualtoken: dict | None = None, text_tokenizer: dict | None = None,
+    shard_bytes: int = 1 << 20,
+) -> Path:  # fmt: skip
+    """Write `documents` as the pipeline would, with one folder of shards; returns `root`."""
+    root = Path(root)
+    with document_writer(root / "part", shard_bytes) as writer:
+        for document in documents:
+            writer.write(document.row())
+    index = json.loads((root / "part" / "index.json").read_text())
+    for shard in index["shards"]:
+        shard["raw_data"]["basename"] = f"part/{shard['raw_data']['basename']}"
+    (root / "index.json").write_text(json.dumps(index))
+    manifest = {
+        "format": 1,
+        "documents": len(documents),
+        "images": sum(len(document.grids) for document in documents),
+        "positions": sum(len(document.semantic) for document in documents),
+        "dualtoken": {"fingerprint": "none", "path": "random", **(dualtoken or {})},
+        "text_tokenizer": {"fingerprint": "none", "path": "random", **(text_tokenizer or {})},
+    }
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    return root
