@@ -30,9 +30,9 @@ def _check_keys(given: Any, schema: type, place: str, prefix: str = "") -> None:
     for key, value in given.items():
         name = f"{prefix}{key}"
         if key not in fields:
-            known = _leaves(schema, prefix)
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+            known = [prefix + field for field in fields] + _leaves(schema, prefix)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(_leaves(schema, prefix))}"
             raise UserError(f"{place}: unknown config key '{name}'; {hint}")
         if dataclasses.is_dataclass(fields[key].type):
             _check_keys(value, fields[key].type, place, f"{name}.")
@@ -131,7 +131,7 @@ class ModelConfig:
 @dataclasses.dataclass
 class DataConfig:
     sets: list[str] = MISSING  # shard sets made by data_pipeline/tokenize.py
-    weights: list[float] | None = None  # share of each set in the mix; null: by number of documents
+    weights: list[float] | None = None  # share of each set in the rows; null: by their positions
     draw_probability: float = 0.5  # share of images that are to be drawn; the others are looked at
     caption_dropout: float = 0.1  # share of drawn pairs whose caption is left out, for classifier-free guidance
 

@@ -12,6 +12,7 @@ class UserError(ValueError):
 def command(main):
     """Decorate a command's `main`: a UserError prints one line and exits with 2, no traceback.
 
+    Before the process group exists every rank sees the same mistake, so only rank 0 speaks.
     `MEGADUAL_TRACEBACK=1` shows the traceback too.
     """
 
@@ -22,7 +23,10 @@ def command(main):
         except UserError as error:
             if os.environ.get("MEGADUAL_TRACEBACK") == "1":
                 raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            rank = os.environ.get("RANK", "0")
+            distributed = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+            if distributed or rank == "0":
+                print(f"error: {f'rank {rank}: ' if distributed else ''}{error}", file=sys.stderr, flush=True)
             sys.exit(2)
 
     return run

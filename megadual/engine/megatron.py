@@ -128,6 +128,7 @@ class MegatronEngine:
         Every stream's loss is normalised by its count of targets in the whole global batch, so that how rows
         fall on micro-batches and ranks does not change it.
         """
+        batches = [batch.to(torch.cuda.current_device()) for batch in batches]
         for wrapped in self.model:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -7,6 +7,7 @@ second and not eight imports.
 import datetime
 import multiprocessing
 import os
+import pickle
 import queue
 import tempfile
 import time
@@ -41,7 +42,7 @@ def _worker(fn, rank, world_size, store, results, timeout_s, args):
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout_s),
         )
-        results.put((rank, True, fn(*args)))
+        results.put((rank, True, pickle.dumps(fn(*args))))  # by value: tensors outlive this process
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
@@ -80,7 +81,7 @@ def run_distributed(fn: Callable, nprocs: int, *args, timeout_s: float = 120.0) 
                     continue
                 if not ok:
                     raise RuntimeError(f"rank {rank} of {nprocs} failed:\n{value}")
-                got[rank] = value
+                got[rank] = pickle.loads(value)
             for worker in workers:
                 worker.join(timeout=10)
         finally:

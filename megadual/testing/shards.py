@@ -16,11 +16,15 @@ def random_documents(
     vocabulary: int = 256, caption: tuple[int, int] = (1, 12), images: tuple[int, int] = (1, 1),
     special: SpecialIds = SPECIAL,
 ) -> list[Document]:  # fmt: skip
-    """`count` documents of `images` (least, most) images, each followed by a caption of (least, most) tokens."""
+    """`count` documents of `images` (least, most) images, each followed by a caption of (least, most) tokens.
+
+    A document without images is one caption.
+    """
     random = np.random.default_rng(seed)
     documents = []
     for i in range(count):
-        text, number = [], int(random.integers(images[0], images[1] + 1))
+        number = int(random.integers(images[0], images[1] + 1))
+        text = [] if number else [random.integers(6, vocabulary, random.integers(caption[0], caption[1] + 1))]
         for _ in range(number):
             text.append([special.image])
             text.append(random.integers(6, vocabulary, random.integers(caption[0], caption[1] + 1)))
@@ -31,7 +35,7 @@ def random_documents(
                 text_ids=np.concatenate(text).astype(np.uint32),
                 semantic=random.integers(0, codebook_size, shape, dtype=np.uint16),
                 pixel=random.integers(0, codebook_size, shape, dtype=np.uint16),
-                grids=np.array([grid] * number, dtype=np.uint16),
+                grids=np.array([grid] * number, dtype=np.uint16).reshape(number, 2),
                 meta={"source": f"random-{seed}"},
             )
         )

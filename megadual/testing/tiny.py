@@ -1,60 +1,34 @@
 """A tiny run for tests: a random shard set on disk, its vocabulary, and a config that trains on it."""
 
 import dataclasses
-import json
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.distributed as dist
 
 from megadual.engine import cpu
 
 cpu.install()
 
 from megadual.config import PretrainConfig, load_config  # noqa: E402
-from megadual.data.dataset import PackedDataset  # noqa: E402
 from megadual.data.mds_reader import ShardSet  # noqa: E402
+from megadual.engine.megatron import MegatronEngine  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
 from megadual.model import presets  # noqa: E402
 from megadual.model.dual_lm import Vocabulary  # noqa: E402
-from megadual.streams import STREAMS, Document, SpecialIds  # noqa: E402
+from megadual.streams import STREAMS  # noqa: E402
+from megadual.testing.shards import SPECIAL, random_documents, write_shard_set  # noqa: E402
+from megadual.train.setup import dataset  # noqa: E402
 
 TEXT_VOCABULARY, CODEBOOK, CODE_DIM, DEPTH, GRID = 300, 64, 8, 3, (3, 3)
-SPECIAL = SpecialIds(294, 295, 296, 297, 298, 299)
 
 
-def write_shard_set(root: Path, documents: list[Document]) -> Path:
-    """A finished shard set of one MDS folder; the fingerprints in its manifest are those of nothing."""
-    from megadual.data.mds import document_writer
-
-    root.mkdir(parents=True)
-    with document_writer(root) as writer:
-        for document in documents:
-            writer.write(document.row())
-    nothing = {"fingerprint": "0" * 64, "path": "nowhere"}
-    manifest = {"documents": len(documents), "dualtoken": nothing, "text_tokenizer": nothing}
-    (root / "manifest.json").write_text(json.dumps(manifest))
-    return root
-
-
-def random_documents(count: int, seed: int = 0, images: tuple[int, ...] = (1,)) -> list[Document]:
-    """Documents of random text and codes, with as many images as `images` says in turn."""
-    random = np.random.default_rng(seed)
-    positions = GRID[0] * GRID[1]
-    documents = []
-    for index in range(count):
-        number = images[index % len(images)]
-        text = random.integers(0, SPECIAL.end_of_text, random.integers(3, 20)).astype(np.uint32)
-        places = np.sort(random.integers(0, len(text) + 1, number))
-        documents.append(
-            Document(
-                key=f"doc-{index}",
-                text_ids=np.insert(text, places, SPECIAL.image).astype(np.uint32),
-                **{s: random.integers(0, CODEBOOK, (number * positions, DEPTH)).astype(np.uint16) for s in STREAMS},
-                grids=np.array([GRID] * number, dtype=np.uint16).reshape(number, 2),
-            ).check(SPECIAL)
-        )
-    return documents
+def write_tiny_set(root: Path, count: int = 200, images: tuple[int, int] = (0, 2)) -> Path:
+    """A shard set of random documents with between images[0] and images[1] images."""
+    documents = random_documents(
+        count, grid=GRID, depth=DEPTH, codebook_size=CODEBOOK, vocabulary=TEXT_VOCABULARY, images=images
+    )
+    return write_shard_set(root, documents)
 
 
 def vocabulary(seed: int = 0) -> Vocabulary:
@@ -80,20 +54,9 @@ def tiny_run(folder: Path, shards: Path, *overrides: str) -> PretrainConfig:
 
 def build(run: PretrainConfig):
     """(engine, data) of a tiny run in this process's group."""
-    import torch.distributed as dist
-
-    from megadual.engine.megatron import MegatronEngine
-
     layout = topology(run, dist.get_world_size())
     engine = MegatronEngine(run, layout, vocabulary())
-    sets = [ShardSet(root) for root in run.data.sets]
-    train = run.train
-    data = PackedDataset(
-        run.data, train.seq_len, train.micro_batch_size, layout.rows_per_step, train.seed, SPECIAL,
-        engine.data_rank, layout.data,
-    )  # fmt: skip
-    del sets
-    return engine, data
+    return engine, dataset(run, [ShardSet(root) for root in run.data.sets], SPECIAL, layout, engine.data_rank)
 
 
 def losses(run: PretrainConfig) -> list[dict]:

@@ -76,13 +76,13 @@ class Checkpointer:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            (partial / CONFIG).write_text(to_yaml(self.run))
         dist.barrier()
         state = _sharded_state(engine, is_loading=False)
         state |= {"scheduler": engine.scheduler.state_dict(), "progress": {"step": step}}
         dist_checkpointing.save(state, str(partial), sharded_strategy=("torch_dist", 1))
         dist.barrier()
         if dist.get_rank() == 0:
+            (partial / CONFIG).write_text(to_yaml(self.run))
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             pointer = self.folder / f".{LATEST}"

@@ -3,7 +3,10 @@
 import dataclasses
 
 from megadual.config import PretrainConfig
+from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
+from megadual.engine.megatron import MegatronEngine
+from megadual.engine.topology import Topology
 from megadual.model.dual_lm import Vocabulary
 from megadual.streams import STREAMS, SpecialIds
 from megadual.text import fingerprint, load_text_tokenizer
@@ -34,3 +37,33 @@ def read_inputs(run: PretrainConfig) -> Inputs:
         codebooks={stream: codebooks[stream] for stream in STREAMS},
     )
     return Inputs(sets, SpecialIds.of(tokenizer), vocabulary)
+
+
+def engine(run: PretrainConfig, layout: Topology, inputs: Inputs) -> MegatronEngine:
+    """The run's engine, over the initialised default process group."""
+    return MegatronEngine(run, layout, inputs.vocabulary)
+
+
+def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
+    """What the run is about to do, for people."""
+    documents = sum(len(shard_set) for shard_set in inputs.sets)
+    vocabulary = inputs.vocabulary
+    return (
+        f"pretrain: {run.train.steps} steps of {run.train.global_batch_tokens:,} positions "
+        f"({layout.rows_per_step} rows of {run.train.seq_len}, {layout.microbatches} micro-batches a rank) "
+        f"on {documents:,} documents\n"
+        f"layout: engine={run.engine} {layout.describe(run)} on {layout.world} processes, {run.train.precision}\n"
+        f"model: {run.model.layers} layers of {run.model.hidden}, {vocabulary.text_size:,} text tokens, "
+        f"2 streams of {vocabulary.depth} codes among {len(vocabulary.codebooks['pixel']):,}"
+    )
+
+
+def dataset(
+    run: PretrainConfig, sets: list[ShardSet], special: SpecialIds, layout: Topology, data_rank: int
+) -> PackedDataset:
+    """The batches of one data-parallel rank."""
+    train = run.train
+    return PackedDataset(
+        sets, run.data, train.seq_len, train.micro_batch_size, layout.rows_per_step, train.seed, special,
+        data_rank, layout.data,
+    )  # fmt: skip

@@ -1,0 +1,154 @@
+"""The trainer's batches: which rows a data-parallel rank reads at a step, laid out as tensors.
+
+Shape suffixes: T flattened positions of a micro-batch (rows x seq_len), D code depth, n documents.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from megadual.config import DataConfig
+from megadual.data.mds_reader import ShardSet
+from megadual.data.packing import PackedRows, Piece
+from megadual.errors import UserError
+from megadual.streams import IGNORE, Sequence, SpecialIds, to_sequence
+
+
+@dataclass
+class MicroBatch:
+    """`rows` packed rows as one flat sequence; attention and positions restart at every document.
+
+    The unused tail of a row is a document of its own: end-of-text tokens without targets.
+    """
+
+    tokens: torch.Tensor  # (T,) int64, <image> at image positions
+    positions: torch.Tensor  # (T,) int64, from 0 in every document
+    cu_seqlens: torch.Tensor  # (n + 1,) int32, where documents start, then T
+    semantic: torch.Tensor  # (T, D) int64, zero at text positions
+    pixel: torch.Tensor  # (T, D) int64
+    text_targets: torch.Tensor  # (T,) int64, IGNORE where the next position is not text
+    image_positions: torch.Tensor  # (V,) int64, where the image positions are
+    text_positions: torch.Tensor  # (P,) int64, where the next position is text
+    draw_positions: torch.Tensor  # (P',) int64, where the next position's codes are targets
+    keys: list[str]  # of the documents, in order
+    filled: int  # positions that are not padding
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+def _padding(length: int, end_of_text: int, depth: int) -> Sequence:
+    codes = np.zeros((length, depth), dtype=np.int64)
+    ignored = np.full(length, IGNORE, dtype=np.int64)
+    return Sequence(np.full(length, end_of_text, dtype=np.int64), codes, codes, ignored, np.zeros(length, dtype=bool))
+
+
+def collate(sequences: list[Sequence], special: SpecialIds, keys: list[str], filled: int) -> MicroBatch:
+    """Sequences laid end to end."""
+    lengths = [len(sequence) for sequence in sequences]
+    columns = {
+        field.name: torch.from_numpy(np.concatenate([getattr(sequence, field.name) for sequence in sequences]))
+        for field in fields(Sequence)
+    }
+    # Indices are found here and not on the GPU, where finding them would wait for it.
+    return MicroBatch(
+        image_positions=(columns["tokens"] == special.image).nonzero().flatten(),
+        text_positions=(columns["text_targets"] != IGNORE).nonzero().flatten(),
+        draw_positions=columns.pop("draw").nonzero().flatten(),
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32),
+        keys=keys,
+        filled=filled,
+        **columns,
+    )
+
+
+class PackedDataset:
+    """`step(s)` are this data-parallel rank's micro-batches of step s.
+
+    Of the `rows_per_step` rows of a step every rank takes an equal contiguous part, in order of rank, so that
+    any number of ranks sees the same rows at the same step. A step depends on nothing that was read before.
+    """
+
+    def __init__(
+        self,
+        sets: list[ShardSet],
+        config: DataConfig,
+        seq_len: int,
+        micro_batch_size: int,
+        rows_per_step: int,
+        seed: int,
+        special: SpecialIds,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+    ):
+        if rows_per_step % (micro_batch_size * dp_size):
+            raise UserError(
+                f"{rows_per_step} rows per step are not divisible by "
+                f"train.micro_batch_size({micro_batch_size}) x data-parallel({dp_size})"
+            )
+        self.sets = sets
+        self.rows = PackedRows(
+            self.sets, config.weights, seq_len, seed, config.draw_probability, config.caption_dropout
+        )
+        self.seq_len, self.micro_batch_size, self.special = seq_len, micro_batch_size, special
+        self.rows_per_step = rows_per_step
+        self.rows_per_rank = rows_per_step // dp_size
+        self.first = dp_rank * self.rows_per_rank
+
+    @property
+    def dropped(self) -> int:
+        """Documents that are longer than seq_len and never read."""
+        return self.rows.dropped
+
+    @property
+    def fill(self) -> float:
+        """Share of positions that documents take, over the windows packed so far."""
+        return self.rows.fill
+
+    def step(self, s: int) -> list[MicroBatch]:
+        start = s * self.rows_per_step + self.first
+        size = self.micro_batch_size
+        return [
+            self._collate([self.rows[start + r] for r in range(i, i + size)])
+            for i in range(0, self.rows_per_rank, size)
+        ]
+
+    def iterate(self, start_step: int = 0) -> Iterator[list[MicroBatch]]:
+        """Steps from `start_step` on, each read one step ahead in a thread."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as reader:
+            ahead = reader.submit(self.step, start_step)
+            while True:
+                start_step += 1
+                ready, ahead = ahead.result(), reader.submit(self.step, start_step)
+                yield ready
+
+    def _read(self, piece: Piece) -> tuple[str, Sequence]:
+        document = self.sets[piece.set][piece.document]
+        try:
+            document.check(self.special)
+        except ValueError as error:
+            raise UserError(f"shard set '{self.sets[piece.set].root}': {error}") from error
+        return document.key, to_sequence(document, self.special, list(piece.draw_images), piece.drop_caption)
+
+    def _collate(self, rows: list[list[Piece]]) -> MicroBatch:
+        keys, parts, filled = [], [], 0
+        for row in rows:
+            used = 0
+            for piece in row:
+                key, sequence = self._read(piece)
+                keys.append(key)
+                parts.append(sequence)
+                used += len(sequence)
+            if used < self.seq_len:
+                parts.append(_padding(self.seq_len - used, self.special.end_of_text, parts[-1].semantic.shape[1]))
+            filled += used
+        return collate(parts, self.special, keys, filled)

@@ -1,0 +1,186 @@
+"""Documents -> rows of exactly `seq_len` positions, as a pure function of the row's number.
+
+No document is cut; one that is longer than a row is left out and counted. Each epoch of a set is a seeded
+permutation taken in windows; within a window documents are put together so that rows are full, and the rows
+are shuffled. The direction of every image (draw or look at) and caption dropout are drawn per window too: nothing
+but the number of consumed rows has to be saved to go on exactly, under any number of data-parallel ranks.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from megadual.data.mds_reader import ShardSet
+from megadual.errors import UserError
+from megadual.streams import sequence_length
+
+WINDOW = 8192  # documents packed together: enough that the rows it leaves open do not matter
+LOOKAHEAD = 64  # documents a row is chosen from
+_MIX_BLOCK = 1024  # rows over which the shares of several sets are kept
+
+
+class Piece(NamedTuple):
+    """One document in a row, and how it is read (`streams.to_sequence`)."""
+
+    set: int
+    document: int
+    draw_images: tuple[bool, ...]
+    drop_caption: bool
+
+
+def _random(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+def fill_rows(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in rows that hold at most `capacity`.
+
+    Each row takes the first document that waits and, of the next LOOKAHEAD, those that fill it best: the
+    subset sums that can be reached are the bits of an integer.
+    """
+    waiting = list(enumerate(lengths.tolist()))[::-1]
+    within = (1 << capacity + 1) - 1
+    rows = []
+    while waiting:
+        first, length = waiting.pop()
+        ahead = waiting[-LOOKAHEAD:]
+        reached = [1 << length]  # before each of `ahead`, and after the last
+        for _, more in ahead:
+            reached.append((reached[-1] | reached[-1] << more) & within)
+        total, row, left = reached[-1].bit_length() - 1, [first], []
+        for (document, more), before in zip(reversed(ahead), reversed(reached[:-1])):
+            if before >> total & 1:  # the total is reached without this one
+                left.append((document, more))
+            else:
+                row.append(document)
+                total -= more
+        waiting[-LOOKAHEAD:] = left[::-1]
+        rows.append(row)
+    return rows
+
+
+class _SetRows:
+    """The endless rows of one set, epoch after epoch."""
+
+    def __init__(
+        self, shard_set: ShardSet, index: int, seq_len: int, seed: int, draw_probability: float, caption_dropout: float
+    ):
+        self.index, self.seq_len, self.seed = index, seq_len, seed
+        self.draw_probability, self.caption_dropout = draw_probability, caption_dropout
+        self.lengths = shard_set.lengths
+        self.full = sequence_length(*self.lengths)
+        self.without_caption = sequence_length(*self.lengths, dropped_caption=True)
+        # Measured with the caption, so that which documents are left out does not change from epoch to epoch.
+        self.kept = np.flatnonzero(self.full <= seq_len)
+        if not len(self.kept):
+            raise UserError(
+                f"shard set '{shard_set.root}': every document is longer than train.seq_len {seq_len} "
+                f"(the shortest takes {self.full.min()} positions)"
+            )
+        self.windows = -(-len(self.kept) // WINDOW)  # per epoch
+        self.ends: list[int] = []  # rows up to the end of each window packed so far
+        self.filled = 0  # positions that documents take in those rows
+        self._window: tuple[int, list[list[Piece]]] = (-1, [])
+        self._order: tuple[int, np.ndarray] = (-1, self.kept)
+
+    def __getitem__(self, k: int) -> list[Piece]:
+        while not self.ends or self.ends[-1] <= k:
+            rows, filled = self._pack(len(self.ends))
+            self.ends.append((self.ends[-1] if self.ends else 0) + len(rows))
+            self.filled += filled
+        window = bisect_right(self.ends, k)
+        rows, _ = self._pack(window)
+        return rows[k - (self.ends[window - 1] if window else 0)]
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self._order[0] != epoch:
+            self._order = (epoch, _random(self.seed, self.index, epoch).permutation(self.kept))
+        return self._order[1]
+
+    def _pack(self, number: int) -> tuple[list[list[Piece]], int]:
+        if self._window[0] != number:
+            self._window = (number, self._pack_window(number))
+        return self._window[1]
+
+    def _pack_window(self, number: int) -> tuple[list[list[Piece]], int]:
+        """Window `number`, counted over epochs: its rows, and the positions that its documents take."""
+        epoch, window = divmod(number, self.windows)
+        documents = self._epoch_order(epoch)[window * WINDOW : (window + 1) * WINDOW]
+        random = _random(self.seed, self.index, epoch, 1 + window)
+        images = self.lengths.images[documents]
+        draw = random.random(images.sum()) < self.draw_probability
+        first = np.cumsum(images) - images
+        drawn_pair = images == 1
+        drawn_pair[drawn_pair] = draw[first[drawn_pair]]
+        drop = drawn_pair & (random.random(len(documents)) < self.caption_dropout)
+        lengths = np.where(drop, self.without_caption[documents], self.full[documents])
+        draw, first, images = draw.tolist(), first.tolist(), images.tolist()
+        rows = fill_rows(lengths, self.seq_len)
+        shuffled = [
+            [
+                Piece(self.index, int(documents[i]), tuple(draw[first[i] : first[i] + images[i]]), bool(drop[i]))
+                for i in rows[r]
+            ]
+            for r in random.permutation(len(rows))
+        ]
+        return shuffled, int(lengths.sum())
+
+
+class PackedRows:
+    """The endless stream of rows over all sets: `rows[r]` are row r's pieces.
+
+    `weights` are the sets' shares of the rows; None: in proportion to their positions, so that their epochs
+    end together. A set with a larger share than that simply starts its next epoch sooner.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[ShardSet],
+        weights: Sequence[float] | None,
+        seq_len: int,
+        seed: int,
+        draw_probability: float,
+        caption_dropout: float,
+    ):
+        if weights is not None and len(weights) != len(sets):
+            raise UserError(f"data.weights has {len(weights)} values for {len(sets)} data.sets")
+        if weights is not None and min(weights) <= 0:
+            raise UserError(f"data.weights must be positive, got {list(weights)}; leave a set out of data.sets instead")
+        self.seq_len, self.seed = seq_len, seed
+        self.sets = [
+            _SetRows(shard_set, i, seq_len, seed, draw_probability, caption_dropout) for i, shard_set in enumerate(sets)
+        ]
+        shares = np.array(weights or [rows.full[rows.kept].sum() for rows in self.sets], dtype=np.float64)
+        self.bounds = np.cumsum(shares / shares.sum())[:-1]
+        self._blocks: list[np.ndarray] = [np.zeros(len(sets), dtype=np.int64)]  # rows of each set before each block
+        self._block: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def __getitem__(self, r: int) -> list[Piece]:
+        block, place = divmod(r, _MIX_BLOCK)
+        while len(self._blocks) <= block:
+            taken = np.bincount(self._mix(len(self._blocks) - 1), minlength=len(self.sets))
+            self._blocks.append(self._blocks[-1] + taken)
+        mix = self._mix(block)
+        chosen = int(mix[place])
+        return self.sets[chosen][int(self._blocks[block][chosen] + (mix[:place] == chosen).sum())]
+
+    def _mix(self, block: int) -> np.ndarray:
+        """(_MIX_BLOCK,) which set each row of a block comes from: stratified, so shares hold to a row or two."""
+        if self._block[0] != block:
+            random = _random(self.seed, len(self.sets), 0, 0, block)
+            strata = (random.permutation(_MIX_BLOCK) + random.random(_MIX_BLOCK)) / _MIX_BLOCK
+            self._block = (block, np.searchsorted(self.bounds, strata, side="right"))
+        return self._block[1]
+
+    @property
+    def dropped(self) -> int:
+        """Documents of all sets that are longer than a row and never read."""
+        return sum(len(rows.full) - len(rows.kept) for rows in self.sets)
+
+    @property
+    def fill(self) -> float:
+        """Share of positions that documents take, over the windows packed so far."""
+        packed = sum(rows.ends[-1] for rows in self.sets if rows.ends) * self.seq_len
+        return sum(rows.filled for rows in self.sets) / packed if packed else 0.0

@@ -1,0 +1,22 @@
+"""Train a small SigLIP on image-caption pairs: `python pretrain/train_siglip.py --config FILE key=value ...`"""
+
+from megadual.config import parse_command_line, to_yaml
+from megadual.errors import command
+from megadual.vision.data import list_shards
+from megadual.vision.siglip import TrainSiglipConfig, train
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    config, args = parse_command_line(TrainSiglipConfig, __doc__, argv)
+    shards = list_shards(config.data.train)
+    if args.dry_run:
+        print(to_yaml(config))
+        print(f"plan: {config.steps} steps of {config.data.batch_size} pairs from {len(shards)} shards -> {config.output}")
+        return
+    metrics = train(config)
+    print(f"{config.output}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+if __name__ == "__main__":
+    main()

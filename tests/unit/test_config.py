@@ -1,0 +1,85 @@
+"""Configs are strict, layouts are checked: the message names the value and the fix."""
+
+import pytest
+
+from megadual.config import PretrainConfig, load_config, to_yaml
+from megadual.engine.topology import topology
+from megadual.errors import UserError
+from megadual.model import presets
+
+REQUIRED = [
+    "model.dualtoken=a", "model.text_tokenizer=b", "data.sets=[s]", "run.dir=r",
+    "train.steps=1", "train.seq_len=64", "train.global_batch_tokens=512",
+]  # fmt: skip
+
+
+def config(*overrides):
+    run = load_config(PretrainConfig, None, [*REQUIRED, *overrides])
+    run.model = presets.resolve(run.model)
+    return run
+
+
+@pytest.mark.parametrize("override, message", [
+    ("train.stpes=3", "unknown config key 'train.stpes'; did you mean 'train.steps'"),
+    ("trian.steps=3", "unknown config key 'trian'; did you mean 'train'"),
+    ("quux=3", "unknown config key 'quux'; known keys: engine, model.preset"),
+    ("train.steps=many", "'many'.*could not be converted to Integer.*train.steps"),
+    ("model.head.widht=3", "did you mean 'model.head.width'"),
+    ("train=3", "'train' is a section"),
+    ("train.steps", "not of the form key=value"),
+])  # fmt: skip
+def test_wrong_key_or_value(override, message):
+    with pytest.raises(UserError, match=message):
+        load_config(PretrainConfig, None, [*REQUIRED, override])
+
+
+def test_missing_value():
+    with pytest.raises(UserError, match="'model.text_tokenizer' has no value"):
+        load_config(PretrainConfig, None, [r for r in REQUIRED if "text_tokenizer" not in r])
+
+
+def test_yaml_with_base(tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {steps: 5, seq_len: 32}\n")
+    (tmp_path / "child.yaml").write_text("base: base.yaml\ntrain: {steps: 7}\n")
+    run = load_config(PretrainConfig, tmp_path / "child.yaml", [r for r in REQUIRED if "steps" not in r and "seq" not in r])
+    assert (run.train.steps, run.train.seq_len) == (7, 32)
+    (tmp_path / "bad.yaml").write_text("train: {stepz: 7}\n")
+    with pytest.raises(UserError, match="bad.yaml: unknown config key 'train.stepz'"):
+        load_config(PretrainConfig, tmp_path / "bad.yaml")
+    with pytest.raises(UserError, match="does not exist"):
+        load_config(PretrainConfig, tmp_path / "none.yaml")
+
+
+def test_yaml_round_trip(tmp_path):
+    run = config("model.layers=6", "data.weights=[1.0]")
+    (tmp_path / "c.yaml").write_text(to_yaml(run))
+    assert load_config(PretrainConfig, tmp_path / "c.yaml") == run
+
+
+def test_presets_fill_only_what_is_null():
+    run = config("model.preset=7b", "model.layers=4", "model.head.width=64", "model.head.heads=4")
+    assert (run.model.layers, run.model.hidden, run.model.head.width, run.model.head.layers) == (4, 3584, 64, 3)
+    with pytest.raises(UserError, match="model.preset '8b' is unknown"):
+        config("model.preset=8b")
+
+
+@pytest.mark.parametrize("world, overrides, message", [
+    (2, ["parallel.tensor=3"], r"parallel.tensor\(3\) x parallel.pipeline\(1\) = 3 does not divide the world of 2"),
+    (3, ["parallel.pipeline=3"], r"model.layers=4 does not divide by parallel.pipeline\(3\)"),
+    (8, ["parallel.tensor=8"], "model.heads=4 does not divide by parallel.tensor=8"),
+    (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=4"], "= 8"),
+    (1, ["parallel.sequence=true"], "needs parallel.tensor > 1"),
+    (1, ["train.global_batch_tokens=500"], r"is not a multiple of train.seq_len\(64\).* = 64"),
+    (1, ["train.precision=fp8"], "train.precision 'fp8' is unknown"),
+    (1, ["engine=jax"], "engine 'jax' is unknown"),
+    (1, ["parallel.tensor=0"], "parallel.tensor=0 must be at least 1"),
+    (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch_tokens=192"], "micro-batches"),
+])  # fmt: skip
+def test_layout_that_does_not_divide(world, overrides, message):
+    with pytest.raises(UserError, match=message):
+        topology(config(*overrides), world)
+
+
+def test_topology_sizes():
+    layout = topology(config("parallel.tensor=2", "parallel.pipeline=2"), 8)
+    assert (layout.data, layout.rows_per_step, layout.microbatches) == (2, 8, 4)

@@ -1,0 +1,206 @@
+"""Packing and batching: every document once per epoch, the same rows however they are read."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from megadual.config import DataConfig
+from megadual.data import packing
+from megadual.data.dataset import PackedDataset
+from megadual.data.mds_reader import ShardSet
+from megadual.data.packing import PackedRows, fill_rows
+from megadual.errors import UserError
+from megadual.streams import IGNORE, to_sequence
+from megadual.testing.shards import SPECIAL, random_documents, write_shard_set
+
+SEQ = 128
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_shard_set(tmp_path_factory.mktemp("data") / "set", random_documents(500))
+
+
+@pytest.fixture(scope="module")
+def small_root(tmp_path_factory):
+    return write_shard_set(tmp_path_factory.mktemp("data") / "small", random_documents(60, seed=9, images=(1, 2)))
+
+
+def rows_of(*roots, weights=None, seed=0, seq_len=SEQ, draw=0.5, dropout=0.1):
+    return PackedRows([ShardSet(root) for root in roots], weights, seq_len, seed, draw, dropout)
+
+
+def dataset(root, micro=1, rows=4, rank=0, ranks=1, seed=0, **config):
+    return PackedDataset([ShardSet(root)], DataConfig(sets=[str(root)], **config), SEQ, micro, rows, seed, SPECIAL, rank, ranks)
+
+
+def epoch(rows, stop=None):
+    """The rows of the first epoch of a single set."""
+    rows[0]
+    while len(rows.sets[0].ends) < rows.sets[0].windows:
+        rows[rows.sets[0].ends[-1]]
+    return [rows[r] for r in range(rows.sets[0].ends[rows.sets[0].windows - 1])]
+
+
+def test_rows_take_what_fills_them_best():
+    assert fill_rows(np.array([5, 4, 6, 2, 3, 10]), 10) == [[0, 3, 4], [1, 2], [5]]
+    lengths = np.random.default_rng(0).integers(40, 90, 3000)
+    rows = fill_rows(lengths, 512)
+    assert sorted(sum(rows, [])) == list(range(3000)) and max(lengths[row].sum() for row in rows) <= 512
+    assert len(rows) == -(-lengths.sum() // 512)  # no more rows than there have to be
+
+
+@pytest.mark.parametrize("window", [64, 8192])
+def test_an_epoch_reads_every_document_once(root, monkeypatch, window):
+    monkeypatch.setattr(packing, "WINDOW", window)
+    rows = rows_of(root)
+    first = epoch(rows)
+    assert Counter(piece.document for row in first for piece in row) == Counter(range(500))
+    second = [rows[r] for r in range(len(first), 2 * len(first) + 5)]
+    assert [p.document for p in itertools.chain(*first)][:50] != [p.document for p in itertools.chain(*second)][:50]
+
+
+def test_fill_of_short_documents(root):
+    data = dataset(root, rows=8)
+    batches = [batch for s in range(4) for batch in data.step(s)]
+    assert data.fill >= 0.97
+    assert sum(batch.filled for batch in batches) / (len(batches) * SEQ) >= 0.95
+
+
+def test_directions_follow_the_rule(root):
+    pieces = list(itertools.chain(*epoch(rows_of(root, draw=0.3, dropout=0.25))))
+    drawn = [piece for piece in pieces if piece.draw_images[0]]
+    assert 0.24 < len(drawn) / len(pieces) < 0.36
+    assert 0.15 < sum(piece.drop_caption for piece in drawn) / len(drawn) < 0.35
+    assert not any(piece.drop_caption for piece in pieces if not piece.draw_images[0])
+    assert all(not any(piece.draw_images) for piece in itertools.chain(*epoch(rows_of(root, draw=0.0))))
+
+
+def test_only_drawn_pairs_lose_their_caption(small_root):
+    pieces = list(itertools.chain(*epoch(rows_of(small_root, draw=1.0, dropout=1.0))))
+    assert {len(piece.draw_images) for piece in pieces} == {1, 2}
+    assert all(piece.drop_caption == (len(piece.draw_images) == 1) for piece in pieces)
+
+
+def test_too_long_documents_are_left_out_and_counted(tmp_path):
+    long = random_documents(7, seed=3, grid=(12, 12))
+    data = dataset(write_shard_set(tmp_path / "set", random_documents(100) + long))
+    assert data.dropped == 7
+    assert max(piece.document for row in epoch(data.rows) for piece in row) < 100
+    with pytest.raises(UserError, match="longer than train.seq_len 128.*shortest"):
+        dataset(write_shard_set(tmp_path / "long", long))
+
+
+def test_random_access_restart_and_seed(root):
+    rows = rows_of(root)
+    straight = [rows[r] for r in range(200)]
+    resumed = rows_of(root)
+    assert [resumed[r] for r in range(137, 200)] == straight[137:]
+    assert [resumed[r] for r in (150, 3, 199, 0)] == [straight[r] for r in (150, 3, 199, 0)]
+    assert [rows_of(root, seed=1)[r] for r in range(20)] != straight[:20]
+
+
+def test_mixing_holds_the_shares(root, small_root):
+    rows = rows_of(root, small_root, weights=[3.0, 1.0])
+    taken = [rows[r][0].set for r in range(1024 + 200)]
+    assert abs(sum(taken[:1024]) - 256) <= 1
+    assert [rows_of(root, small_root, weights=[3.0, 1.0])[r] for r in range(1000, 1100)] == [
+        rows[r] for r in range(1000, 1100)
+    ]
+    per_set = [row for r in range(1024) if (row := rows[r])[0].set == 1]
+    counts = Counter(piece.document for row in per_set for piece in row)
+    assert set(counts) == set(range(60)) and max(counts.values()) - min(counts.values()) <= 1 + len(per_set) // 100
+
+
+def test_wrong_weights_are_refused(root, small_root):
+    with pytest.raises(UserError, match="2 values for 1"):
+        rows_of(root, weights=[1.0, 1.0])
+    with pytest.raises(UserError, match="positive"):
+        rows_of(root, small_root, weights=[1.0, 0.0])
+
+
+@pytest.mark.parametrize("ranks, micro", [(1, 2), (2, 1), (2, 2), (4, 1)])
+def test_ranks_together_read_the_same_rows(root, ranks, micro):
+    whole = dataset(root, rows=4)
+    parts = [dataset(root, micro=micro, rows=4, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for s in (0, 7, 3):
+        expected = whole.step(s)
+        got = [batch for part in parts for batch in part.step(s)]
+        assert [key for batch in expected for key in batch.keys] == [key for batch in got for key in batch.keys]
+        for name in ("tokens", "positions", "semantic", "pixel", "text_targets"):
+            one, many = (torch.cat([getattr(batch, name) for batch in batches]) for batches in (expected, got))
+            assert torch.equal(one, many)
+
+
+def test_rows_that_do_not_divide_are_refused(root):
+    with pytest.raises(UserError, match=r"6 rows per step .*micro_batch_size\(2\) x data-parallel\(2\)"):
+        dataset(root, micro=2, rows=6, ranks=2)
+
+
+def test_iterate_reads_ahead_the_same_steps(root):
+    data = dataset(root)
+    steps = dataset(root).iterate(5)
+    for s, batches in zip(range(5, 9), steps):
+        for got, expected in zip(batches, data.step(s), strict=True):
+            assert torch.equal(got.tokens, expected.tokens) and got.keys == expected.keys
+    steps.close()
+
+
+def test_a_batch_is_its_documents_laid_end_to_end(root):
+    data = dataset(root, micro=2, rows=2)
+    (batch,) = data.step(3)
+    pieces = data.rows[6] + data.rows[7]
+    starts, documents = batch.cu_seqlens.tolist(), iter(pieces)
+    draw = torch.zeros(2 * SEQ, dtype=torch.bool)
+    draw[batch.draw_positions] = True
+    found = {"draw": draw, **vars(batch)}
+    assert batch.image_positions.tolist() == (batch.tokens == SPECIAL.image).nonzero().flatten().tolist()
+    assert batch.text_positions.tolist() == (batch.text_targets != IGNORE).nonzero().flatten().tolist()
+    assert starts[0] == 0 and starts[-1] == 2 * SEQ == len(batch.tokens)
+    filled = 0
+    for start, end in itertools.pairwise(starts):
+        part = slice(start, end)
+        assert batch.positions[part].tolist() == list(range(end - start))
+        if batch.tokens[start] == SPECIAL.end_of_text:  # the tail of a row
+            assert (batch.tokens[part] == SPECIAL.end_of_text).all() and end % SEQ == 0
+            assert (batch.text_targets[part] == IGNORE).all() and not draw[part].any()
+            continue
+        piece = next(documents)
+        sequence = to_sequence(data.sets[0][piece.document], SPECIAL, list(piece.draw_images), piece.drop_caption)
+        for name in ("tokens", "semantic", "pixel", "text_targets", "draw"):
+            np.testing.assert_array_equal(found[name][part].numpy(), getattr(sequence, name))
+        filled += end - start
+    assert next(documents, None) is None and batch.filled == filled
+
+
+def test_targets_of_a_pair_in_every_direction(tmp_path):
+    (document,) = random_documents(1, grid=(1, 2), caption=(2, 2))
+    document.text_ids[1:] = (70, 71)
+    root = write_shard_set(tmp_path / "set", [document])
+    s = SPECIAL
+    look, draw, dropped = (
+        dataset(root, rows=1, draw_probability=p, caption_dropout=d).step(0)[0]
+        for p, d in ((0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
+    )
+    n = 7
+    assert look.tokens[:n].tolist() == [s.image_start, s.image, s.image, s.image_end, 70, 71, s.end_of_text]
+    assert look.text_targets[:n].tolist() == [IGNORE, IGNORE, s.image_end, 70, 71, s.end_of_text, IGNORE]
+    assert not len(look.draw_positions) and torch.equal(look.pixel[1:3], torch.from_numpy(document.pixel.astype(np.int64)))
+    assert draw.tokens[:n].tolist() == [70, 71, s.image_gen_start, s.image, s.image, s.image_gen_end, s.end_of_text]
+    assert draw.text_targets[:n].tolist() == [71, s.image_gen_start, IGNORE, IGNORE, s.image_gen_end, s.end_of_text, -100]
+    assert draw.draw_positions.tolist() == [2, 3]
+    assert dropped.tokens[:5].tolist() == [s.image_gen_start, s.image, s.image, s.image_gen_end, s.end_of_text]
+    assert dropped.draw_positions.tolist() == [0, 1]
+    assert (look.filled, draw.filled, dropped.filled) == (7, 7, 5)
+    assert torch.equal(dropped.semantic[1:3], torch.from_numpy(document.semantic.astype(np.int64)))
+
+
+def test_a_document_that_does_not_fit_itself_is_named(tmp_path):
+    (document,) = random_documents(1)
+    document.text_ids[-1] = SPECIAL.image
+    root = write_shard_set(tmp_path / "set", [document])
+    with pytest.raises(UserError, match="random-0/000000.*2 image tokens"):
+        dataset(root, rows=1).step(0)

@@ -1,0 +1,78 @@
+"""How documents become positions."""
+
+import numpy as np
+import pytest
+
+from megadual.streams import IGNORE, Document, sequence_length, to_sequence
+from megadual.testing.shards import SPECIAL, random_documents
+
+EOS, IMG, START, END, GEN, GEN_END = (
+    SPECIAL.end_of_text, SPECIAL.image, SPECIAL.image_start, SPECIAL.image_end,
+    SPECIAL.image_gen_start, SPECIAL.image_gen_end,
+)  # fmt: skip
+
+
+def pair(caption=(20, 21)):
+    codes = np.array([[1, 2], [3, 4]], dtype=np.uint16)
+    grids = np.array([[1, 2]], dtype=np.uint16)
+    return Document("k", np.array([IMG, *caption], dtype=np.uint32), codes, codes + 10, grids).check(SPECIAL)
+
+
+def test_describe():
+    sequence = to_sequence(pair(), SPECIAL, [False])
+    assert sequence.tokens.tolist() == [START, IMG, IMG, END, 20, 21, EOS]
+    assert sequence.text_targets.tolist() == [IGNORE, IGNORE, END, 20, 21, EOS, IGNORE]
+    assert not sequence.draw.any()
+    assert sequence.semantic.tolist() == [[0, 0], [1, 2], [3, 4], [0, 0], [0, 0], [0, 0], [0, 0]]
+    assert sequence.pixel[1:3].tolist() == [[11, 12], [13, 14]]
+
+
+def test_draw():
+    sequence = to_sequence(pair(), SPECIAL, [True])
+    assert sequence.tokens.tolist() == [20, 21, GEN, IMG, IMG, GEN_END, EOS]
+    assert sequence.text_targets.tolist() == [21, GEN, IGNORE, IGNORE, GEN_END, EOS, IGNORE]
+    # the start token predicts the first image position, the last image position predicts the end token
+    assert sequence.draw.tolist() == [False, False, True, True, False, False, False]
+
+
+def test_caption_dropout_leaves_the_image_alone():
+    sequence = to_sequence(pair(), SPECIAL, [True], drop_caption=True)
+    assert sequence.tokens.tolist() == [GEN, IMG, IMG, GEN_END, EOS]
+    looked_at = to_sequence(pair(), SPECIAL, [False], drop_caption=True)
+    assert 20 in looked_at.tokens  # only a drawn pair can lose its caption
+
+
+def test_interleaved_documents_keep_their_order():
+    codes = np.arange(6, dtype=np.uint16).reshape(3, 2)
+    document = Document(
+        "k", np.array([30, IMG, 31, IMG], dtype=np.uint32), codes, codes, np.array([[1, 1], [2, 1]], dtype=np.uint16)
+    )
+    sequence = to_sequence(document.check(SPECIAL), SPECIAL, [False, True])
+    assert sequence.tokens.tolist() == [30, START, IMG, END, 31, GEN, IMG, IMG, GEN_END, EOS]
+    assert np.flatnonzero(sequence.draw).tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("document", random_documents(20, images=(0, 3)), ids=lambda d: d.key)
+@pytest.mark.parametrize("draw", [False, True])
+def test_length_is_known_before_building(document, draw):
+    directions = [draw] * len(document.grids)
+    lengths = len(document.text_ids), len(document.grids), len(document.semantic)
+    assert len(to_sequence(document, SPECIAL, directions)) == sequence_length(*lengths)
+    dropped = document.is_pair and draw
+    assert len(to_sequence(document, SPECIAL, directions, drop_caption=True)) == sequence_length(*lengths, dropped)
+
+
+def test_row_round_trip():
+    for document in random_documents(10, images=(0, 2)):
+        again = Document.from_row(document.row())
+        for name, value in vars(document).items():
+            assert np.array_equal(getattr(again, name), value), name
+
+
+def test_document_that_does_not_fit_is_named():
+    document = pair()
+    document.pixel = document.pixel[:1]
+    with pytest.raises(ValueError, match="document 'k': pixel codes of shape"):
+        document.check(SPECIAL)
+    with pytest.raises(ValueError, match="2 image tokens in the text, 1 grids"):
+        Document("k", np.array([IMG, IMG]), document.semantic, document.semantic, pair().grids).check(SPECIAL)
