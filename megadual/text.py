@@ -30,8 +30,17 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """sha256 of the tokenizer's vocabulary and rules: equal for equal ids, whatever folder it came from."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """sha256 of the tokenizer's vocabulary and rules: equal for equal ids, whatever folder it came from.
+
+    Leaves out what decides no id: padding and truncation, which calls set, and the decoder and offsets, which
+    differ between transformers 4 and 5.
+    """
+    state = json.loads(
+        tokenizer.backend_tokenizer.to_str(),
+        object_hook=lambda part: {name: value for name, value in part.items() if name != "trim_offsets"},
+    )
+    rules = {name: state[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 
 def train_text_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

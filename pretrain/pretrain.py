@@ -6,18 +6,12 @@ On one machine `python pretrain/pretrain.py ...` does: it starts tensor x pipeli
 
 import os
 import sys
+from pathlib import Path
 
-from megadual.engine import cpu
-
-cpu.install()
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-
-from megadual.config import PretrainConfig, parse_command_line, to_yaml  # noqa: E402
-from megadual.engine.topology import topology  # noqa: E402
-from megadual.errors import command  # noqa: E402
-from megadual.model import presets  # noqa: E402
+from megadual.config import PretrainConfig, parse_command_line, to_yaml
+from megadual.engine.topology import topology
+from megadual.errors import command
+from megadual.model import presets
 
 
 @command
@@ -28,6 +22,13 @@ def main() -> None:
     world = int(os.environ["WORLD_SIZE"]) if launched else run.parallel.tensor * run.parallel.pipeline
     layout = topology(run, world)
 
+    # From here on torch and megatron-core are needed; a wrong config has been told before they load.
+    from megadual.engine import cpu
+
+    cpu.install()
+    import torch
+    import torch.distributed as dist
+
     from megadual.train import setup
     from megadual.train.loop import train
 
@@ -36,17 +37,21 @@ def main() -> None:
         print(to_yaml(run) + "\n" + setup.plan(run, layout, inputs))
         return
     if not launched and world > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // world)))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
         os.execv(sys.executable, [*torchrun, os.path.abspath(__file__), *sys.argv[1:]])
-
     if not launched:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     engine = setup.engine(run, layout, inputs)
     if dist.get_rank() == 0:
         print(setup.plan(run, layout, inputs), flush=True)
+        folder = Path(run.run.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(run))
     train(run, engine, setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank))
     engine.shutdown()
     dist.destroy_process_group()

@@ -8,12 +8,13 @@ it does nothing. Call it before the first `import megatron.core`.
 
 import functools
 import importlib.util
+import logging
 import os
 import sys
 import types
-import warnings
 
 import torch
+import torch.utils._device
 
 PATCHES: list[str] = []  # the names of everything replaced
 
@@ -76,15 +77,17 @@ def install() -> None:
     _replace(torch.cuda, "current_stream", lambda device=None: stream)
     _replace(torch.cuda, "manual_seed", generator.manual_seed)
     _replace(torch.cuda, "get_rng_state", lambda device=None: generator.get_state())
+    # torch remembers which factories obey `with torch.device("meta")`. Let it see the real ones first: else
+    # Hugging Face's from_pretrained, which builds under "meta", leaves position ids as they were in memory.
+    torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones"):
         _replace(torch, name, _on_host(getattr(torch, name)))
     _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     _replace(torch.Tensor, "type", _type_for_optimizer(torch.Tensor.type))
-    with warnings.catch_warnings():  # megatron says at import that Transformer Engine and Apex are absent: known here
-        warnings.simplefilter("ignore", UserWarning)
-        import megatron.core.optimizer  # noqa: F401
-        from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import random
 
+    # It warns whenever the CPU's generator moves inside its context, which is what happens here.
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
     _replace(random, "_get_cuda_rng_state", lambda device=None, clone=False, graph_safe=False: generator.get_state())
     _replace(
         random, "_set_cuda_rng_state", lambda state, device=None, graph_safe=False: generator.set_state(state)

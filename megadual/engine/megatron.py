@@ -18,7 +18,6 @@ from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.init import initialize
 from megadual.streams import STREAMS
 
-
 @dataclasses.dataclass
 class StepResult:
     """What one optimizer step did; equal on every rank. Per-depth losses are (D,) lists."""

@@ -7,9 +7,9 @@ from transformers import SiglipConfig
 
 from megadual.config import PretrainConfig, load_config
 from megadual.model import presets
+from megadual.streams import SpecialIds
 from megadual.testing.shards import random_documents, write_shard_set
 from megadual.text import fingerprint, load_text_tokenizer, save_text_tokenizer, train_text_tokenizer
-from megadual.streams import SpecialIds
 from megadual.vision import DualToken, DualTokenConfig
 
 IMAGE_SIZE, PATCH, DEPTH, CODEBOOK = 16, 4, 3, 32
@@ -21,8 +21,9 @@ def write_dualtoken(folder: Path, seed: int = 0) -> DualToken:
     torch.manual_seed(seed)
     tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
     vision = dict(**tower, image_size=IMAGE_SIZE, patch_size=PATCH)
+    text = dict(**tower, vocab_size=64, bos_token_id=0, eos_token_id=0)
     config = DualTokenConfig(
-        siglip=SiglipConfig(vision_config=vision, text_config=dict(**tower, vocab_size=64)).to_dict(),
+        siglip=SiglipConfig(vision_config=vision, text_config=text).to_dict(),
         layer_shortcut=1,
         layer_recon=2,
         layer_sem=3,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import secrets
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class MetricsLog:
         path.write_text("".join(kept))
         self.file = open(path, "a")
         id_file = folder / "wandb_id"
-        run_id = id_file.read_text() if id_file.is_file() else wandb.util.generate_id()
+        run_id = id_file.read_text() if id_file.is_file() else secrets.token_hex(4)
         id_file.write_text(run_id)
         self.wandb = wandb.init(
             project=run.run.wandb_project,

@@ -7,6 +7,7 @@ from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
 from megadual.engine.megatron import MegatronEngine
 from megadual.engine.topology import Topology
+from megadual.errors import UserError
 from megadual.model.dual_lm import Vocabulary
 from megadual.streams import STREAMS, SpecialIds
 from megadual.text import fingerprint, load_text_tokenizer
@@ -25,7 +26,10 @@ class Inputs:
 def read_inputs(run: PretrainConfig) -> Inputs:
     """Open the run's tokenizers and shard sets; UserError where one is missing or they don't belong together."""
     tokenizer = load_text_tokenizer(run.model.text_tokenizer)
-    codebooks = read_codebooks(run.model.dualtoken)
+    try:
+        codebooks = read_codebooks(run.model.dualtoken)
+    except ValueError as error:
+        raise UserError(f"model.dualtoken: {error}") from error
     sets = [ShardSet(root) for root in run.data.sets]
     for shard_set in sets:
         shard_set.check(

@@ -1,0 +1,63 @@
+"""The pre-tokenization's configuration."""
+
+from dataclasses import asdict, dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ReadConfig:
+    """Which members of a webdataset sample are its image and its caption."""
+
+    images: list[str] = field(default_factory=lambda: ["png", "jpg", "jpeg", "webp"])
+    caption: str = "txt"  # a member's suffix, or `json:NAME` for a field of the json member
+
+
+@dataclass
+class FilterConfig:
+    """Usable samples that are left out; each reason is counted."""
+
+    min_side: int = 16  # pixels of the shorter side
+    max_aspect: float = 4.0  # longer side / shorter side
+    min_caption: int = 1  # characters
+    max_caption: int = 4000
+
+
+@dataclass
+class EncodeConfig:
+    """What decides the bytes of a shard beside the tokenizers."""
+
+    batch_size: int = 64  # images; a batch never crosses input shards
+    torch_threads: int = 1  # another number may round differently and so pick another of two near codes
+    max_pixels: int = 100_000_000  # larger images are refused unread, as decompression bombs
+    shard_bytes: int = 1 << 26  # of one MDS file
+
+
+@dataclass
+class WorkersConfig:
+    """How the work is spread; no byte of the set depends on it."""
+
+    address: str | None = None  # of a Ray cluster; `local` starts one; unset takes a running one, else starts one
+    count: int = 0  # workers; 0 is as many as the cluster has room for
+    cpus: float = 1.0  # of one worker
+    gpus: float = 0.0
+    decode_threads: int = 1  # of one worker, beside the encoder
+    attempts: int = 3  # per input shard
+    object_store_mb: int = 300  # of a Ray started here; no image passes through it
+
+
+@dataclass
+class PipelineConfig:
+    inputs: list[str] = MISSING  # webdataset tars: paths, globs, brace ranges, URLs
+    output: str = MISSING  # folder of the shard set
+    dualtoken: str = MISSING  # folder of the image tokenizer
+    text_tokenizer: str = MISSING  # folder (or hub id) of the text tokenizer
+    max_bad_fraction: float = 0.05  # of the samples read; more unusable ones stop the run
+    read: ReadConfig = field(default_factory=ReadConfig)
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+
+    def recipe(self) -> dict:
+        """The settings that decide a shard's bytes; a set holds shards of one recipe only."""
+        return {"read": asdict(self.read), "filters": asdict(self.filters), "encode": asdict(self.encode)}

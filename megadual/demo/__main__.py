@@ -1,0 +1,152 @@
+"""Run MegaDual's stages one after the other on the embedded corpus, on CPU: `python -m megadual.demo`.
+
+Each stage is a command of its own, printed before it runs. A stage is reused while its command, its config
+file and the stages before it are those of the last run; `make clean` starts over.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megadual.config import PretrainConfig, load_config
+from megadual.demo.report import write_report
+from megadual.engine.topology import topology
+from megadual.errors import UserError, command
+from megadual.model import presets
+
+RUN = Path("runs/demo")
+CORPUS = RUN / "corpus"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One command, what it does in a line, and the file that is there once it is done."""
+
+    name: str
+    about: str
+    arguments: str  # of `python`
+    product: Path
+
+    def key(self, before: str) -> str:
+        """Changes with the command, with the YAML it names, and with the stages before."""
+        configs = [Path(a).read_text() for a in shlex.split(self.arguments) if a.endswith(".yaml")]
+        return hashlib.sha256("\n".join([before, self.arguments, *configs]).encode()).hexdigest()
+
+
+def stages(layout: list[str]) -> list[Stage]:
+    """The demo's stages; `layout` are overrides of the trainer's config."""
+    held_out = f"'{CORPUS}/heldout-*.tar'"
+    return [
+        Stage(
+            "corpus", "compose captioned scenes from drawings, as webdataset tars",
+            f"-m megadual.testing.corpus --output {CORPUS}", CORPUS / "corpus.json",
+        ),
+        Stage(
+            "text_tokenizer", "train a small text tokenizer on the captions",
+            f"-m megadual.text --captions '{CORPUS}/train-*.tar' --output {RUN}/text_tokenizer",
+            RUN / "text_tokenizer/tokenizer.json",
+        ),
+        Stage(
+            "siglip", "train a tiny SigLIP on the pairs: the semantic teacher",
+            "pretrain/train_siglip.py --config pretrain/configs/siglip_tiny.yaml", RUN / "siglip/config.json",
+        ),
+        Stage(
+            "tokenizer", "train a tiny DualToken: semantic and pixel codes, pixel decoder",
+            "pretrain/train_tokenizer.py --config pretrain/configs/tokenizer_tiny.yaml",
+            RUN / "tokenizer/dualtoken/config.json",
+        ),
+        Stage(
+            "evaluate", "measure reconstruction and retrieval on held-out images",
+            f"-m megadual.vision.evaluate --model {RUN}/tokenizer/dualtoken --siglip {RUN}/siglip --data {held_out} "
+            f"--train-data '{CORPUS}/train-*.tar' --output {RUN}/tokenizer/eval",
+            RUN / "tokenizer/eval/report.json",
+        ),
+        Stage(
+            "tokenize", "turn the corpus into shards of dual codes, with Ray",
+            "data_pipeline/tokenize.py --config data_pipeline/configs/demo.yaml", RUN / "shards/manifest.json",
+        ),
+        Stage(
+            "pretrain", "train the unified LLM on text, semantic and pixel streams, with megatron-core",
+            shlex.join(["pretrain/pretrain.py", "--config", "pretrain/configs/tiny.yaml", *layout]),
+            RUN / "pretrain/checkpoints/latest",
+        ),
+        Stage(
+            "convert", "export a Hugging Face folder",
+            f"checkpoints_tools/convert_to_hf.py --checkpoint {RUN}/pretrain --output {RUN}/hf",
+            RUN / "hf/config.json",
+        ),
+        Stage(
+            "verify", "compare the exported model with the trainer's",
+            f"checkpoints_tools/verify.py --checkpoint {RUN}/pretrain --model {RUN}/hf --output {RUN}/verify.json",
+            RUN / "verify.json",
+        ),
+        Stage(
+            "use", "describe held-out images and draw held-out captions with the exported folder alone",
+            f"checkpoints_tools/try_export.py --model {RUN}/hf --data {held_out} --output {RUN}/use",
+            RUN / "use/drawings.json",
+        ),
+    ]  # fmt: skip
+
+
+def layout_overrides(parallel: str) -> list[str]:
+    """`tensor=2` -> the trainer's overrides, every size that is not named being 1."""
+    sizes = {"tensor": "1", "pipeline": "1"}
+    for part in parallel.replace(",", " ").split():
+        name, separator, value = part.partition("=")
+        if not separator:
+            raise UserError(f"PARALLEL '{parallel}': '{part}' is not of the form name=size, as in tensor=2")
+        sizes[name] = value
+    return [f"parallel.{name}={value}" for name, value in sizes.items()]
+
+
+def run_stage(stage: Stage) -> float:
+    """Run the stage's command, its output shown as it comes; seconds it took."""
+    arguments = shlex.split(stage.arguments)
+    print(f"   $ python {stage.arguments}", flush=True)
+    begun = time.perf_counter()
+    code = subprocess.run([sys.executable, *arguments], env=os.environ | {"HF_HUB_OFFLINE": "1"}).returncode
+    if code:
+        print(f"error: stage '{stage.name}' failed with exit code {code}", file=sys.stderr)
+        sys.exit(code)
+    return time.perf_counter() - begun
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parallel", default="pipeline=2", help="the trainer's layout: pipeline=2, tensor=2, ...")
+    args = parser.parse_args()
+
+    layout = layout_overrides(args.parallel)
+    run = load_config(PretrainConfig, "pretrain/configs/tiny.yaml", layout)
+    run.model = presets.resolve(run.model)
+    topology(run, run.parallel.tensor * run.parallel.pipeline)  # a layout that can't work stops here
+
+    record = RUN / "stages.json"
+    done = json.loads(record.read_text()) if record.is_file() else {}
+    plan, key = stages(layout), ""
+    for number, stage in enumerate(plan, start=1):
+        key = stage.key(key)
+        print(f"== {number}/{len(plan)} {stage.name}: {stage.about}", flush=True)
+        if done.get(stage.name, {}).get("key") == key and stage.product.exists():
+            print("   reused", flush=True)
+            continue
+        done = {s.name: done[s.name] for s in plan[: number - 1]}  # what follows is stale
+        seconds = run_stage(stage)
+        done[stage.name] = {"key": key, "seconds": round(seconds, 1)}
+        RUN.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(done, indent=2) + "\n")
+        print(f"   {seconds:.0f} s", flush=True)
+    page = write_report(RUN, {name: entry["seconds"] for name, entry in done.items()})
+    print(f"== report: {page}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
