@@ -1,0 +1,134 @@
+"""The one table of weight names and layouts: the trainer's (megatron-core's) on the left, Hugging Face's on the right.
+
+Both directions read it. `*` stands for the same text on both sides.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megadual.streams import STREAMS
+from megadual.vision.tokenizer import QUANTIZERS
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the layouts depend on."""
+
+    heads: int
+    kv_heads: int
+    text_size: int  # text ids that exist
+    padded_text_size: int  # rows of the trainer's table
+
+    def __post_init__(self):
+        assert self.heads % self.kv_heads == 0 and self.text_size <= self.padded_text_size
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor of the trainer becomes the tensors of an entry, and back."""
+
+    split: Callable[[Tensor, Sizes], list[Tensor]]
+    merge: Callable[[list[Tensor], Sizes], Tensor]
+
+
+def _split_qkv(packed: Tensor, sizes: Sizes) -> list[Tensor]:
+    """Rows lie by KV group: the group's query heads, its key, its value."""
+    per_group = sizes.heads // sizes.kv_heads
+    groups = packed.unflatten(0, (sizes.kv_heads, per_group + 2, -1))
+    return [part.flatten(0, 2) for part in groups.split([per_group, 1, 1], dim=1)]
+
+
+def _merge_qkv(parts: list[Tensor], sizes: Sizes) -> Tensor:
+    width = parts[1].size(0) // sizes.kv_heads
+    return torch.cat([part.unflatten(0, (sizes.kv_heads, -1, width)) for part in parts], dim=1).flatten(0, 2)
+
+
+def _pad_vocabulary(parts: list[Tensor], sizes: Sizes) -> Tensor:
+    table = parts[0]
+    return torch.cat([table, table.new_zeros(sizes.padded_text_size - len(table), *table.shape[1:])])
+
+
+SAME = Layout(lambda tensor, _: [tensor], lambda parts, _: parts[0])
+QKV = Layout(_split_qkv, _merge_qkv)
+GATE_UP = Layout(lambda tensor, _: list(tensor.chunk(2)), lambda parts, _: torch.cat(parts))
+VOCABULARY = Layout(lambda tensor, sizes: [tensor[: sizes.text_size]], _pad_vocabulary)
+
+_QKV_NAMES = [f"model.layers.*.self_attn.{name}_proj.*" for name in "qkv"]
+
+TABLE: list[tuple[str, list[str], Layout]] = [
+    ("embedding.word_embeddings.weight", ["model.embed_tokens.weight"], VOCABULARY),
+    ("embedding.projector.*", ["projector.*"], SAME),
+    ("decoder.layers.*.input_layernorm.weight", ["model.layers.*.input_layernorm.weight"], SAME),
+    ("decoder.layers.*.self_attention.linear_qkv.*", _QKV_NAMES, QKV),
+    ("decoder.layers.*.self_attention.linear_proj.weight", ["model.layers.*.self_attn.o_proj.weight"], SAME),
+    ("decoder.layers.*.pre_mlp_layernorm.weight", ["model.layers.*.post_attention_layernorm.weight"], SAME),
+    (
+        "decoder.layers.*.mlp.linear_fc1.weight",
+        ["model.layers.*.mlp.gate_proj.weight", "model.layers.*.mlp.up_proj.weight"],
+        GATE_UP,
+    ),
+    ("decoder.layers.*.mlp.linear_fc2.weight", ["model.layers.*.mlp.down_proj.weight"], SAME),
+    ("decoder.final_layernorm.weight", ["model.norm.weight"], SAME),
+    ("output_layer.weight", ["lm_head.weight"], VOCABULARY),
+    ("semantic_head.*", ["semantic_head.*"], SAME),
+    ("pixel_head.*", ["pixel_head.*"], SAME),
+]
+
+# The trainer's copies of the DualToken's code vectors; an exported model has them in its DualToken.
+CODEBOOKS = {
+    f"{place}.{stream}": f"dualtoken.{QUANTIZERS[stream]}.codebooks.0.weight"
+    for place in ("embedding.codebooks", "head_codebooks")
+    for stream in STREAMS
+}
+
+
+def _match(pattern: str, name: str) -> tuple[str, ...] | None:
+    match = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), name)
+    return match and match.groups()
+
+
+def _fill(pattern: str, texts: tuple[str, ...]) -> str:
+    for text in texts:
+        pattern = pattern.replace("*", text, 1)
+    return pattern
+
+
+def to_hf(trainer: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+    """The trainer's full tensors under Hugging Face's names, without the codebooks. ValueError for an unknown name."""
+    found = {}
+    for name, tensor in trainer.items():
+        if name in CODEBOOKS:
+            continue
+        for left, rights, layout in TABLE:
+            if (texts := _match(left, name)) is not None:
+                for right, part in zip(rights, layout.split(tensor, sizes), strict=True):
+                    found[_fill(right, texts)] = part if layout is SAME else part.clone()  # parts are views
+                break
+        else:
+            raise ValueError(f"the trainer's tensor '{name}' has no entry in the mapping table")
+    return found
+
+
+def to_trainer(hf: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+    """An exported model's tensors under the trainer's names, the codebooks from its DualToken.
+
+    The other tensors of the DualToken have no place in the trainer and are left out. ValueError for an unknown
+    name, KeyError where one of an entry's tensors is missing.
+    """
+    found = {left: hf[right][:-1] for left, right in CODEBOOKS.items()}  # the last row is padding
+    firsts = {right: entry for entry in TABLE for right in entry[1]}
+    for name in hf:
+        if name.startswith("dualtoken."):
+            continue
+        for right, (left, rights, layout) in firsts.items():
+            if (texts := _match(right, name)) is not None:
+                if right == rights[0]:
+                    found[_fill(left, texts)] = layout.merge([hf[_fill(r, texts)] for r in rights], sizes)
+                break
+        else:
+            raise ValueError(f"the exported tensor '{name}' has no entry in the mapping table")
+    return found

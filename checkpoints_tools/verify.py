@@ -1,0 +1,170 @@
+"""Is an exported folder the checkpoint that it was made from? Every tensor bitwise, and the logits of real samples.
+
+`python checkpoints_tools/verify.py --checkpoint RUN --model DIR --output REPORT.json`
+
+The trainer's model runs here, on packed samples of the run's shard set; the exported one in a process of its own
+that cannot import megadual. Both compute in fp32. Exit code 1 where they differ.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megadual.engine import cpu
+
+cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402
+
+from checkpoints_tools.convert_to_hf import full_state, model_sizes, read_dualtoken  # noqa: E402
+from checkpoints_tools.mapping import Sizes, to_trainer  # noqa: E402
+from megadual.config import ParallelConfig, PretrainConfig  # noqa: E402
+from megadual.data.dataset import MicroBatch, collate  # noqa: E402
+from megadual.engine.groups import initialize_groups  # noqa: E402
+from megadual.engine.megatron import build_chunks  # noqa: E402
+from megadual.errors import UserError, command  # noqa: E402
+from megadual.model import presets  # noqa: E402
+from megadual.model.attention import rotary_angles  # noqa: E402
+from megadual.streams import STREAMS, Sequence, sequence_length, to_sequence  # noqa: E402
+from megadual.train.checkpoint import load_full_state, load_run_config, resolve_checkpoint  # noqa: E402
+from megadual.train.setup import Inputs, read_inputs  # noqa: E402
+
+TOLERANCE = 1e-4
+DIRECTIONS = ((True, False), (False, False), (True, True))  # (drawn, without caption): samples take them in turn
+
+
+def compare_tensors(trainer: dict[str, Tensor], exported: dict[str, Tensor], expected: dict[str, Tensor], sizes: Sizes):
+    """Names that differ: the export against `expected`, and the way back through the table against the trainer's."""
+    different = sorted(exported.keys() ^ expected.keys())
+    different += [name for name in exported.keys() & expected.keys() if not torch.equal(exported[name], expected[name])]
+    back = to_trainer(exported, sizes)
+    for name, tensor in trainer.items():
+        rows = sizes.text_size if len(tensor) == sizes.padded_text_size else None  # padding is not exported
+        if name not in back or not torch.equal(back[name][:rows], tensor[:rows]):
+            different.append(name)
+    return different
+
+
+def read_samples(inputs: Inputs, run: PretrainConfig, count: int) -> list[Sequence]:
+    """The first `count` documents with images that fit, each read in the next of DIRECTIONS."""
+    shard_set, samples = inputs.sets[0], []
+    usable = (sequence_length(*shard_set.lengths) <= run.train.seq_len) & (shard_set.lengths.images > 0)
+    for i in usable.nonzero()[0][:count].tolist():
+        document, (draw, drop_caption) = shard_set[i], DIRECTIONS[len(samples) % len(DIRECTIONS)]
+        samples.append(to_sequence(document, inputs.special, [draw] * len(document.grids), drop_caption))
+    if not samples:
+        raise UserError(f"--samples {count}: shard set '{shard_set.root}' gives no document with images to compare on")
+    return samples
+
+
+@torch.no_grad()
+def trainer_logits(
+    run: PretrainConfig, trainer: dict[str, Tensor], inputs: Inputs, batch: MicroBatch
+) -> dict[str, Tensor]:
+    """The trainer's model on packed samples: text (T, padded vocabulary), semantic and pixel (P, D, K)."""
+    run.parallel, run.train.precision = ParallelConfig(), "fp32"
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        initialize_groups(run)
+        (model,) = build_chunks(run, inputs.vocabulary)
+        own = model.state_dict()
+        model.load_state_dict({name: trainer[name].float() for name in own if name in trainer}, strict=False)
+        missing = [name for name, tensor in own.items() if tensor is not None and name not in trainer]
+        assert not [name for name in missing if not name.endswith("_extra_state")], missing
+        hidden_TH = model.decoder(
+            hidden_states=model.embedding(batch),
+            attention_mask=batch.cu_seqlens,
+            rotary_pos_emb=rotary_angles(batch.positions, model.config.kv_channels, model.rope_base),
+        ).squeeze(1)
+        logits = {"text": hidden_TH @ model.output_weight().T}
+        at = batch.draw_positions
+        for stream in STREAMS:
+            codes_PD, codebook = getattr(batch, stream)[at + 1], getattr(model.head_codebooks, stream)
+            logits[stream] = getattr(model, f"{stream}_head").logits(hidden_TH[at], codes_PD[:, :-1], codebook)
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    return logits
+
+
+def exported_logits(folder: Path, samples: list[Sequence], image: int) -> dict[str, Tensor]:
+    """The exported model on each sample by itself, joined in their order."""
+    tensors = {}
+    for i, sample in enumerate(samples):
+        tokens = torch.from_numpy(sample.tokens)
+        tensors[f"{i}.tokens"] = tokens
+        for stream in STREAMS:
+            tensors[f"{i}.{stream}"] = torch.from_numpy(getattr(sample, stream))[tokens == image]
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, outputs = f"{scratch}/inputs.safetensors", f"{scratch}/outputs.safetensors"
+        save_file(tensors, inputs)
+        script = Path(__file__).with_name("logits_of_export.py")
+        command = [sys.executable, "-I", str(script), str(folder.resolve()), inputs, outputs]
+        environment = os.environ | {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"the exported model in '{folder}' does not run:\n{done.stderr.strip()[-2000:]}")
+        found = load_file(outputs)
+    return {key: torch.cat([found[f"{i}.{key}"] for i in range(len(samples))]) for key in ("text", *STREAMS)}
+
+
+def verify(checkpoint: Path, folder: Path, count: int) -> dict:
+    """The report: tensors compared and different, and the largest difference of the logits of each stream."""
+    run = load_run_config(checkpoint)
+    run.model = presets.resolve(run.model)
+    trainer, inputs, dualtoken = load_full_state(checkpoint), read_inputs(run), read_dualtoken(run)
+    sizes = model_sizes(run, trainer, inputs.vocabulary.text_size)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"--model '{folder}' holds no *.safetensors; make it with checkpoints_tools/convert_to_hf.py")
+    exported = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = full_state(trainer, dualtoken, sizes, run.model.dualtoken)
+    different = compare_tensors(trainer, exported, expected, sizes)
+
+    samples = read_samples(inputs, run, count)
+    batch = collate(samples, inputs.special, keys=[], filled=sum(map(len, samples)))
+    ours = trainer_logits(run, trainer, inputs, batch)
+    ours["text"] = ours["text"][:, : sizes.text_size]
+    theirs = exported_logits(folder, samples, inputs.special.image)
+    differences = {stream: (ours[stream] - theirs[stream]).abs().max().item() for stream in ours}
+    return {
+        "checkpoint": checkpoint.name,
+        "tensors_compared": len(exported),
+        "tensors_different": different,
+        "samples": len(samples),
+        "logits_compared": {stream: logits.numel() for stream, logits in ours.items()},
+        "logit_std": {stream: logits.std().item() for stream, logits in ours.items()},
+        "max_abs_logit_diff_per_stream": differences,
+        "max_abs_logit_diff": max(differences.values()),
+        "tolerance": TOLERANCE,
+        "equal": not different and max(differences.values()) <= TOLERANCE,
+    }
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Compare an exported folder with the checkpoint it was made from.")
+    parser.add_argument("--checkpoint", required=True, help="RUN, RUN/checkpoints or RUN/checkpoints/STEP")
+    parser.add_argument("--model", required=True, type=Path, help="folder that convert_to_hf.py wrote")
+    parser.add_argument("--samples", type=int, default=8, help="documents of the run's first shard set to compare on")
+    parser.add_argument("--output", type=Path, help="file for the report as JSON")
+    args = parser.parse_args(argv)
+    report = json.dumps(verify(resolve_checkpoint(args.checkpoint), args.model, args.samples), indent=2)
+    print(report)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(report + "\n")
+    if not json.loads(report)["equal"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Configuration of an exported MegaDual model."""
+
+import dataclasses
+
+from transformers import PretrainedConfig, Qwen2Config
+
+from megadual.streams import SpecialIds
+from megadual.vision.config import DualTokenConfig
+
+
+class MegaDualConfig(PretrainedConfig):
+    """A Qwen2 decoder with a visual projector, two depth heads and a DualToken.
+
+    text_config is a Qwen2Config or its fields; `rope_base` stands here too, because transformers 4 and 5 name
+    it differently there. `head` are the sizes of both visual heads: width, layers, heads, ffn. `dualtoken` are
+    DualTokenConfig's fields, `special_ids` those of streams.SpecialIds.
+    """
+
+    model_type = "megadual"
+    sub_configs = {"text_config": Qwen2Config}
+
+    def __init__(self, text_config=None, rope_base=1e6, head=None, dualtoken=None, special_ids=None, **kwargs):
+        if not isinstance(text_config, Qwen2Config):
+            text_config = Qwen2Config(**{**(text_config or {}), "rope_theta": rope_base})
+        self.text_config = text_config
+        self.rope_base = rope_base
+        self.head = head or {}
+        self.dualtoken = dualtoken or {}
+        self.special_ids = special_ids or {}
+        kwargs["tie_word_embeddings"] = text_config.tie_word_embeddings
+        super().__init__(**kwargs)
+
+    @property
+    def special(self) -> SpecialIds:
+        return SpecialIds(**self.special_ids)
+
+    def dualtoken_config(self) -> DualTokenConfig:
+        known = {field.name for field in dataclasses.fields(DualTokenConfig)}
+        return DualTokenConfig(**{name: value for name, value in self.dualtoken.items() if name in known})

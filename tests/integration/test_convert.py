@@ -1,0 +1,194 @@
+"""From a trained checkpoint of any layout to a Hugging Face folder that works by itself, and its verification."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from checkpoints_tools import convert_to_hf, verify
+from megadual.engine.megatron import MegatronEngine
+from megadual.engine.topology import topology
+from megadual.errors import UserError
+from megadual.testing.corpus import make_corpus
+from megadual.testing.distributed import run_distributed
+from megadual.testing.models import write_dualtoken, write_run
+from megadual.train import setup
+from megadual.train.checkpoint import Checkpointer, load_full_state, resolve_checkpoint
+from megadual.vision import DualToken
+
+ROOT = Path(__file__).parents[2]
+
+
+def train_and_save(run):
+    layout, inputs = topology(run, dist.get_world_size()), setup.read_inputs(run)
+    engine = MegatronEngine(run, layout, inputs.vocabulary)
+    data = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank)
+    for step in range(run.train.steps):
+        engine.train_step(data.step(step))
+    Checkpointer(run).save(engine, run.train.steps)
+    engine.shutdown()
+
+
+def export(tmp_path_factory, processes: int, *overrides: str):
+    """(run, exported folder) of a run of two steps under a layout."""
+    folder = tmp_path_factory.mktemp("convert")
+    run = write_run(folder, *overrides)
+    run_distributed(train_and_save, processes, run)
+    convert_to_hf.main(["--checkpoint", run.run.dir, "--output", str(folder / "hf")])
+    return run, folder / "hf"
+
+
+@pytest.fixture(scope="module")
+def layout_4(tmp_path_factory):
+    return export(tmp_path_factory, 4, "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")
+
+
+@pytest.fixture(scope="module")
+def tied_bf16(tmp_path_factory):
+    return export(tmp_path_factory, 1, "model.tie_embeddings=true", "train.precision=bf16", "model.kv_heads=1")
+
+
+def run_verify(run, folder, capsys, *args) -> tuple[int, dict]:
+    """(exit code, report) of verify.py."""
+    capsys.readouterr()
+    try:
+        verify.main(["--checkpoint", run.run.dir, "--model", str(folder), *map(str, args)])
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["layout_4", "tied_bf16"])
+def test_the_export_is_the_checkpoint(name, request, tmp_path, capsys):
+    run, folder = request.getfixturevalue(name)
+    code, report = run_verify(run, folder, capsys, "--output", tmp_path / "report.json")
+    assert code == 0 and report["equal"] and report["tensors_compared"] > 100
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert set(report["max_abs_logit_diff_per_stream"]) == {"text", "semantic", "pixel"}
+    assert min(report["logits_compared"].values()) > 1000 and min(report["logit_std"].values()) > 0.01
+
+
+def test_a_changed_weight_is_found(layout_4, tmp_path, capsys):
+    run, folder = layout_4
+    changed = shutil.copytree(folder, tmp_path / "hf")
+    weights = load_file(changed / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.weight"][3, 5] += 0.5
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    code, report = run_verify(run, changed, capsys)
+    assert code == 1 and not report["equal"]
+    assert report["tensors_different"] == [
+        "model.layers.1.self_attn.k_proj.weight", "decoder.layers.1.self_attention.linear_qkv.weight"
+    ]  # fmt: skip
+    assert report["max_abs_logit_diff"] > report["tolerance"]
+
+
+USE = """
+import sys
+
+class NoMegadual:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] == "megadual":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NoMegadual)
+import json, torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+
+folder = sys.argv[1]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+image = Image.effect_mandelbrot((40, 30), (-2, -1.5, 1, 1.5), 20)
+inputs = processor(text=["a <image>"], images=[image])
+generated = model.generate(**inputs, max_new_tokens=4)
+buffers = {name: tensor.double().sum().item() for name, tensor in model.named_buffers()}
+first = model.draw(["two cats"], seed=3)[0]
+print(json.dumps({
+    "modules": sorted(name for name in sys.modules if name.partition(".")[0] == "megadual"),
+    "described": model.describe([image], max_new_tokens=3, min_new_tokens=3),
+    "generated": generated.shape[1] - inputs["input_ids"].shape[1],
+    "size": first.size,
+    "repeats": first.tobytes() == model.draw(["two cats"], seed=3)[0].tobytes(),
+    "dtypes": [str(model.lm_head.weight.dtype), str(model.dualtoken.codebook("pixel").dtype)],
+    "codes": model.dualtoken.encode(inputs["pixel_values"]).semantic.flatten().tolist(),
+    "rope": config.text_config.to_dict()["rope_parameters"]["rope_theta"],
+    "buffers": buffers,
+}))
+"""
+
+
+@pytest.mark.parametrize("name", ["layout_4", "tied_bf16"])
+def test_the_folder_works_without_megadual(name, request, tmp_path):
+    """Also under the meta device that loading uses: buffers that are in no file must hold their values."""
+    run, folder = request.getfixturevalue(name)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-I", "-c", USE, str(folder)]
+    pipes = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["modules"] == [] and found["repeats"] and found["size"] == [16, 16] and 1 <= found["generated"] <= 4
+    assert found["described"][0] and found["rope"] == run.model.rope_base
+    assert found["dtypes"] == ["torch.bfloat16" if run.train.precision == "bf16" else "torch.float32", "torch.float32"]
+    dualtoken = DualToken.from_pretrained(run.model.dualtoken)
+    image = Image.effect_mandelbrot((40, 30), (-2, -1.5, 1, 1.5), 20)
+    codes = dualtoken.encode(dualtoken.preprocess(image)[None]).semantic.flatten().tolist()
+    assert found["codes"] == codes
+    for name, tensor in dualtoken.named_buffers():
+        assert found["buffers"][f"dualtoken.{name}"] == tensor.double().sum().item(), name
+    head = run.model.hidden // run.model.heads
+    inverse = run.model.rope_base ** -(torch.arange(0, head, 2).float() / head)
+    assert found["buffers"]["model.rotary_emb.inv_freq"] == pytest.approx(inverse.double().sum().item(), abs=1e-6)
+
+
+def test_try_export_describes_and_draws(layout_4, tmp_path):
+    _, folder = layout_4
+    make_corpus(tmp_path / "corpus", train=4, heldout=6, size=16)
+    script = ROOT / "checkpoints_tools" / "try_export.py"
+    arguments = ["--model", folder, "--output", "use", "--data", "corpus/heldout-*.tar", "--describe", 2, "--draw", 3]
+    command = [sys.executable, "-I", str(script), *map(str, arguments)]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = ("descriptions", "drawings")
+    descriptions, drawings = (json.loads((tmp_path / "use" / f"{name}.json").read_text()) for name in names)
+    assert len(descriptions) == 2 and len(drawings) == 3
+    both = descriptions + drawings
+    assert all((tmp_path / "use" / record["file"]).is_file() for record in both)
+    assert len({record["caption"] for record in both}) == 5
+
+
+def error_of(main, capsys, *args) -> str:
+    with pytest.raises(SystemExit) as exit:
+        main([*map(str, args)])
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_wrong_input_is_named(layout_4, tmp_path, capsys):
+    run, _ = layout_4
+    error = error_of(convert_to_hf.main, capsys, "--checkpoint", tmp_path / "nowhere", "--output", tmp_path / "hf")
+    assert "nowhere' is not a checkpoint" in error
+    error = error_of(convert_to_hf.main, capsys, "--checkpoint", run.run.dir, "--output", ROOT / "tests")
+    assert "tests' exists and is not an exported model" in error
+    error = error_of(verify.main, capsys, "--checkpoint", run.run.dir, "--model", tmp_path)
+    assert "holds no *.safetensors" in error
+
+
+def test_another_dualtoken_is_refused(layout_4, tmp_path):
+    run, _ = layout_4
+    trainer = load_full_state(resolve_checkpoint(run.run.dir))
+    other = write_dualtoken(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="not the code vectors of the DualToken in 'runs/other'"):
+        convert_to_hf.full_state(trainer, other, convert_to_hf.model_sizes(run, trainer, 300), "runs/other")
