@@ -8,6 +8,8 @@ BIN      := $(VENV)/bin
 # torch goes first: what depends on it would otherwise bring the newest build, with CUDA.
 TORCH    ?= torch==2.13.0
 PARALLEL ?= pipeline=2
+# DeepSpeed's kernels are built when they are first used, not at installation.
+export DS_BUILD_OPS := 0
 
 .PHONY: install demo test test-mcore clean
 install: $(VENV)/.installed

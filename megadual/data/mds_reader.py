@@ -38,7 +38,7 @@ class _Shard:
 
     def __init__(self, path: Path, info: dict):
         self.path = path
-        self.columns = dict(zip(info["column_names"], info["column_encodings"]))
+        self.columns = dict(zip(info["column_names"], info["column_encodings"], strict=True))
         if self.columns != MDS_COLUMNS or any(info["column_sizes"]):
             raise UserError(f"shard '{path}': columns {self.columns} are not a shard set's {MDS_COLUMNS}")
         if info["compression"]:
@@ -67,7 +67,7 @@ class _Shard:
         sizes = np.frombuffer(record, "<u4", len(self.columns)).tolist()
         start, values = 4 * len(sizes), {}
         try:
-            for (name, encoding), size in zip(self.columns.items(), sizes):
+            for (name, encoding), size in zip(self.columns.items(), sizes, strict=True):
                 if encoding.startswith("ndarray:"):
                     values[name] = _decode_array(record, start, size, encoding.partition(":")[2])
                 else:
@@ -122,7 +122,7 @@ class ShardSet:
                 f"shard set '{root}': index.json lists {self._ends[-1]} documents, "
                 f"manifest.json {self.manifest['documents']}; finish it with data_pipeline/tokenize.py"
             )
-        self.lengths = Lengths(*map(np.concatenate, zip(*(shard.lengths() for shard in self.shards))))
+        self.lengths = Lengths(*map(np.concatenate, zip(*(shard.lengths() for shard in self.shards), strict=True)))
 
     def _read_json(self, name: str) -> dict:
         path = self.root / name

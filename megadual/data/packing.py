@@ -50,7 +50,7 @@ def fill_rows(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         for _, more in ahead:
             reached.append((reached[-1] | reached[-1] << more) & within)
         total, row, left = reached[-1].bit_length() - 1, [first], []
-        for (document, more), before in zip(reversed(ahead), reversed(reached[:-1])):
+        for (document, more), before in zip(reversed(ahead), reversed(reached[:-1]), strict=True):
             if before >> total & 1:  # the total is reached without this one
                 left.append((document, more))
             else:

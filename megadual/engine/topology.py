@@ -18,6 +18,8 @@ class Topology:
     def describe(self, run: PretrainConfig) -> str:
         parallel = run.parallel
         parts = [f"tensor={parallel.tensor}", f"pipeline={parallel.pipeline}"]
+        if run.engine == "deepspeed":
+            parts.append(f"zero={parallel.zero_stage}")
         if parallel.virtual_pipeline > 1:
             parts.append(f"virtual_pipeline={parallel.virtual_pipeline}")
         if parallel.sequence:
@@ -28,8 +30,9 @@ class Topology:
 def topology(run: PretrainConfig, world: int) -> Topology:
     """Check that the run's layout divides; UserError shows the product that does not. `run.model` is resolved."""
     parallel, model, train = run.parallel, run.model, run.train
-    if run.engine != "megatron":
-        raise UserError(f"engine '{run.engine}' is unknown; known: megatron")
+    if run.engine not in ("megatron", "deepspeed"):
+        raise UserError(f"engine '{run.engine}' is unknown; known: megatron, deepspeed")
+    _check_engine(run)
     if train.precision not in ("fp32", "bf16"):
         raise UserError(f"train.precision '{train.precision}' is unknown; known: fp32, bf16")
     for name in ("tensor", "pipeline", "virtual_pipeline"):
@@ -78,3 +81,23 @@ def topology(run: PretrainConfig, world: int) -> Topology:
             f"train.global_batch_tokens={train.global_batch_tokens} gives {microbatches}"
         )
     return Topology(world, data, train.global_batch_tokens // train.seq_len, microbatches)
+
+
+def _check_engine(run: PretrainConfig) -> None:
+    parallel, stage = run.parallel, run.parallel.zero_stage
+    if stage not in (1, 2, 3):
+        raise UserError(f"parallel.zero_stage={stage} is unknown; known: 1, 2, 3")
+    if run.engine == "megatron" and stage != 1:
+        raise UserError(f"parallel.zero_stage={stage} needs engine=deepspeed; megatron's distributed optimizer is stage 1")
+    if run.engine == "deepspeed" and parallel.virtual_pipeline > 1:
+        raise UserError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs engine=megatron")
+    if stage > 1 and parallel.pipeline > 1:
+        raise UserError(
+            f"parallel.zero_stage={stage} does not go with parallel.pipeline={parallel.pipeline}: a stage sums the "
+            "gradients of its micro-batches, which ZeRO-2 and 3 split up after each; use parallel.zero_stage=1"
+        )
+    if run.engine == "deepspeed" and parallel.pipeline > 1 and run.model.tie_embeddings:
+        raise UserError(
+            "model.tie_embeddings=true does not go with a DeepSpeed pipeline, which counts the shared table twice in the "
+            "gradient norm; use engine=megatron, or parallel.pipeline=1"
+        )

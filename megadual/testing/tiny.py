@@ -12,13 +12,12 @@ cpu.install()
 
 from megadual.config import PretrainConfig, load_config  # noqa: E402
 from megadual.data.mds_reader import ShardSet  # noqa: E402
-from megadual.engine.megatron import MegatronEngine  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
 from megadual.model import presets  # noqa: E402
 from megadual.model.dual_lm import Vocabulary  # noqa: E402
 from megadual.streams import STREAMS  # noqa: E402
 from megadual.testing.shards import SPECIAL, random_documents, write_shard_set  # noqa: E402
-from megadual.train.setup import dataset  # noqa: E402
+from megadual.train import setup  # noqa: E402
 
 TEXT_VOCABULARY, CODEBOOK, CODE_DIM, DEPTH, GRID = 300, 64, 8, 3, (3, 3)
 
@@ -55,8 +54,8 @@ def tiny_run(folder: Path, shards: Path, *overrides: str) -> PretrainConfig:
 def build(run: PretrainConfig):
     """(engine, data) of a tiny run in this process's group."""
     layout = topology(run, dist.get_world_size())
-    engine = MegatronEngine(run, layout, vocabulary())
-    return engine, dataset(run, [ShardSet(root) for root in run.data.sets], SPECIAL, layout, engine.data_rank)
+    engine = setup.engine(run, layout, vocabulary())
+    return engine, setup.dataset(run, [ShardSet(root) for root in run.data.sets], SPECIAL, layout, engine.data_rank)
 
 
 def losses(run: PretrainConfig) -> list[dict]:

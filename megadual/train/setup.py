@@ -5,7 +5,6 @@ import dataclasses
 from megadual.config import PretrainConfig
 from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
-from megadual.engine.megatron import MegatronEngine
 from megadual.engine.topology import Topology
 from megadual.errors import UserError
 from megadual.model.dual_lm import Vocabulary
@@ -43,9 +42,15 @@ def read_inputs(run: PretrainConfig) -> Inputs:
     return Inputs(sets, SpecialIds.of(tokenizer), vocabulary)
 
 
-def engine(run: PretrainConfig, layout: Topology, inputs: Inputs) -> MegatronEngine:
+def engine(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary):
     """The run's engine, over the initialised default process group."""
-    return MegatronEngine(run, layout, inputs.vocabulary)
+    if run.engine == "deepspeed":
+        from megadual.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(run, layout, vocabulary)
+    from megadual.engine.megatron import MegatronEngine
+
+    return MegatronEngine(run, layout, vocabulary)
 
 
 def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:

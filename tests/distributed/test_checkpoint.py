@@ -17,6 +17,8 @@ LAYOUTS = {
     "TP2xPP2+SP": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
     "PP2xVPP2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
     "DP2": (2, []),
+    "DeepSpeed ZeRO-3 DP2": (2, ["engine=deepspeed", "parallel.zero_stage=3"]),
+    "DeepSpeed PP2": (2, ["engine=deepspeed", "parallel.pipeline=2"]),
 }
 
 
@@ -54,6 +56,7 @@ def uninterrupted(run_in, tmp_path_factory):
 
 @pytest.mark.parametrize("saved, loaded", [
     ("one", "one"), ("one", "TP2xPP2+SP"), ("TP2xPP2+SP", "one"), ("TP2xPP2+SP", "PP2xVPP2"), ("PP2", "DP2"),
+    ("DeepSpeed ZeRO-3 DP2", "DeepSpeed ZeRO-3 DP2"), ("DeepSpeed PP2", "DeepSpeed PP2"),
 ])  # fmt: skip
 def test_resume(run_in, uninterrupted, tmp_path, saved, loaded):
     (processes, layout), (other_processes, other_layout) = LAYOUTS[saved], LAYOUTS[loaded]

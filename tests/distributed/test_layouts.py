@@ -21,6 +21,14 @@ LAYOUTS = {
     "TP2xPP2xDP2+SP+recompute": (
         8, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "train.recompute=true"],
     ),
+    "DeepSpeed ZeRO-1 DP2": (2, ["engine=deepspeed"]),
+    "DeepSpeed ZeRO-2 DP2": (2, ["engine=deepspeed", "parallel.zero_stage=2"]),
+    "DeepSpeed ZeRO-3 TP2xDP2+SP": (
+        4, ["engine=deepspeed", "parallel.zero_stage=3", "parallel.tensor=2", "parallel.sequence=true"],
+    ),
+    "DeepSpeed TP2xPP2xDP2+SP": (
+        8, ["engine=deepspeed", "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"],
+    ),
 }  # fmt: skip
 
 
@@ -62,8 +70,9 @@ def test_tied_embeddings(train, layout):
     assert_equal_runs(train(processes, *overrides, "model.tie_embeddings=true")[0], expected, tolerance=1e-5)
 
 
-def test_bf16(train):
-    processes, overrides = LAYOUTS["TP2xPP2+SP"]
+@pytest.mark.parametrize("layout", ["TP2xPP2+SP", "DeepSpeed ZeRO-2 DP2"])
+def test_bf16(train, layout):
+    processes, overrides = LAYOUTS[layout]
     (expected,) = train(1, "train.precision=bf16")
     got = train(processes, *overrides, "train.precision=bf16")[0]
     for a, b in zip(got, expected, strict=True):

@@ -72,6 +72,10 @@ def test_presets_fill_only_what_is_null():
     (1, ["train.global_batch_tokens=500"], r"is not a multiple of train.seq_len\(64\).* = 64"),
     (1, ["train.precision=fp8"], "train.precision 'fp8' is unknown"),
     (1, ["engine=jax"], "engine 'jax' is unknown"),
+    (2, ["engine=deepspeed", "parallel.pipeline=2", "parallel.zero_stage=2"], "does not go with parallel.pipeline=2"),
+    (2, ["engine=deepspeed", "parallel.pipeline=2", "model.tie_embeddings=true"], "counts the shared table twice"),
+    (1, ["parallel.zero_stage=3"], "needs engine=deepspeed"),
+    (2, ["engine=deepspeed", "parallel.pipeline=2", "parallel.virtual_pipeline=2"], "needs engine=megatron"),
     (1, ["parallel.tensor=0"], "parallel.tensor=0 must be at least 1"),
     (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch_tokens=192"], "micro-batches"),
 ])  # fmt: skip
