@@ -130,7 +130,7 @@ def verify(checkpoint: Path, folder: Path, count: int) -> dict:
     different = compare_tensors(trainer, exported, expected, sizes)
 
     samples = read_samples(inputs, run, count)
-    batch = collate(samples, inputs.special, keys=[], filled=sum(map(len, samples)))
+    batch = collate(samples, inputs.special, keys=[str(i) for i in range(len(samples))])
     ours = trainer_logits(run, trainer, inputs, batch)
     ours["text"] = ours["text"][:, : sizes.text_size]
     theirs = exported_logits(folder, samples, inputs.special.image)

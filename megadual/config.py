@@ -173,6 +173,7 @@ class TrainConfig:
     clip_grad: float = 1.0
     recompute: bool = False  # full activation recompute, layer by layer
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    spike_factor: float | None = None  # stop at a loss over this many times the median of the last 64 steps
 
 
 @dataclasses.dataclass

@@ -34,7 +34,12 @@ class MicroBatch:
     text_positions: torch.Tensor  # (P,) int64, where the next position is text
     draw_positions: torch.Tensor  # (P',) int64, where the next position's codes are targets
     keys: list[str]  # of the documents, in order
-    filled: int  # positions that are not padding
+    lengths: list[int]  # of the documents; what is left of T is padding
+
+    @property
+    def filled(self) -> int:
+        """Positions that are not padding."""
+        return sum(self.lengths)
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         moved = {
@@ -51,8 +56,8 @@ def _padding(length: int, end_of_text: int, depth: int) -> Sequence:
     return Sequence(np.full(length, end_of_text, dtype=np.int64), codes, codes, ignored, np.zeros(length, dtype=bool))
 
 
-def collate(sequences: list[Sequence], special: SpecialIds, keys: list[str], filled: int) -> MicroBatch:
-    """Sequences laid end to end."""
+def collate(sequences: list[Sequence], special: SpecialIds, keys: list[str]) -> MicroBatch:
+    """Sequences laid end to end; `keys` are those of the ones that are documents, "" that of padding."""
     lengths = [len(sequence) for sequence in sequences]
     columns = {
         field.name: torch.from_numpy(np.concatenate([getattr(sequence, field.name) for sequence in sequences]))
@@ -65,8 +70,8 @@ def collate(sequences: list[Sequence], special: SpecialIds, keys: list[str], fil
         draw_positions=columns.pop("draw").nonzero().flatten(),
         positions=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32),
-        keys=keys,
-        filled=filled,
+        keys=[key for key in keys if key],
+        lengths=[length for length, key in zip(lengths, keys, strict=True) if key],
         **columns,
     )
 
@@ -140,7 +145,7 @@ class PackedDataset:
         return document.key, to_sequence(document, self.special, list(piece.draw_images), piece.drop_caption)
 
     def _collate(self, rows: list[list[Piece]]) -> MicroBatch:
-        keys, parts, filled = [], [], 0
+        keys, parts = [], []
         for row in rows:
             used = 0
             for piece in row:
@@ -150,5 +155,5 @@ class PackedDataset:
                 used += len(sequence)
             if used < self.seq_len:
                 parts.append(_padding(self.seq_len - used, self.special.end_of_text, parts[-1].semantic.shape[1]))
-            filled += used
-        return collate(parts, self.special, keys, filled)
+                keys.append("")
+        return collate(parts, self.special, keys)

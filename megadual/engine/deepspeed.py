@@ -183,7 +183,7 @@ class DeepSpeedEngine:
         """One optimizer step over this rank's micro-batches."""
         device = torch.cuda.current_device()
         batches = [batch.to(device) for batch in batches]
-        losses = GlobalLosses(self.run, batches, self.vocabulary.depth)
+        losses = GlobalLosses(self.run, batches, self.vocabulary)
         # DeepSpeed divides by the micro-batches and averages over data-parallel ranks; the loss is global already.
         self.feed.start(batches, losses, scale=len(batches) * self.topology.data)
         lr = self.optimizer.param_groups[0]["lr"]

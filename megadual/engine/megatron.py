@@ -88,7 +88,7 @@ class MegatronEngine:
         for wrapped in self.model:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = GlobalLosses(self.run, batches, self.vocabulary.depth)
+        losses = GlobalLosses(self.run, batches, self.vocabulary)
         # megatron divides by the micro-batches and averages over data-parallel ranks; the loss is global already.
         scale = len(batches) * self.topology.data
 

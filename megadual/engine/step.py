@@ -9,13 +9,17 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megadual.config import PretrainConfig
 from megadual.data.dataset import MicroBatch
-from megadual.model.dual_lm import StreamLosses
+from megadual.model.dual_lm import StreamLosses, Vocabulary
+from megadual.model.flops import step_flops
 from megadual.streams import STREAMS
 
 
 @dataclasses.dataclass
 class StepResult:
-    """What one optimizer step did; equal on every rank. Per-depth losses are (D,) lists."""
+    """What one optimizer step did; equal on every rank. Per-depth losses are (D,) lists.
+
+    `flops` are the model FLOPs of the whole step, `fill` the share of positions that are not padding.
+    """
 
     loss: float
     loss_text: float
@@ -25,6 +29,8 @@ class StepResult:
     depth_pixel: list[float]
     grad_norm: float
     lr: float
+    flops: float
+    fill: float
 
 
 class GlobalLosses:
@@ -33,16 +39,23 @@ class GlobalLosses:
     So how rows fall on micro-batches and ranks does not change them. Collective over the data-parallel group.
     """
 
-    def __init__(self, run: PretrainConfig, batches: list[MicroBatch], depth: int):
-        self.run, self.depth = run, depth
+    def __init__(self, run: PretrainConfig, batches: list[MicroBatch], vocabulary: Vocabulary):
+        self.run, self.depth = run, vocabulary.depth
         counts = torch.tensor(
-            [sum(len(b.text_positions) for b in batches), sum(len(b.draw_positions) for b in batches)],
+            [
+                [len(b.text_positions), len(b.draw_positions), len(b.image_positions), b.tokens.numel()]
+                + [b.filled, sum(length**2 for length in b.lengths)]
+                for b in batches
+            ],
             dtype=torch.float64,
             device=torch.cuda.current_device(),
-        )
+        ).sum(0)
         dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-        self.text_count, self.draw_count = counts.clamp(min=1).tolist()
-        self.sums = torch.zeros(1 + 2 * depth, dtype=torch.float64, device=torch.cuda.current_device())
+        text, drawn, images, positions, filled, squares = counts.tolist()
+        self.text_count, self.draw_count = max(text, 1), max(drawn, 1)
+        self.flops = step_flops(run.model, vocabulary, filled, squares, images, text, drawn)
+        self.fill = filled / positions
+        self.sums = torch.zeros(1 + 2 * self.depth, dtype=torch.float64, device=torch.cuda.current_device())
 
     def total(self, losses: StreamLosses) -> torch.Tensor:
         """One micro-batch's part of the weighted loss to minimise; its sums are kept for `result`."""
@@ -76,6 +89,8 @@ class GlobalLosses:
             depth_pixel=per_depth[1].tolist(),
             grad_norm=float(grad_norm),
             lr=lr,
+            flops=self.flops,
+            fill=self.fill,
         )
 
 

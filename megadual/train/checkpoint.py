@@ -11,16 +11,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megadual.config import PretrainConfig, load_config, to_yaml
-from megadual.engine.megatron import MegatronEngine
 from megadual.errors import UserError
 
 LATEST = "latest"
 CONFIG = "config.yaml"
 PROGRESS = "progress.json"
+CHECKSUMS = "checksums.json"
 
 
 class Checkpointer:
@@ -30,7 +31,7 @@ class Checkpointer:
         self.run = run
         self.folder = Path(run.run.dir) / "checkpoints"
 
-    def save(self, engine: MegatronEngine, step: int) -> Path:
+    def save(self, engine, step: int) -> Path:
         """Write the state after `step` optimizer steps; every rank calls it. Prunes the oldest checkpoints."""
         final = self.folder / f"{step:08d}"
         partial = self.folder / f".partial-{step:08d}"
@@ -40,7 +41,9 @@ class Checkpointer:
         dist.barrier()
         engine.save(partial)
         dist.barrier()
+        checksums = _checksums(partial)
         if dist.get_rank() == 0:
+            (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
             (partial / CONFIG).write_text(to_yaml(self.run))
             (partial / PROGRESS).write_text(json.dumps({"step": step}))
             shutil.rmtree(final, ignore_errors=True)
@@ -63,10 +66,35 @@ class Checkpointer:
         pointer = self.folder / LATEST
         return self.folder / pointer.read_text().strip() if pointer.is_file() else None
 
-    def load(self, engine: MegatronEngine, checkpoint: Path) -> int:
-        """Fill the engine from a checkpoint of any layout; returns the number of steps it had done."""
+    def load(self, engine, checkpoint: Path) -> int:
+        """Fill the engine from a checkpoint of any layout; returns the number of steps it had done.
+
+        UserError names the files that are not what was written.
+        """
+        written, found = json.loads((checkpoint / CHECKSUMS).read_text()), _checksums(checkpoint)
+        damaged = sorted(name for name in written if found.get(name) != written[name])
+        if damaged:
+            raise UserError(
+                f"checkpoint '{checkpoint}' is damaged: {', '.join(damaged)}; remove the folder and write the name of "
+                f"an older one to '{self.folder / LATEST}'"
+            )
         engine.load(checkpoint)
         return json.loads((checkpoint / PROGRESS).read_text())["step"]
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """xxh3 of the engine's files by name; ranks share the files out (collective)."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    mine = {}
+    for name in [n for n in names if n not in (CONFIG, PROGRESS, CHECKSUMS)][dist.get_rank() :: dist.get_world_size()]:
+        digest = xxhash.xxh3_128()
+        with open(folder / name, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+        mine[name] = digest.hexdigest()
+    parts: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, mine)
+    return {name: digest for part in parts for name, digest in part.items()}
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

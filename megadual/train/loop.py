@@ -1,24 +1,32 @@
 """The training loop: data in, optimizer steps, metrics and checkpoints out."""
 
+import sys
 import time
 
 import torch.distributed as dist
 
 from megadual.config import PretrainConfig
 from megadual.data.dataset import PackedDataset
-from megadual.engine.megatron import MegatronEngine
+from megadual.model.flops import peak_flops
 from megadual.train.checkpoint import Checkpointer
 from megadual.train.metrics import MetricsLog, entry_of
+from megadual.train.stop import EXIT_BAD_LOSS, EXIT_STOPPED, LossWatch, StopSignal, all_keys
 
 
-def train(run: PretrainConfig, engine: MegatronEngine, data: PackedDataset) -> None:
-    """Run the configured steps, from the run folder's latest checkpoint where there is one."""
+def train(run: PretrainConfig, engine, data: PackedDataset) -> None:
+    """Run the configured steps, from the run folder's latest checkpoint where there is one.
+
+    Exits with EXIT_STOPPED after SIGTERM or SIGUSR1, once a checkpoint is written, and with EXIT_BAD_LOSS
+    where a step's loss is not finite or spikes.
+    """
     checkpointer = Checkpointer(run)
     latest = checkpointer.latest() if run.checkpoint.resume else None
     start = checkpointer.load(engine, latest) if latest else 0
     log = MetricsLog(run, start) if dist.get_rank() == 0 else None
     if log and latest:
         log.bar.write(f"resumed from {latest}")
+    stop, watch = StopSignal(), LossWatch(run.train)
+    world, peak = dist.get_world_size(), peak_flops()
 
     batches = data.iterate(start)
     for step in range(start + 1, run.train.steps + 1):
@@ -28,17 +36,31 @@ def train(run: PretrainConfig, engine: MegatronEngine, data: PackedDataset) -> N
         result = engine.train_step(microbatches)
         seconds = time.perf_counter() - begun
         if log:
+            per_gpu = result.flops / seconds / world
             log.step(
                 entry_of(
                     step,
                     result,
                     tokens=step * run.train.global_batch_tokens,
                     tokens_per_s=run.train.global_batch_tokens / seconds,
-                    fill=sum(b.filled for b in microbatches) / sum(b.tokens.numel() for b in microbatches),
+                    model_tflops=per_gpu / 1e12,
+                    mfu=per_gpu / peak if peak else None,
                     data_wait_s=begun - waited,
                 )
             )
-        if step % run.checkpoint.every == 0 or step == run.train.steps:
+        if complaint := watch.complaint(result):
+            keys = all_keys([key for batch in microbatches for key in batch.keys])
+            if log:
+                log.close()
+                print(f"error: step {step}: {complaint}; its documents: {', '.join(keys)}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_BAD_LOSS)
+        stopping = stop.agreed()
+        if stopping or step % run.checkpoint.every == 0 or step == run.train.steps:
             checkpointer.save(engine, step)
+        if stopping and step < run.train.steps:
+            if log:
+                log.bar.write(f"stopped by a signal after step {step}; start again to go on")
+                log.close()
+            sys.exit(EXIT_STOPPED)
     if log:
         log.close()

@@ -102,3 +102,20 @@ def test_partial_write_is_ignored(run_in, tmp_path):
 def test_not_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="not a checkpoint"):
         resolve_checkpoint(tmp_path)
+
+
+def load_latest(run):
+    engine, _ = tiny.build(run)
+    checkpointer = Checkpointer(run)
+    return checkpointer.load(engine, checkpointer.latest())
+
+
+def test_flipped_byte_is_found_and_named(run_in, tmp_path):
+    run = run_in(tmp_path, *LAYOUTS["DP2"][1])
+    run_distributed(train_part, 2, run, 0, 1, True)
+    victim = sorted((tmp_path / "checkpoints" / "00000001").glob("*.distcp"))[-1]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(RuntimeError, match=f"is damaged: {victim.name};"):
+        run_distributed(load_latest, 2, run)

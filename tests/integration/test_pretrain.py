@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from megadual.config import to_yaml
 from megadual.testing.models import write_dualtoken, write_run
+from megadual.train.stop import EXIT_BAD_LOSS, EXIT_STOPPED
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,3 +79,27 @@ def test_set_of_another_tokenizer(inputs, tmp_path):
     done = pretrain(*inputs, f"run.dir={tmp_path}", "train.steps=2", f"model.dualtoken={tmp_path / 'other'}", ok=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert other.fingerprint()[:12] in done.stderr and "was made with the dualtoken of" in done.stderr
+
+
+def test_signal_saves_and_stops(inputs, tmp_path):
+    arguments = [*map(str, inputs), f"run.dir={tmp_path}", "train.steps=100000", "checkpoint.every=100000"]
+    process = subprocess.Popen([sys.executable, "pretrain/pretrain.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE)
+    metrics = tmp_path / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=60) == EXIT_STOPPED
+    finally:
+        process.kill()
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == f"{last:08d}"
+
+
+def test_loss_that_is_not_finite_stops_and_names_documents(inputs, tmp_path):
+    done = pretrain(*inputs, f"run.dir={tmp_path}", "train.steps=8", "train.lr=1e30", "train.min_lr=1e29", ok=False)
+    assert done.returncode == EXIT_BAD_LOSS
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: step \d+: loss nan", line) and "random-0/0000" in line

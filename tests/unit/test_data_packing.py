@@ -60,15 +60,17 @@ def test_an_epoch_reads_every_document_once(root, monkeypatch, window):
     rows = rows_of(root)
     first = epoch(rows)
     assert Counter(piece.document for row in first for piece in row) == Counter(range(500))
-    second = [rows[r] for r in range(len(first), 2 * len(first) + 5)]
-    assert [p.document for p in itertools.chain(*first)][:50] != [p.document for p in itertools.chain(*second)][:50]
+    second = [rows[r] for r in range(len(first), 2 * len(first))]
+    if window < 500:  # the epochs' first windows hold other documents
+        begin, again = ({piece.document for row in part[:6] for piece in row} for part in (first, second))
+        assert len(begin & again) < len(begin) / 2
 
 
 def test_fill_of_short_documents(root):
-    data = dataset(root, rows=8)
-    batches = [batch for s in range(4) for batch in data.step(s)]
-    assert data.fill >= 0.97
-    assert sum(batch.filled for batch in batches) / (len(batches) * SEQ) >= 0.95
+    data = dataset(root, rows=1)
+    rows = len(epoch(data.rows))
+    filled = sum(data.step(s)[0].filled for s in range(rows))
+    assert data.fill == pytest.approx(filled / (rows * SEQ)) and data.fill >= 0.97
 
 
 def test_directions_follow_the_rule(root):
@@ -144,7 +146,7 @@ def test_rows_that_do_not_divide_are_refused(root):
 def test_iterate_reads_ahead_the_same_steps(root):
     data = dataset(root)
     steps = dataset(root).iterate(5)
-    for s, batches in zip(range(5, 9), steps):
+    for s, batches in zip(range(5, 9), steps, strict=False):
         for got, expected in zip(batches, data.step(s), strict=True):
             assert torch.equal(got.tokens, expected.tokens) and got.keys == expected.keys
     steps.close()

@@ -1,0 +1,59 @@
+"""Ways a run stops before its last step: a signal that asks for it, and a loss that can't be right."""
+
+import math
+import signal
+import statistics
+from collections import deque
+
+import torch
+import torch.distributed as dist
+
+from megadual.config import TrainConfig
+from megadual.engine.step import StepResult
+
+EXIT_STOPPED = 75  # a signal stopped the run after a checkpoint: start it again to go on
+EXIT_BAD_LOSS = 76
+
+
+class StopSignal:
+    """SIGTERM or SIGUSR1, seen by every rank at the same step whichever of them got it."""
+
+    def __init__(self):
+        self.got = False
+        for name in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(name, self._note)
+
+    def _note(self, *_) -> None:
+        self.got = True
+
+    def agreed(self) -> bool:
+        """Collective: has any rank been asked to stop?"""
+        flag = torch.tensor([float(self.got)], device=torch.cuda.current_device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+class LossWatch:
+    """Says whether a step's loss can be right: finite, and no spike over the median of the steps before."""
+
+    def __init__(self, train: TrainConfig, window: int = 64):
+        self.factor = train.spike_factor
+        self.losses: deque[float] = deque(maxlen=window)
+
+    def complaint(self, result: StepResult) -> str | None:
+        """What is wrong with the step, None where nothing is; the same on every rank."""
+        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+            return f"loss {result.loss}, gradient norm {result.grad_norm}"
+        if self.factor and len(self.losses) == self.losses.maxlen:
+            usual = statistics.median(self.losses)
+            if result.loss > self.factor * usual:
+                return f"loss {result.loss:.4g} is over {self.factor} x {usual:.4g}, the median before it"
+        self.losses.append(result.loss)
+        return None
+
+
+def all_keys(keys: list[str]) -> list[str]:
+    """The documents of a step on all ranks, each once (collective)."""
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, keys)
+    return sorted({key for some in gathered for key in some})

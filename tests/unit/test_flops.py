@@ -1,0 +1,43 @@
+"""Model FLOPs against a count of what torch really multiplies."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megadual.config import HeadConfig, ModelConfig
+from megadual.model.depth_head import DepthHead
+from megadual.model.dual_lm import Vocabulary
+from megadual.model.flops import step_flops, work
+
+MODEL = ModelConfig(
+    layers=3, hidden=64, ffn=160, heads=4, kv_heads=2, tie_embeddings=False, dualtoken="", text_tokenizer="",
+    head=HeadConfig(width=32, layers=2, heads=2, ffn=48),
+)  # fmt: skip
+VOCABULARY = Vocabulary(256, 4, {s: torch.randn(64, 8) for s in ("semantic", "pixel")})
+
+
+def counted(call) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def test_transformer_and_text_head():
+    length = 16
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation="eager",
+    ))  # fmt: skip
+    forward = counted(lambda: model(torch.arange(length)[None]))
+    ours = step_flops(MODEL, VOCABULARY, length, length**2, 0, length, 0) / 3
+    # eager attention multiplies the masked half too
+    assert ours + 2 * 3 * work(MODEL, VOCABULARY).attention * length**2 == forward
+
+
+def test_visual_heads():
+    head = DepthHead(64, 32, 2, 2, 48, 4, 64, 8)
+    drawn = 5
+    hidden, codes = torch.randn(drawn, 64), torch.randint(64, (drawn, 4))
+    forward = counted(lambda: head(hidden, codes, VOCABULARY.codebooks["pixel"]))
+    ours = step_flops(MODEL, VOCABULARY, 0, 0, 0, 0, drawn) / 3 / 2  # two heads
+    assert abs(ours - forward) < 0.1 * forward  # the first depth has no code to project, attention is halved
