@@ -143,7 +143,9 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1  # model chunks per pipeline stage
+    stage_layers: list[int] | None = None  # layers of each chunk, first to last; null: cut by cost
     sequence: bool = False  # sequence parallelism over the tensor-parallel group
+    gpu_memory_gib: float = 80.0  # of one GPU, for the plan's warning
     zero_stage: int = 1  # what data-parallel ranks split: 1 optimizer state, 2 gradients too, 3 weights too (deepspeed)
 
 

@@ -49,10 +49,15 @@ def topology(run: PretrainConfig, world: int) -> Topology:
     chunks = parallel.pipeline * parallel.virtual_pipeline
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise UserError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline > 1")
-    if model.layers % chunks:
+    if model.layers < chunks - 1:
         raise UserError(
-            f"model.layers={model.layers} does not divide by parallel.pipeline({parallel.pipeline}) x "
-            f"parallel.virtual_pipeline({parallel.virtual_pipeline}) = {chunks}"
+            f"model.layers={model.layers} are too few for parallel.pipeline({parallel.pipeline}) x "
+            f"parallel.virtual_pipeline({parallel.virtual_pipeline}) = {chunks} chunks"
+        )
+    split = parallel.stage_layers
+    if split is not None and (len(split) != chunks or sum(split) != model.layers or min(split) < 0):
+        raise UserError(
+            f"parallel.stage_layers={split} must be {chunks} numbers that add up to model.layers={model.layers}"
         )
     if model.heads % parallel.tensor:
         raise UserError(f"model.heads={model.heads} does not divide by parallel.tensor={parallel.tensor}")

@@ -20,9 +20,16 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def transformer_config(run: PretrainConfig) -> TransformerConfig:
-    """A Qwen2.5-shaped TransformerConfig (GQA, QKV bias, SwiGLU, RMSNorm) for the run's model and layout."""
+    """A Qwen2.5-shaped TransformerConfig (GQA, QKV bias, SwiGLU, RMSNorm) for the run's model and layout.
+
+    With a pipeline `run.parallel.stage_layers` is set (megadual.train.setup.resolve_stages).
+    """
     model, parallel, train = run.model, run.parallel, run.train
     virtual = parallel.virtual_pipeline > 1
+    split = [model.layers] if parallel.pipeline == 1 else parallel.stage_layers
+    stages = [["decoder"] * layers for layers in split]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     recompute = (
         dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -50,6 +57,7 @@ def transformer_config(run: PretrainConfig) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if virtual else None,
+        pipeline_model_parallel_layout=stages if len(stages) > 1 else None,
         sequence_parallel=parallel.sequence,
         # Two chunks of one rank pair may send at once, which batched point-to-point calls would swap.
         overlap_p2p_comm=virtual,

@@ -54,8 +54,10 @@ def tiny_run(folder: Path, shards: Path, *overrides: str) -> PretrainConfig:
 def build(run: PretrainConfig):
     """(engine, data) of a tiny run in this process's group."""
     layout = topology(run, dist.get_world_size())
-    engine = setup.engine(run, layout, vocabulary())
-    return engine, setup.dataset(run, [ShardSet(root) for root in run.data.sets], SPECIAL, layout, engine.data_rank)
+    inputs = setup.Inputs([ShardSet(root) for root in run.data.sets], SPECIAL, vocabulary())
+    setup.resolve_stages(run, inputs)
+    engine = setup.engine(run, layout, inputs.vocabulary)
+    return engine, setup.dataset(run, inputs.sets, SPECIAL, layout, engine.data_rank)
 
 
 def losses(run: PretrainConfig) -> list[dict]:

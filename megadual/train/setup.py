@@ -5,6 +5,8 @@ import dataclasses
 from megadual.config import PretrainConfig
 from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
+from megadual.engine.estimate import estimate, table
+from megadual.engine.stages import Traffic, costs, split_layers
 from megadual.engine.topology import Topology
 from megadual.errors import UserError
 from megadual.model.dual_lm import Vocabulary
@@ -39,7 +41,17 @@ def read_inputs(run: PretrainConfig) -> Inputs:
         depth=codebooks["depth"],
         codebooks={stream: codebooks[stream] for stream in STREAMS},
     )
-    return Inputs(sets, SpecialIds.of(tokenizer), vocabulary)
+    inputs = Inputs(sets, SpecialIds.of(tokenizer), vocabulary)
+    resolve_stages(run, inputs)
+    return inputs
+
+
+def resolve_stages(run: PretrainConfig, inputs: Inputs) -> None:
+    """Set `run.parallel.stage_layers`, where it is null, by what the data asks of the model."""
+    parallel = run.parallel
+    if parallel.stage_layers is None:
+        cost = costs(run, inputs.vocabulary, Traffic.of(inputs.sets, run.data.draw_probability))
+        parallel.stage_layers = split_layers(run.model.layers, parallel.pipeline * parallel.virtual_pipeline, cost)
 
 
 def engine(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary):
@@ -57,7 +69,7 @@ def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
     """What the run is about to do, for people."""
     documents = sum(len(shard_set) for shard_set in inputs.sets)
     vocabulary = inputs.vocabulary
-    return (
+    about = (
         f"pretrain: {run.train.steps} steps of {run.train.global_batch_tokens:,} positions "
         f"({layout.rows_per_step} rows of {run.train.seq_len}, {layout.microbatches} micro-batches a rank) "
         f"on {documents:,} documents\n"
@@ -65,6 +77,8 @@ def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
         f"model: {run.model.layers} layers of {run.model.hidden}, {vocabulary.text_size:,} text tokens, "
         f"2 streams of {vocabulary.depth} codes among {len(vocabulary.codebooks['pixel']):,}"
     )
+    traffic = Traffic.of(inputs.sets, run.data.draw_probability)
+    return about + "\n" + table(estimate(run, layout, vocabulary, traffic), run.parallel.gpu_memory_gib)
 
 
 def dataset(

@@ -16,6 +16,7 @@ LAYOUTS = {
     "DP2": (2, []),
     "PP2xVPP2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
     "PP4": (4, ["parallel.pipeline=4"]),
+    "PP4, heads alone": (4, ["parallel.pipeline=4", "parallel.stage_layers=[2,1,1,0]"]),
     "TP2xPP2+SP": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
     "TP2xDP2, micro-batch 2": (4, ["parallel.tensor=2", "train.micro_batch_size=2"]),
     "TP2xPP2xDP2+SP+recompute": (

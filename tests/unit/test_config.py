@@ -65,9 +65,10 @@ def test_presets_fill_only_what_is_null():
 
 @pytest.mark.parametrize("world, overrides, message", [
     (2, ["parallel.tensor=3"], r"parallel.tensor\(3\) x parallel.pipeline\(1\) = 3 does not divide the world of 2"),
-    (3, ["parallel.pipeline=3"], r"model.layers=4 does not divide by parallel.pipeline\(3\)"),
+    (8, ["parallel.pipeline=8"], r"model.layers=4 are too few for parallel.pipeline\(8\)"),
+    (2, ["parallel.pipeline=2", "parallel.stage_layers=[3,2]"], "2 numbers that add up to model.layers=4"),
     (8, ["parallel.tensor=8"], "model.heads=4 does not divide by parallel.tensor=8"),
-    (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=4"], "= 8"),
+    (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=4"], "= 8 chunks"),
     (1, ["parallel.sequence=true"], "needs parallel.tensor > 1"),
     (1, ["train.global_batch_tokens=500"], r"is not a multiple of train.seq_len\(64\).* = 64"),
     (1, ["train.precision=fp8"], "train.precision 'fp8' is unknown"),

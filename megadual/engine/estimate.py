@@ -1,0 +1,106 @@
+"""What a layout will hold and do, before anything is allocated: parameters, FLOPs and memory of every stage."""
+
+import dataclasses
+
+from megadual.config import PretrainConfig
+from megadual.engine.stages import Traffic, costs
+from megadual.engine.topology import Topology
+from megadual.model.dual_lm import Vocabulary
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class StageEstimate:
+    """One pipeline stage; bytes are those of one GPU."""
+
+    layers: int
+    parameters: int  # of the stage, over its tensor-parallel ranks
+    flops_share: float
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traffic: Traffic) -> list[StageEstimate]:
+    """The stages of a resolved run, first to last."""
+    model, parallel, train = run.model, run.parallel, run.train
+    hidden, head, tensor, data = model.hidden, model.head, parallel.tensor, layout.data
+    kv = model.kv_heads * (hidden // model.heads)
+    layer = hidden * (2 * hidden + 2 * kv) + hidden + 2 * kv + 3 * hidden * model.ffn + 2 * hidden
+    table = vocabulary.padded_text_size * hidden
+    codebook_size, code_dim = vocabulary.codebooks["pixel"].shape
+    projector = 2 * code_dim * hidden + hidden**2 + 2 * hidden
+    one_head = hidden * head.width + head.width**2 + code_dim * head.width + 3 * head.width
+    one_head += head.layers * (4 * head.width**2 + 3 * head.width * head.ffn + 2 * head.width)
+    one_head += vocabulary.depth * (codebook_size + 1) * head.width + head.width
+
+    cost = costs(run, vocabulary, traffic)
+    per_stage = [sum(parallel.stage_layers[stage :: parallel.pipeline]) for stage in range(parallel.pipeline)]
+    shares = [layers * cost.layer for layers in per_stage]
+    shares[0] += cost.embedding
+    shares[-1] += cost.heads
+    total_share = sum(shares)
+
+    width = 2 if train.precision == "bf16" else 4
+    # fp32 gradients; fp32 moments, and a fp32 copy of the weights where they are bf16
+    per_weight, per_gradient, per_optimizer = width, 4, 8 + (4 if width == 2 else 0)
+    stage_zero = parallel.zero_stage if run.engine == "deepspeed" else 1
+    positions = train.seq_len * train.micro_batch_size
+    inner = tensor if parallel.sequence else 1
+    # kept for backward per layer and position: inputs of both norms, q, k, v, attention's output, gate, up, product
+    kept = (2 * hidden / inner + (2 * hidden + 2 * kv + 3 * model.ffn) / tensor + 2 * hidden / inner) * width
+    if train.recompute:
+        kept = hidden / inner * width
+
+    stages = []
+    for stage, layers in enumerate(per_stage):
+        first, last = stage == 0, stage == parallel.pipeline - 1
+        split = layers * layer + (table if first else 0)
+        whole = projector if first else 0  # not split over tensor-parallel ranks
+        if last:
+            split += 0 if model.tie_embeddings and first else table
+            whole += 2 * one_head
+        on_gpu = split / tensor + whole
+        in_flight = min(parallel.pipeline - stage, layout.microbatches)
+        logits = 0.0
+        if last:  # one chunk's logits with their gradient, in fp32; the visual heads' states
+            logits = 2 * 4 * min(1024, positions) * vocabulary.padded_text_size / tensor
+            drawn = positions * traffic.drawn / inner
+            logits += 2 * 4 * min(4096, drawn) * codebook_size
+            logits += 2 * drawn * vocabulary.depth * head.layers * (8 * head.width + 3 * head.ffn) * width
+        stages.append(
+            StageEstimate(
+                layers=layers,
+                parameters=split + whole,
+                flops_share=shares[stage] / total_share,
+                weights=on_gpu * per_weight / (data if stage_zero == 3 else 1),
+                gradients=on_gpu * per_gradient / (data if stage_zero >= 2 else 1),
+                optimizer=on_gpu * per_optimizer / data,
+                activations=in_flight * layers * positions * kept,
+                logits=logits,
+            )
+        )
+    return stages
+
+
+def table(stages: list[StageEstimate], gpu_memory_gib: float) -> str:
+    """The estimate for people, with a warning where a stage will not fit."""
+    parts = ("weights", "gradients", "optimizer", "activations", "logits", "total")
+    lines = ["stage layers  parameters  FLOPs  " + "  ".join(f"{part:>11}" for part in parts) + "  (GiB a GPU, estimated)"]
+    for number, stage in enumerate(stages):
+        sizes = "  ".join(f"{getattr(stage, part) / GIB:11.2f}" for part in parts)
+        lines.append(f"{number:5} {stage.layers:6} {stage.parameters / 1e6:10.1f}M {stage.flops_share:6.1%}  {sizes}")
+    worst = max(stages, key=lambda stage: stage.total)
+    if worst.total > gpu_memory_gib * GIB:
+        lines.append(
+            f"warning: stage {stages.index(worst)} will not fit {gpu_memory_gib:.0f} GiB: more parallel.tensor or "
+            "parallel.pipeline, train.recompute=true or a smaller train.micro_batch_size help"
+        )
+    return "\n".join(lines)
