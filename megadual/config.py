@@ -173,6 +173,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip_grad: float = 1.0
+    parts: list[str] = dataclasses.field(default_factory=lambda: ["projector", "llm", "heads"])  # what is trained
     recompute: bool = False  # full activation recompute, layer by layer
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     spike_factor: float | None = None  # stop at a loss over this many times the median of the last 64 steps

@@ -12,7 +12,8 @@ def main(argv: list[str] | None = None) -> None:
     shards = list_shards(config.data.train)
     if args.dry_run:
         print(to_yaml(config))
-        print(f"plan: {config.steps} steps of {config.data.batch_size} pairs from {len(shards)} shards -> {config.output}")
+        pairs = config.steps * config.data.batch_size
+        print(f"plan: {config.steps} steps, {pairs} pairs from {len(shards)} shards -> {config.output}")
         return
     metrics = train(config)
     print(f"{config.output}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))

@@ -17,8 +17,8 @@ def main(argv: list[str] | None = None) -> None:
             f"from {len(list_shards(config.data.train))} shards -> {config.output}/dualtoken"
         )
         return
-    metrics = train(config)
-    print(f"{config.output}/dualtoken: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in train(config).items())
+    print(f"{config.output}/dualtoken: {metrics or 'was trained already'}")
 
 
 if __name__ == "__main__":

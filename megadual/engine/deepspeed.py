@@ -27,6 +27,7 @@ from megadual.engine.step import GlobalLosses, StepResult, schedule
 from megadual.engine.topology import Topology
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.init import initialize
+from megadual.model.parts import train_only
 
 
 class ModelParallelUnit:
@@ -75,9 +76,10 @@ class Stage(torch.nn.Module):
             post_process=parallel_state.is_pipeline_last_stage(),
         )
         initialize([chunk], run.train.seed)
+        train_only(chunk, run.train.parts)
         _hide_extra_state(chunk)
         for parameter in chunk.parameters():
-            if getattr(parameter, "sequence_parallel", False):
+            if parameter.requires_grad and getattr(parameter, "sequence_parallel", False):
                 _sum_over_tensor_parallel(parameter)
         if run.parallel.zero_stage == 3:
             # Read outside of its own layer, and once more when the loss's chunks are made again in backward.

@@ -17,6 +17,7 @@ from megadual.engine.step import GlobalLosses, StepResult, schedule
 from megadual.engine.topology import Topology
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.init import initialize
+from megadual.model.parts import train_only
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
 
@@ -48,6 +49,8 @@ class MegatronEngine:
         self.run, self.topology, self.vocabulary = run, topology, vocabulary
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.chunks = build_chunks(run, vocabulary)
+        for chunk in self.chunks:
+            train_only(chunk, run.train.parts)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             overlap_grad_reduce=torch.cuda.is_available(),

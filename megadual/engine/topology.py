@@ -4,6 +4,7 @@ import dataclasses
 
 from megadual.config import PretrainConfig
 from megadual.errors import UserError
+from megadual.model.parts import check_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ def topology(run: PretrainConfig, world: int) -> Topology:
     _check_engine(run)
     if train.precision not in ("fp32", "bf16"):
         raise UserError(f"train.precision '{train.precision}' is unknown; known: fp32, bf16")
+    check_parts(train.parts)
     for name in ("tensor", "pipeline", "virtual_pipeline"):
         if getattr(parallel, name) < 1:
             raise UserError(f"parallel.{name}={getattr(parallel, name)} must be at least 1")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megadual.data.mds import document_writer
 from megadual.streams import Document, SpecialIds
 
 SPECIAL = SpecialIds(end_of_text=0, image=1, image_start=2, image_end=3, image_gen_start=4, image_gen_end=5)
@@ -47,6 +46,8 @@ def write_shard_set(
     shard_bytes: int = 1 << 20,
 ) -> Path:  # fmt: skip
     """Write `documents` as the pipeline would, with one folder of shards; returns `root`."""
+    from megadual.data.mds import document_writer  # reading a set needs no mosaicml-streaming
+
     root = Path(root)
     with document_writer(root / "part", shard_bytes) as writer:
         for document in documents:

@@ -115,3 +115,28 @@ def test_batches_of_one_kind(tmp_path, images):
                                                         "parallel.sequence=true"))[0]  # fmt: skip
     assert_equal_runs(got, expected, tolerance=1e-5)
     assert (expected[0]["loss_pixel"] == 0) == (images == (0, 0))
+
+
+@pytest.mark.parametrize("part", ["projector", "heads"])
+def test_training_one_part(train, part):
+    """The paper's stages: what is frozen does not move, also where a pipeline stage has nothing to train."""
+    frozen = (f"train.parts=[{part}]", "train.steps=3")
+    (expected,) = train(1, *frozen)
+    assert expected[-1]["loss"] != expected[0]["loss"]
+    assert_equal_runs(train(2, "parallel.pipeline=2", *frozen)[0], expected, tolerance=1e-5)
+
+
+def frozen_weights(run):
+    engine, data = tiny.build(run)
+    before = {name: p.detach().clone() for name, p in engine.chunks[0].named_parameters()}
+    engine.train_step(data.step(0))
+    moved = [name for name, p in engine.chunks[0].named_parameters() if not p.equal(before[name])]
+    engine.shutdown()
+    return moved
+
+
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+def test_only_the_part_moves(shards, tmp_path, engine):
+    run = tiny.tiny_run(tmp_path, shards, "train.parts=[projector]", f"engine={engine}")
+    (moved,) = run_distributed(frozen_weights, 1, run)
+    assert moved and all(name.startswith("embedding.projector.") for name in moved)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -15,61 +14,95 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import ray
 import torch
+from moto.server import ThreadedMotoServer
 from PIL import Image
+from ray.cluster_utils import Cluster
 
-from data_pipeline.cluster import connect
-from data_pipeline.config import PipelineConfig, WorkersConfig
+from data_pipeline import browse, verify
+from data_pipeline.config import PipelineConfig
 from data_pipeline.plan import make_plan
 from data_pipeline.run import main, tokenize
 from megadual.config import load_config
 from megadual.data.mds import StreamingDataset
+from megadual.data.mds_reader import ShardSet
 from megadual.errors import UserError
 from megadual.streams import SpecialIds
 from megadual.testing.corpus import make_corpus
 from megadual.testing.models import write_dualtoken
+from megadual.testing.raw import plain_image, write_img2dataset_parquet, write_json_lines, write_pages_tar
 from megadual.text import load_text_tokenizer, read_captions, save_text_tokenizer, train_text_tokenizer
 from megadual.vision import DualToken
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, HELDOUT, BROKEN, BAD = 600, 60, 20, 8
+PAGES = [["A cat", plain_image(1), "and a dog", plain_image(2)], ["text alone"], [plain_image(3), "one <image> here"]]
+LINES = ["a text", "another text", "a text"]
+ROWS, NOT_DOWNLOADED = 12, (3, 5)
+SAMPLES = TRAIN + HELDOUT + BROKEN + len(PAGES) + len(LINES) + ROWS
+LEFT_OUT = {"duplicate": 1, "not_downloaded": 2}
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """A corpus of three tars, one of them with broken samples, and both tokenizers."""
+    """Input shards of every kind, one of them with broken samples, and both tokenizers."""
     folder = tmp_path_factory.mktemp("inputs")
     make_corpus(folder / "corpus", train=TRAIN, heldout=HELDOUT, size=32)
+    write_pages_tar(folder / "corpus" / "pages.tar", PAGES)
+    write_img2dataset_parquet(folder / "corpus" / "rows.parquet", ROWS, NOT_DOWNLOADED)
+    write_json_lines(folder / "corpus" / "lines.jsonl.gz", LINES)
     write_dualtoken(folder / "dualtoken")
     captions = read_captions(f"{folder}/corpus/train-*.tar")
     save_text_tokenizer(train_text_tokenizer(captions, 400), folder / "text_tokenizer")
     return folder
 
 
-def make_config(inputs: Path, output: Path, *overrides: str) -> PipelineConfig:
-    return load_config(
-        PipelineConfig,
-        None,
-        [
-            f"inputs=['{inputs}/corpus/*.tar']",
-            f"output={output}",
-            f"dualtoken={inputs}/dualtoken",
-            f"text_tokenizer={inputs}/text_tokenizer",
-            "encode.batch_size=16",
-            *overrides,
-        ],
-    )
+def arguments(inputs: Path, output: Path | str, *overrides: str) -> list[str]:
+    return [
+        f"inputs=['{inputs}/corpus/*.*[rtz]']",
+        f"output={output}",
+        f"dualtoken={inputs}/dualtoken",
+        f"text_tokenizer={inputs}/text_tokenizer",
+        "encode.batch_size=16",
+        *overrides,
+    ]
+
+
+def make_config(inputs: Path, output: Path | str, *overrides: str) -> PipelineConfig:
+    return load_config(PipelineConfig, None, arguments(inputs, output, *overrides))
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """One Ray for the module; the pipeline joins a Ray that is there."""
-    assert connect(WorkersConfig(address="local", count=2))
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+def s3():
+    """A bucket on an S3 server of this machine, which this process and the cluster's workers find."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ENDPOINT_URL", "S3_ENDPOINT_URL"):  # the second is StreamingDataset's
+            patch.setenv(name, f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(s3):
+    """One Ray of two CPUs for the module, with a dashboard; the pipeline joins a Ray that is there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True})
+        ray.init(address=started.address, logging_level="ERROR")
+        yield started
+        ray.shutdown()
+        started.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +121,39 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def test_every_image_has_one_outcome(shards):
+def test_every_sample_has_one_outcome(shards):
     manifest = json.loads((shards / "manifest.json").read_text())
     bad = [json.loads(line) for line in (shards / "quarantine.jsonl").read_text().splitlines()]
-    assert manifest["samples"] == TRAIN + HELDOUT + BROKEN
+    assert manifest["samples"] == SAMPLES
     assert manifest["quarantined"] == len(bad) == BAD
-    assert manifest["documents"] == manifest["images"] == manifest["samples"] - BAD
+    assert manifest["left_out"] == LEFT_OUT and manifest["failed_inputs"] == {}
+    assert manifest["documents"] == SAMPLES - BAD - sum(LEFT_OUT.values())
+    assert manifest["images"] == TRAIN + HELDOUT + BROKEN - BAD + 3 + ROWS - len(NOT_DOWNLOADED)
     assert manifest["positions"] == 16 * manifest["images"]
-    assert [shard["folder"] for shard in manifest["shards"]] == ["broken-00000", "heldout-00000", "train-00000"]
+    names = [shard["folder"] for shard in manifest["shards"]]
+    assert names == ["broken-00000", "heldout-00000", "lines", "pages", "rows", "train-00000"]
     assert all(line["key"].startswith("broken-00000/") and line["reason"] for line in bad)
-    for shard in manifest["shards"]:
-        for file in shard["files"]:
-            assert hashlib.sha256((shards / shard["folder"] / file["file"]).read_bytes()).hexdigest() == file["sha256"]
+
+
+def test_pages_and_texts_come_back(inputs, shards):
+    """What the trainer reads: order of text and images, documents without images, a spelled-out special token."""
+    tokenizer = load_text_tokenizer(inputs / "text_tokenizer")
+    image = SpecialIds.of(tokenizer).image
+    made = ShardSet(shards)
+    documents = {document.key: document for document in (made[i] for i in range(len(made)))}
+
+    def parts(key: str) -> list[str]:
+        ids = documents[key].text_ids
+        cuts = np.flatnonzero(ids == image)
+        return [tokenizer.decode(piece[piece != image]) for piece in np.split(ids, cuts)]
+
+    assert parts("pages/page-0000") == ["A cat", "and a dog", ""]
+    assert documents["pages/page-0000"].grids.tolist() == [[4, 4], [4, 4]]
+    assert documents["pages/page-0000"].semantic.shape == (32, 3)
+    assert parts("pages/page-0001") == ["text alone"] and len(documents["pages/page-0001"].grids) == 0
+    assert parts("pages/page-0002") == ["", "one <image> here"]
+    assert parts("lines/00000001") == ["another text"] and "lines/00000002" not in documents
+    assert parts("rows/000000004") == ["", "plain picture 4"]
 
 
 def test_streaming_dataset_reads_the_documents(inputs, shards):
@@ -108,7 +162,7 @@ def test_streaming_dataset_reads_the_documents(inputs, shards):
     tokenizer = load_text_tokenizer(inputs / "text_tokenizer")
     image = SpecialIds.of(tokenizer).image
     rows = {row["key"]: row for row in StreamingDataset(local=str(shards), batch_size=1, shuffle=False)}
-    assert len(rows) == TRAIN + HELDOUT + BROKEN - BAD
+    assert len(rows) == SAMPLES - BAD - sum(LEFT_OUT.values())
     with tarfile.open(inputs / "corpus" / "train-00000.tar") as tar:
         for index in (0, 17, TRAIN - 1):
             row = rows[f"train-00000/train-{index:06d}"]
@@ -121,7 +175,7 @@ def test_streaming_dataset_reads_the_documents(inputs, shards):
             assert row["semantic"].dtype == np.uint16
             assert torch.equal(torch.from_numpy(row["semantic"].astype(np.int64)), codes.semantic[0].flatten(0, 1))
             assert torch.equal(torch.from_numpy(row["pixel"].astype(np.int64)), codes.pixel[0].flatten(0, 1))
-            assert row["meta"]["size"] == [32, 32]
+            assert row["meta"]["sizes"] == [[32, 32]]
 
 
 def test_running_again_changes_no_byte(inputs, shards):
@@ -130,55 +184,166 @@ def test_running_again_changes_no_byte(inputs, shards):
     assert hashes(shards) == before
 
 
+def wait_for_writer(output: Path, shard: str) -> int:
+    """The process that is now writing the shard, as soon as there is one."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        for folder in (output / "_tmp").glob(f"{shard}.*"):
+            return int(folder.name.split(".")[-2])
+        time.sleep(0.002)
+    raise TimeoutError(f"no worker writes {shard}")
+
+
+class Disturbance(threading.Thread):
+    """Calls `strike` with the id of the process that writes the shard, as soon as there is one."""
+
+    def __init__(self, output: Path, shard: str, strike):
+        super().__init__(daemon=True)
+        self.output, self.shard, self.strike = output, shard, strike
+        self.start()
+
+    def run(self) -> None:
+        self.strike(wait_for_writer(self.output, self.shard))
+
+
 def test_killed_worker_changes_no_byte(inputs, shards, tmp_path):
     """One worker instead of two, and it is killed while it writes: the set is the same."""
-    output, killed = tmp_path / "shards", []
-
-    def kill_first_writer_of_train() -> None:
-        while not killed:
-            for folder in (output / "_tmp").glob(f"train-00000.{socket.gethostname()}.*"):
-                pid = int(folder.name.split(".")[-2])
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
-                break
-            time.sleep(0.002)
-
-    killer = threading.Thread(target=kill_first_writer_of_train, daemon=True)
-    killer.start()
+    output = tmp_path / "shards"
+    disturbance = Disturbance(output, "train-00000", lambda pid: os.kill(pid, signal.SIGKILL))
     tokenize(make_config(inputs, output, "workers.count=1"))
-    killer.join(timeout=5)
-    assert killed
+    disturbance.join(timeout=5)
+    assert not disturbance.is_alive()
     assert hashes(output) == hashes(shards)
 
 
-def test_started_in_its_own_folder_on_a_running_cluster(inputs, shards, cluster, tmp_path):
-    """There `tokenize.py` hides the standard library's `tokenize`, from the driver and from its workers."""
-    broken = inputs / "corpus" / "broken-00000.tar"
+def test_lost_node_changes_no_byte(inputs, shards, cluster, tmp_path):
+    """The node of the only worker is killed while it writes; another node takes over, and the set is the same."""
+    output = tmp_path / "shards"
+    nodes = {node.all_processes["raylet"][0].process.pid: node for node in (cluster.add_node(num_cpus=3) for _ in "ab")}
+
+    def lose_node(pid: int) -> None:
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        cluster.remove_node(nodes.pop(parent), allow_graceful=False)
+
+    disturbance = Disturbance(output, "train-00000", lose_node)
+    tokenize(make_config(inputs, output, "workers.count=1", "workers.cpus=3"))  # the head has room for two
+    disturbance.join(timeout=20)
+    assert len(nodes) == 1
+    cluster.remove_node(*nodes.values())
+    assert hashes(output) == hashes(shards)
+
+
+def test_killed_driver_goes_on(inputs, shards, cluster, tmp_path):
+    """Started in its own folder, where `tokenize.py` hides the standard library's from the driver and its workers."""
+    output = tmp_path / "shards"
+    command = [sys.executable, "tokenize.py", *arguments(inputs, output, "workers.count=1")]
+    place = {"cwd": ROOT / "data_pipeline", "env": {**os.environ, "RAY_ADDRESS": cluster.address}}
+    driver = subprocess.Popen(command, **place)
+    wait_for_writer(output, "train-00000")
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    assert (output / "heldout-00000" / "_SUCCESS").exists() and not (output / "manifest.json").exists()
+    again = subprocess.run(command, **place, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"{SAMPLES} samples in: " in again.stdout
+    assert hashes(output) == hashes(shards)
+
+
+def test_ray_job_submit(inputs, shards, cluster, tmp_path):
+    output = tmp_path / "shards"
+    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", str(ROOT), "--"]
+    program = [sys.executable, "data_pipeline/tokenize.py", *arguments(inputs, output, "workers.count=1")]
     done = subprocess.run(
-        [
-            sys.executable, "tokenize.py", f"inputs=['{broken}']", f"output={tmp_path}/out", "max_bad_fraction=1",
-            f"dualtoken={inputs}/dualtoken", f"text_tokenizer={inputs}/text_tokenizer", "encode.batch_size=16",
-            "workers.count=1",
-        ],
-        cwd=ROOT / "data_pipeline",
-        env={**os.environ, "RAY_ADDRESS": cluster},
+        [*submit, *program],
+        env={**os.environ, "RAY_ADDRESS": f"http://{cluster.head_node.webui_url}"},
         capture_output=True,
         text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{SAMPLES} samples in: " in done.stdout
+    assert hashes(output) == hashes(shards)
+
+
+def test_from_bucket_to_bucket(inputs, shards, cluster, s3, tmp_path):
+    """Objects have the bytes that a local set has; a folder without its marker is not taken for done.
+
+    An input that cannot be read is named and stops nothing while such are few.
+    """
+    files = fsspec.filesystem("s3")
+    names = ("heldout-00000.tar", "pages.tar", "broken-00000.tar")
+    for name in names:
+        files.put_file(str(inputs / "corpus" / name), f"bucket/corpus/{name}")
+    files.pipe_file("bucket/set/heldout-00000/shard.00000.mds", b"half written")
+    locked = tmp_path / "locked.tar"
+    locked.mkdir()  # a folder cannot be read as a file
+    config = make_config(
+        inputs, f"{s3}/set", "workers.count=1", "max_bad_fraction=0.4",
+        f"inputs=[{s3}/corpus/*-00000.tar, {s3}/corpus/pages.tar, {locked}]",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "20 images in: 12 written, 8 quarantined" in done.stdout
-    name = "broken-00000/shard.00000.mds"
-    assert (tmp_path / "out" / name).read_bytes() == (shards / name).read_bytes()
+    manifest = tokenize(config)
+    assert list(manifest["failed_inputs"]) == [str(locked)]
+    assert str(locked) in files.cat_file("bucket/set/quarantine.jsonl").decode()
+    assert manifest["documents"] == HELDOUT + BROKEN - BAD + len(PAGES)
+    for shard in manifest["shards"]:
+        for file in shard["files"]:
+            data = files.cat_file(f"bucket/set/{shard['folder']}/{file['file']}")
+            assert hashlib.sha256(data).hexdigest() == file["sha256"]
+    assert [shard.name for shard in make_plan(config).todo] == ["locked"]
+    verify.main([f"{s3}/set"])
+
+    remote = StreamingDataset(remote=f"{s3}/set", local=str(tmp_path / "cache"), batch_size=1, shuffle=False)
+    rows = {row["key"]: row for row in remote}
+    local = StreamingDataset(local=str(shards), batch_size=1, shuffle=False)
+    expected = {row["key"]: row for row in local if row["key"] in rows}
+    assert len(rows) == manifest["documents"] and rows.keys() == expected.keys()
+    for key, row in rows.items():
+        for column in ("text_ids", "semantic", "pixel", "grids"):
+            assert np.array_equal(row[column], expected[key][column])
+
+    with pytest.raises(UserError, match="cannot write to 's3://nowhere/set'"):
+        tokenize(dataclasses.replace(config, output="s3://nowhere/set"))
+    files.rm_file("bucket/set/pages/shard.00000.mds")
+    with pytest.raises(SystemExit):
+        verify.main([f"{s3}/set"])
 
 
-def test_more_inputs_extend_the_set(inputs, shards, cluster, tmp_path):
+def test_verify_names_what_does_not_hold(shards, tmp_path, capsys):
+    damaged = tmp_path / "shards"
+    shutil.copytree(shards, damaged)
+    verify.main([str(damaged)])
+    assert "all as written" in capsys.readouterr().out
+
+    file = damaged / "heldout-00000" / "shard.00000.mds"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    shutil.rmtree(damaged / "lines")
+    shutil.copytree(damaged / "rows", damaged / "stray")
+    with pytest.raises(SystemExit) as stopped:
+        verify.main([str(damaged)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    for words in ("heldout-00000/shard.00000.mds: sha256", "lines: in the manifest", "stray: committed, but not in"):
+        assert words in said
+
+
+def test_browse_shows_the_set(shards, tmp_path, capsys):
+    browse.main([str(shards), "--output", str(tmp_path / "page.html"), "-n", "700"])
+    assert f"{SAMPLES:,}" in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text()
+    images = json.loads((shards / "manifest.json").read_text())["images"]
+    assert page.count("data:image/png") == images
+    assert "one &lt;image&gt; here" in page and "another text" in page and "the image has 0 bytes" in page
+
+
+def test_more_inputs_extend_the_set(inputs, cluster, tmp_path):
     """A shard that cannot be read is tried again, then named; the set goes on from there once it can be."""
     corpus, output = tmp_path / "corpus", tmp_path / "shards"
     corpus.mkdir()
     shutil.copy(inputs / "corpus" / "heldout-00000.tar", corpus)
     (corpus / "locked.tar").mkdir()  # a folder cannot be read as a file
-    config = make_config(tmp_path, output, f"dualtoken={inputs}/dualtoken", f"text_tokenizer={inputs}/text_tokenizer")
-    with pytest.raises(UserError, match=r"1 input shards failed 3 times(.|\n)*locked.tar: IsADirectoryError"):
+    config = make_config(inputs, output, f"inputs=['{corpus}/*.tar']", "workers.count=1")
+    with pytest.raises(UserError, match=r"1 of 2 input shards failed 3 times(.|\n)*locked.tar: IsADirectoryError"):
         tokenize(config)
     assert not (output / "manifest.json").exists()
     assert (output / "heldout-00000" / "_SUCCESS").exists()
@@ -191,7 +356,7 @@ def test_more_inputs_extend_the_set(inputs, shards, cluster, tmp_path):
 
 
 def test_too_many_unusable_samples_stop_the_run(inputs, shards):
-    with pytest.raises(UserError, match=f"{BAD} of 680 samples are unusable.*quarantine.jsonl"):
+    with pytest.raises(UserError, match=f"{BAD} of {SAMPLES} samples are unusable.*quarantine.jsonl"):
         tokenize(make_config(inputs, shards, "max_bad_fraction=0.01"))
 
 
@@ -217,25 +382,27 @@ def test_other_tokenizers_are_refused(inputs, shards, tmp_path):
         ("inputs=['nowhere/*.tar']", "matches no file"),
         ("dualtoken=nowhere", "folder 'nowhere' does not exist"),
         ("text_tokenizer=nowhere", "no text tokenizer in 'nowhere'"),
-        ("output=s3://bucket/set", "is a URL"),
+        ("output=s4://bucket/set", "cannot be opened"),
         ("encode.batch_size=0", "encode.batch_size: 0"),
         ("encode.bath_size=1", "did you mean 'encode.batch_size'"),
     ],
 )
 def test_mistakes_are_told_before_work_starts(inputs, tmp_path, capsys, override, message):
     with pytest.raises(SystemExit) as stopped:
-        main([f"inputs=['{inputs}/corpus/*.tar']", f"output={tmp_path}/out", f"dualtoken={inputs}/dualtoken",
-              f"text_tokenizer={inputs}/text_tokenizer", override])  # fmt: skip
+        main(arguments(inputs, tmp_path / "out", override))
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_dry_run_lists_inputs_and_estimates(inputs, tmp_path, capsys):
-    main(["--dry-run", f"inputs=['{inputs}/corpus/*.tar']", f"output={tmp_path}/out",
-          f"dualtoken={inputs}/dualtoken", f"text_tokenizer={inputs}/text_tokenizer"])  # fmt: skip
+def test_dry_run_estimates(inputs, shards, tmp_path, capsys):
+    main(["--dry-run", *arguments(inputs, tmp_path / "out")])
     said = capsys.readouterr().out
-    assert "3 input shards, 3 to do" in said
-    estimate = int(said.split("about ")[1].split(" samples")[0])
-    assert abs(estimate - (TRAIN + HELDOUT + BROKEN)) < 0.15 * estimate
+    assert "6 input shards, 6 to do" in said and "measured here" in said
+    samples, size = (float(said.split(before)[1].split()[0]) for before in ("about ", " samples -> "))
+    assert abs(samples - SAMPLES) < 0.15 * samples
+    made = sum(path.stat().st_size for path in shards.rglob("*.mds")) / 1e6
+    assert abs(size - made) < 0.25 * made
     assert not (tmp_path / "out").exists()
+    main(["--dry-run", *arguments(inputs, tmp_path / "out", "workers.samples_per_second=0.5", "workers.count=2")])
+    assert f"{samples / 60:.1f} min of encoding" in capsys.readouterr().out

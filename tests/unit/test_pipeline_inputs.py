@@ -6,14 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 from PIL import Image
 
 from data_pipeline.config import EncodeConfig, FilterConfig, ReadConfig
-from data_pipeline.decode import LeftOut, Unusable, decode
+from data_pipeline.decode import decode
+from data_pipeline.layouts import LeftOut, Unusable, to_document
 from data_pipeline.readers import RawSample, list_inputs, read_samples
 from megadual.errors import UserError
 from megadual.testing.corpus import make_corpus, png_bytes, write_tar
+from megadual.testing.raw import (
+    plain_image,
+    write_img2dataset_parquet,
+    write_json_lines,
+    write_pages_parquet,
+    write_pages_tar,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,8 +40,8 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).write_bytes(b"")
 
 
-def decoded(sample: RawSample, filters: FilterConfig | None = None, caption: str = "txt"):
-    return decode(sample, ReadConfig(caption=caption), filters or FilterConfig(), EncodeConfig())
+def decoded(sample: RawSample, filters: FilterConfig | None = None, **read):
+    return decode(to_document(sample, ReadConfig(**read)), filters or FilterConfig(), EncodeConfig())
 
 
 def test_inputs_are_named_below_their_fixed_folder(tmp_path):
@@ -50,7 +59,7 @@ def test_inputs_are_named_below_their_fixed_folder(tmp_path):
         (["{folder}/a/{{0..3}}.tar"], "a/2.tar' matches no file"),
         (["{folder}/a/*.tar", "{folder}/b/*.tar"], "would both become '0'"),
         (["{folder}/a/{{0..3.tar"], "braces"),
-        (["{folder}/a/notes.txt"], "is no .tar"),
+        (["{folder}/a/notes.txt"], "is none of .tar"),
         ([], "the list is empty"),
     ],
 )
@@ -71,9 +80,9 @@ def test_every_kind_of_broken_sample_has_its_reason(corpus):
             reasons[sample.key.split("/")[1]] = str(reason)
     assert good == 12
     expected = {
-        "truncated-image": "broken", "missing-caption": "no .txt", "empty-caption": "empty",
+        "truncated-image": "broken", "missing-caption": "none of txt", "empty-caption": "empty",
         "caption-not-utf8": "not UTF-8", "zero-byte-image": "0 bytes", "not-an-image": "not an image",
-        "missing-image": "none of .png", "huge-image": "too large",
+        "missing-image": "none of png", "huge-image": "too large",
     }  # fmt: skip
     assert reasons.keys() == expected.keys()
     for key, words in expected.items():
@@ -101,10 +110,10 @@ def test_read_errors_are_raised(tmp_path):
 
 def test_caption_from_a_json_field():
     members = {"png": png_bytes(Image.new("RGB", (32, 32))), "json": json.dumps({"text": " a cat "}).encode()}
-    assert decoded(RawSample("k", members), caption="json:text").caption == "a cat"
+    assert decoded(RawSample("k", members), captions=["json:text"]).texts == ["a cat"]
     for members["json"] in (b"{}", b"[1]", b"no json", b'{"text": 5}'):
         with pytest.raises(Unusable):
-            decoded(RawSample("k", members), caption="json:text")
+            decoded(RawSample("k", members), captions=["json:text"])
 
 
 @pytest.mark.parametrize(
@@ -123,18 +132,20 @@ def test_filters(size, caption, filter):
 
 
 def test_transparency_is_put_on_white_and_rotation_applied():
-    image = decoded(RawSample("k", {"png": png_bytes(Image.new("RGBA", (32, 32), (0, 0, 0, 0))), "txt": b"x"})).image
+    clear = png_bytes(Image.new("RGBA", (32, 32), (0, 0, 0, 0)))
+    (image,) = decoded(RawSample("k", {"png": clear, "txt": b"x"})).images
     assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6  # turned by a quarter
     Image.new("RGB", (32, 48)).save(buffer, "JPEG", exif=exif)
-    assert decoded(RawSample("k", {"jpg": buffer.getvalue(), "txt": b"x"})).image.size == (48, 32)
+    (image,) = decoded(RawSample("k", {"jpg": buffer.getvalue(), "txt": b"x"})).images
+    assert image.size == (48, 32)
 
 
 def test_too_many_pixels_are_refused_before_decoding():
     sample = RawSample("k", {"png": png_bytes(Image.new("RGB", (64, 64))), "txt": b"x"})
     with pytest.raises(Unusable, match="64 x 64 pixels"):
-        decode(sample, ReadConfig(), FilterConfig(), EncodeConfig(max_pixels=4095))
+        decode(to_document(sample, ReadConfig()), FilterConfig(), EncodeConfig(max_pixels=4095))
 
 
 def test_duplicate_member_is_damage_not_a_crash(tmp_path):
@@ -152,3 +163,117 @@ def test_tokenize_becomes_the_standard_module(place):
     options = {"env": {"PYTHONPATH": folder}} if place == "path" else {"cwd": folder}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, **options)
     assert done.stdout.split() == ["tokenize", "True"]
+
+
+def outcomes(shard, **filters) -> dict[str, str]:
+    """Key (without the shard's name) -> layout, or the reason why there is no document."""
+    said = {}
+    for sample, _ in read_samples(shard):
+        try:
+            said[sample.key.partition("/")[2]] = decoded(sample, FilterConfig(**filters)).meta["layout"]
+        except (Unusable, LeftOut) as reason:
+            said[sample.key.partition("/")[2]] = str(reason)
+    return said
+
+
+def test_parquet_of_img2dataset(tmp_path):
+    write_img2dataset_parquet(tmp_path / "00000.parquet", rows=250, not_downloaded=(3, 249))
+    (shard,) = list_inputs([f"{tmp_path}/*.parquet"])
+    said = outcomes(shard)
+    assert len(said) == 250 and said["000000003"] == said["000000249"] == "not_downloaded"
+    assert list(said.values()).count("pair") == 248
+    samples = list(read_samples(shard))
+    assert [position for _, position in samples] == sorted(position for _, position in samples)
+    assert samples[-1][1] == shard.size
+    assert decoded(samples[5][0]).texts == ["plain picture 5"]
+
+
+def test_damaged_parquet_keeps_what_was_read(tmp_path):
+    write_img2dataset_parquet(tmp_path / "whole.parquet", rows=250)
+    data = bytearray((tmp_path / "whole.parquet").read_bytes())
+    (tmp_path / "cut.parquet").write_bytes(data[: len(data) // 2])
+    data[len(data) // 2 : len(data) // 2 + 4000] = bytes(4000)
+    (tmp_path / "holed.parquet").write_bytes(data)
+    (tmp_path / "whole.parquet").unlink()
+    cut, holed = list_inputs([f"{tmp_path}/*.parquet"])
+    assert [sample.damage[:15] for sample, _ in read_samples(cut)] == ["damaged parquet"]
+    samples = [sample for sample, _ in read_samples(holed)]
+    assert 64 <= len(samples) < 250 and samples[-1].damage.startswith("damaged parquet after")
+
+
+PAGE = ["A cat", plain_image(1), "and a dog,\nboth small.", plain_image(2), plain_image(3, (8, 8))]
+
+
+@pytest.mark.parametrize("write, suffix", [(write_pages_tar, "tar"), (write_pages_parquet, "parquet")])
+def test_interleaved_documents_keep_their_order(tmp_path, write, suffix):
+    write(tmp_path / f"pages.{suffix}", [PAGE, ["only text"], [plain_image(1), b"no image"], [plain_image(4)]])
+    (shard,) = list_inputs([f"{tmp_path}/pages.*"])
+    first, second, broken, bare = (sample for sample, _ in read_samples(shard))
+    page = decoded(first)
+    assert [part if isinstance(part, str) else part.getpixel((0, 0)) for part in page.parts] == [
+        "A cat", (37, 101, 59), "and a dog,\nboth small.", (74, 202, 118)
+    ]  # fmt: skip
+    assert page.left_out_images == {"min_side": 1} and page.meta["sizes"] == [[32, 32], [32, 32]]
+    assert decoded(second).parts == ["only text"]
+    with pytest.raises(Unusable, match="not an image"):
+        decoded(broken)
+    with pytest.raises(LeftOut, match="min_text"):
+        decoded(bare)
+
+
+@pytest.mark.parametrize(
+    "lists, reason",
+    [
+        ({"texts": ["a"], "images": []}, "1 texts beside 0 images"),
+        ({"texts": ["a"], "images": ["0.png"]}, "place 0 must hold either"),
+        ({"texts": [None], "images": [None]}, "place 0 must hold either"),
+        ({"texts": [None], "images": ["1.png"]}, "has no .1.png"),
+        ({"texts": [5], "images": [None]}, "is int, not a string"),
+        (["texts"], "no caption"),
+    ],
+)
+def test_wrong_lists_of_an_interleaved_document(lists, reason):
+    with pytest.raises(Unusable, match=reason):
+        decoded(RawSample("k", {"json": json.dumps(lists).encode(), "0.png": plain_image(0)}))
+
+
+@pytest.mark.parametrize("name", ["text.jsonl", "text.jsonl.gz"])
+def test_json_lines(tmp_path, name):
+    write_json_lines(tmp_path / name, ["first", "", "third"])
+    (shard,) = list_inputs([f"{tmp_path}/text.jsonl*"])
+    assert shard.name == "text"
+    assert outcomes(shard) == {"00000000": "text", "00000001": "the text is empty", "00000002": "text"}
+
+
+def test_damaged_json_lines(tmp_path):
+    lines = [b'{"text": "good"}', b"{", b"[1]", b'{"text": "\xff"}', b'{"text": "\\ud800"}', b'{"txt": "x"}', b"[" * 100_000]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    write_json_lines(tmp_path / "b.jsonl.gz", [f"line {i * i}" for i in range(1000)])
+    data = (tmp_path / "b.jsonl.gz").read_bytes()
+    (tmp_path / "b.jsonl.gz").write_bytes(data[: len(data) // 2])
+    plain, cut = list_inputs([f"{tmp_path}/*.jsonl*"])
+    said = list(outcomes(plain).values())
+    assert said[0] == "text"
+    expected = ["not JSON", "not a JSON object", "not JSON", "not UTF-8", "no image", "not JSON"]
+    for reason, words in zip(said[1:], expected, strict=True):
+        assert words in reason
+    samples = [sample for sample, _ in read_samples(cut)]
+    assert 10 < len(samples) < 1000 and "damaged gzip after" in samples[-1].damage
+
+
+def test_any_fsspec_url_is_read(tmp_path):
+    write_pages_tar(tmp_path / "pages.tar", [PAGE])
+    fsspec.filesystem("memory").pipe_file("/corpus/a/pages.tar", (tmp_path / "pages.tar").read_bytes())
+    (shard,) = list_inputs(["memory://corpus/*/pages.tar"])
+    assert shard.name == "a--pages" and shard.size > 0
+    assert outcomes(shard) == {"page-0000": "interleaved"}
+
+
+def test_same_image_and_text_is_one_document():
+    read = ReadConfig()
+
+    def digest(caption: bytes, i: int) -> bytes:
+        return to_document(RawSample("k", {"png": plain_image(i), "txt": caption}), read).digest()
+
+    assert digest(b"a", 1) == digest(b" a\n", 1)
+    assert len({digest(b"a", 1), digest(b"b", 1), digest(b"a", 2)}) == 3

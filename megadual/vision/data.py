@@ -1,0 +1,187 @@
+"""Images and captions out of webdataset shards: endless resumable training batches, one pass for evaluation.
+
+Shape suffixes: B batch, T text length.
+"""
+
+import glob
+import hashlib
+import io
+import random
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Callable, Iterator
+
+import torch
+import webdataset as wds
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from megadual.errors import UserError
+
+from .tokenizer import centre_crop, to_tensor
+
+IMAGES = ("png", "jpg", "jpeg", "webp")
+
+
+@dataclass
+class DataConfig:
+    train: str = "runs/demo/corpus/train-*.tar"  # shards: a glob pattern, or URLs with {000..123} ranges
+    batch_size: int = 32  # per rank and forward pass
+    workers: int = 0  # loading processes per rank
+    shuffle: int = 2000  # samples that are mixed; the order of the shards is shuffled as a whole
+    min_crop: float = 0.9  # least share of the image's area that a training crop keeps
+
+
+def list_shards(pattern: str) -> list[str]:
+    """Shards of a glob pattern with optional {a..b} ranges, sorted; URLs are only expanded. None: UserError."""
+    names = wds.shardlists.expand_urls(pattern)
+    shards = [shard for name in names for shard in ([name] if "://" in name else sorted(glob.glob(name)))]
+    if not shards:
+        raise UserError(f"no shard matches '{pattern}'; give the pattern of existing webdataset .tar files")
+    return shards
+
+
+def random_crop(image: Image.Image, size: int, min_area: float, rng: random.Random) -> Image.Image:
+    """A crop of `min_area` to all of the area and of aspect 3:4 to 4:3, resized to a square (bicubic), no flip."""
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(min_area, 1.0)
+        aspect = 2 ** rng.uniform(-0.415, 0.415)
+        w, h = (area * aspect) ** 0.5, (area / aspect) ** 0.5
+        if w <= width and h <= height:
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            box = (left, top, left + w, top + h)
+            return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return centre_crop(image, size)
+
+
+def _image_bytes(sample: dict) -> bytes:
+    for extension in IMAGES:
+        if extension in sample:
+            return sample[extension]
+    raise ValueError(f"no image, its members are {sorted(name for name in sample if not name.startswith('__'))}")
+
+
+def _open(sample: dict, transform: Callable[[Image.Image], Image.Image]) -> tuple[Tensor, str]:
+    image = Image.open(io.BytesIO(_image_bytes(sample)))
+    return to_tensor(transform(image)), sample.get("txt", b"").decode().strip()
+
+
+def _skip(sample: dict, error: Exception) -> None:
+    warnings.warn(f"skipped '{sample['__url__']}' sample '{sample['__key__']}': {error}", stacklevel=2)
+
+
+def _samples(shards: list[str]) -> Iterator[dict]:
+    return iter(wds.DataPipeline(wds.SimpleShardList(shards), wds.tarfile_to_samples(handler=wds.warn_and_continue)))
+
+
+@dataclass
+class Batch:
+    """images (B, 3, h, w) in [-1, 1], their captions, and where their stream stands behind them."""
+
+    images: Tensor
+    captions: list[str]
+    stream: int
+    position: list[int]  # [epoch, samples read in it]
+
+    def pin_memory(self) -> "Batch":
+        self.images = self.images.pin_memory()
+        return self
+
+
+class TrainingImages(IterableDataset):
+    """An endless stream of Batches, the same for the same seed, number of ranks and workers.
+
+    Each rank's each worker is one `stream`, with its own share of the shards (or of the samples, where there
+    are fewer shards than streams). Shards are reshuffled every epoch; a sample's crop depends only on
+    (seed, epoch, key). `state` continues: {"batches": taken so far, "positions": {stream: Batch.position}}.
+    """
+
+    def __init__(
+        self, config: DataConfig, size: int, seed: int, rank: int = 0, ranks: int = 1, state: dict | None = None
+    ):
+        super().__init__()
+        self.config, self.size, self.seed, self.rank, self.ranks = config, size, seed, rank, ranks
+        self.shards = list_shards(config.train)
+        self.state = state or {"batches": 0, "positions": {}}
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        workers = worker.num_workers if worker else 1
+        # The loader takes batches from its workers in turn, starting with worker 0; the next one due comes first.
+        local = ((worker.id if worker else 0) + self.state["batches"]) % workers
+        stream, streams = self.rank * workers + local, self.ranks * workers
+        epoch, done = self.state["positions"].get(str(stream), (0, 0))
+        images, captions = [], []
+        while True:
+            read = 0
+            for sample in self._epoch(epoch, stream, streams):
+                read += 1
+                if read <= done:
+                    continue
+                try:
+                    rng = random.Random(f"{self.seed}/{epoch}/{sample['__key__']}")
+                    crop = partial(random_crop, size=self.size, min_area=self.config.min_crop, rng=rng)
+                    image, caption = _open(sample, crop)
+                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                    _skip(sample, error)
+                    continue
+                images.append(image)
+                captions.append(caption)
+                if len(images) == self.config.batch_size:
+                    yield Batch(torch.stack(images), captions, stream, [epoch, read])
+                    images, captions = [], []
+            if read == 0:
+                raise UserError(f"stream {stream} of {streams} finds no samples in '{self.config.train}'")
+            epoch, done = epoch + 1, 0
+
+    def _epoch(self, epoch: int, stream: int, streams: int) -> Iterator[dict]:
+        shards = list(self.shards)
+        random.Random(f"{self.seed}/{epoch}").shuffle(shards)
+        by_shard = len(shards) >= streams
+        samples = _samples(shards[stream::streams] if by_shard else shards)
+        if not by_shard:
+            samples = (sample for i, sample in enumerate(samples) if i % streams == stream)
+        digest = hashlib.sha256(f"{self.seed}/{epoch}/{stream}".encode()).digest()
+        buffer = self.config.shuffle
+        return wds.shuffle(buffer, initial=buffer, rng=random.Random(digest))(samples)
+
+
+def training_batches(dataset: TrainingImages) -> Iterator[Batch]:
+    """The dataset through `config.workers` loading processes."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=dataset.config.workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it draws from the global one, which a resume has just restored
+    )
+    return iter(loader)
+
+
+def read_pairs(pattern: str, size: int, limit: int | None = None) -> tuple[Tensor, list[str]]:
+    """All image-caption pairs of the shards, centre-cropped: images (n, 3, size, size) and n captions.
+
+    Unreadable images are skipped with a warning; UserError if none is left.
+    """
+    images, captions = [], []
+    for sample in _samples(list_shards(pattern)):
+        if limit is not None and len(images) >= limit:
+            break
+        try:
+            image, caption = _open(sample, partial(centre_crop, size=size))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            _skip(sample, error)
+            continue
+        images.append(image)
+        captions.append(caption)
+    if not images:
+        raise UserError(f"the shards of '{pattern}' hold no readable image")
+    return torch.stack(images), captions
+
+
+def tokenize_captions(tokenizer: Any, captions: list[str], length: int) -> Tensor:
+    """Captions -> (B, length) ids, padded as SigLIP is trained: it reads the last position, padding or not."""
+    return tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids

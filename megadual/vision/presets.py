@@ -1,0 +1,54 @@
+"""Named DualToken configurations: the two released tokenizers and the paper's three (paper sections A1 and A7).
+
+The released ones narrow to 32 numbers per code; the paper's codes are as wide as SigLIP's hidden state and its pixel
+branch has no shortcut. The SigLIP sizes are those of the published backbones.
+"""
+
+import copy
+from typing import Any
+
+from transformers import SiglipConfig
+
+from .config import DualTokenConfig
+
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+SIGLIP_TEXT = {"vocab_size": 32000, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 1}
+SIGLIP2_TEXT = {"vocab_size": 256000, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+
+
+def _siglip(size: dict[str, int], image_size: int, patch_size: int, text: dict[str, int | None]) -> dict[str, Any]:
+    text = {**size, **text, "max_position_embeddings": 64, "projection_size": size["hidden_size"]}
+    vision = {**size, "image_size": image_size, "patch_size": patch_size}
+    return SiglipConfig(text_config=text, vision_config=vision).to_dict()
+
+
+SO400M_256 = {"siglip": _siglip(SO400M, 256, 16, SIGLIP2_TEXT), "decoder_latent": 16, "decoder_attention": [16]}
+SO400M_384 = {"decoder_latent": 24, "decoder_attention": [24]}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "siglip2-so400m-256-rvq4": {**SO400M_256, "depth": 4},
+    "siglip2-so400m-384-rvq8": {**SO400M_384, "siglip": _siglip(SO400M, 384, 14, SIGLIP2_TEXT), "depth": 8},
+    "siglip-l-256-d4": {
+        "siglip": _siglip(LARGE, 256, 16, SIGLIP_TEXT),
+        "layer_sem": 23,  # the last layer that can be replaced: at least one layer reads the quantised stream
+        "weight_shortcut": 0.0,
+        "code_dim": LARGE["hidden_size"],
+        "depth": 4,
+    },
+    "siglip-so400m-384-d8": {
+        **SO400M_384,
+        "siglip": _siglip(SO400M, 384, 14, SIGLIP_TEXT),
+        "weight_shortcut": 0.0,
+        "code_dim": SO400M["hidden_size"],
+        "depth": 8,
+    },
+    "siglip2-so400m-256-d8": {**SO400M_256, "weight_shortcut": 0.0, "code_dim": SO400M["hidden_size"], "depth": 8},
+}
+
+
+def preset(name: str, **changes) -> DualTokenConfig:
+    """The named configuration with any fields changed; ValueError for an unknown name or sizes that do not fit."""
+    if name not in PRESETS:
+        raise ValueError(f"no DualToken preset '{name}'; there are {', '.join(PRESETS)}")
+    return DualTokenConfig(**{**copy.deepcopy(PRESETS[name]), **changes}).check()

@@ -1,0 +1,322 @@
+"""Training a DualToken tokenizer: the teacher's features, reconstruction, LPIPS and GAN (paper sections A4, A5).
+
+Works as one process and under torchrun (DDP; codebook statistics are global). A checkpoint holds everything,
+the discriminator and the position in the data too, so a resumed run goes on as if it had not stopped.
+"""
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from megadual.errors import UserError
+
+from .config import STREAMS, DualTokenConfig
+from .data import DataConfig, TrainingImages, list_shards, read_pairs, training_batches
+from .discriminator import Discriminator
+from .loop import OptimConfig, Ranks, RunLog, WandbConfig, adamw, learning_rate, set_learning_rate
+from .losses import LossWeights, adaptive_weight, discriminator_loss, distillation, generator_loss
+from .lpips import LPIPS
+from .metrics import perplexity
+from .pictures import comparison_grid
+from .siglip import load_siglip
+from .tokenizer import DualToken, DualTokenOutput, finish, hidden_states
+
+
+@dataclass
+class PerceptualConfig:
+    """Where LPIPS or GAN are applied; the defaults are everywhere. Less of them makes runs on a CPU affordable."""
+
+    start_step: int = 0
+    every: int = 1  # steps from one use to the next
+    images: int | None = None  # of each rank's batch; None is all
+
+
+@dataclass
+class GanConfig(PerceptualConfig):
+    channels: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
+    norm_groups: int = 32
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0, warmup_steps=0))
+
+
+@dataclass
+class TrainTokenizerConfig:
+    siglip: str = "runs/demo/siglip"  # local folder or hub id: the teacher, and where the student starts
+    output: str = "runs/demo/tokenizer"
+    seed: int = 0
+    steps: int = 781250
+    accumulate: int = 1  # forward passes per step
+    precision: str = "fp32"  # or bf16: autocast; codebook search stays fp32
+    gradient_checkpointing: bool = False
+    freeze: list[str] = field(default_factory=list)  # modules of the DualToken, by their dotted names
+    resume: bool = True  # go on from the newest checkpoint in `output`
+    checkpoint_every: int = 5000
+    keep_checkpoints: int = 2
+    pictures: str | None = None  # shards whose first images are reconstructed at every checkpoint
+    model: DualTokenConfig = field(default_factory=DualTokenConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossWeights = field(default_factory=LossWeights)
+    lpips: PerceptualConfig = field(default_factory=PerceptualConfig)
+    gan: GanConfig = field(default_factory=GanConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+def applies(config: PerceptualConfig, weight: float, step: int) -> bool:
+    return weight > 0 and step >= config.start_step and (step - config.start_step) % config.every == 0
+
+
+def check(config: TrainTokenizerConfig) -> None:
+    """Refuse what cannot work before any work starts."""
+    list_shards(config.data.train)
+    if config.precision not in ("fp32", "bf16"):
+        raise UserError(f"precision is '{config.precision}', must be fp32 or bf16")
+    if config.pictures:
+        list_shards(config.pictures)
+    if not config.resume and _newest_checkpoint(Path(config.output)):
+        raise UserError(f"'{config.output}' holds checkpoints of a run: give another output=..., or resume=true")
+
+
+def build(config: TrainTokenizerConfig) -> tuple[DualToken, nn.Module]:
+    """The student, which starts as the teacher, and the frozen teacher's vision model."""
+    siglip = load_siglip(config.siglip)
+    config.model.siglip = siglip.config.to_dict()
+    try:
+        model = DualToken(config.model, siglip_model=load_siglip(config.siglip))
+    except ValueError as error:
+        raise UserError(f"config section 'model': {error}") from error
+    for name in config.freeze:
+        try:
+            model.get_submodule(name).requires_grad_(False)
+        except AttributeError as error:
+            raise UserError(f"config key 'freeze': a DualToken has no module '{name}'") from error
+    if config.gradient_checkpointing:
+        model.siglip_model.gradient_checkpointing_enable()
+    return model, siglip.vision_model
+
+
+class TokenizerTrainer:
+    """The modules, optimisers and data of a run; `step` does one optimiser step of each."""
+
+    def __init__(self, config: TrainTokenizerConfig, ranks: Ranks):
+        check(config)
+        self.config, self.ranks = config, ranks
+        torch.manual_seed(config.seed)  # equal on all ranks, so that they start from equal weights
+        self.model, self.teacher = build(config)
+        self.model.to(ranks.device)
+        self.teacher.to(ranks.device)
+        self.discriminator = Discriminator(config.gan.channels, config.gan.norm_groups).to(ranks.device)
+        self.lpips = LPIPS().to(ranks.device) if config.loss.lpips > 0 else None
+        self.optimizer = adamw([self.model], config.optim)
+        self.gan_optimizer = adamw([self.discriminator], config.gan.optim)
+        self.steps_done = 0
+        self.data_state = {"batches": 0, "positions": {}}
+        torch.manual_seed(config.seed * 1009 + ranks.rank)
+        self._set_modes()
+        self.train_model, self.train_discriminator = self.model, self.discriminator
+        if ranks.size > 1:
+            # Buffers are the codebooks' statistics, which the quantisers keep equal themselves.
+            self.train_model = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.train_discriminator = DistributedDataParallel(self.discriminator, broadcast_buffers=False)
+
+    def _set_modes(self) -> None:
+        """Training mode, except for frozen modules: a frozen quantiser's codebook must not move."""
+        self.model.train()
+        for name in self.config.freeze:
+            self.model.get_submodule(name).eval()
+
+    def open_data(self) -> None:
+        dataset = TrainingImages(
+            self.config.data,
+            self.config.model.image_size,
+            self.config.seed,
+            self.ranks.rank,
+            self.ranks.size,
+            self.data_state,
+        )
+        self.batches = training_batches(dataset)
+
+    def _next_images(self) -> Tensor:
+        batch = next(self.batches)
+        self.data_state["batches"] += 1
+        self.data_state["positions"][str(batch.stream)] = batch.position
+        return batch.images.to(self.ranks.device, non_blocking=True)
+
+    def _autocast(self):
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    @property
+    def reconstructs(self) -> bool:
+        weights = self.config.loss
+        return weights.reconstruction > 0 or weights.lpips > 0 or weights.gan > 0
+
+    def losses(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor], DualTokenOutput]:
+        """(total, unweighted terms, output) of one batch (paper section A4, stage 1)."""
+        weights, config = self.config.loss, self.config
+        with torch.no_grad():
+            layer = config.model.layer_sem
+            teacher_sem = hidden_states(self.teacher, images, layer)[-1]
+            teacher_pooled = finish(self.teacher, teacher_sem, layer)
+        output = self.train_model(images, reconstruct=self.reconstructs)
+        terms = distillation(output, images, teacher_sem, teacher_pooled)
+        if applies(config.lpips, weights.lpips, self.steps_done):
+            some = slice(config.lpips.images)
+            terms["lpips"] = self.lpips(output.reconstruction[some], images[some]).mean()
+        total = sum(getattr(weights, name) * term for name, term in terms.items())
+        if applies(config.gan, weights.gan, self.steps_done):
+            self.discriminator.requires_grad_(False)
+            terms["gan"] = generator_loss(self.discriminator(output.reconstruction[slice(config.gan.images)]))
+            self.discriminator.requires_grad_(True)
+            fidelity = terms["reconstruction"] + terms.get("lpips", 0.0)
+            terms["gan_weight"] = adaptive_weight(fidelity, terms["gan"], self.model.decoder.conv_out.weight)
+            total = total + terms["gan_weight"] * weights.gan * terms["gan"]
+        return total, terms, output
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step over `accumulate` batches per rank; returns its metrics."""
+        config, start = self.config, time.perf_counter()
+        lr = learning_rate(config.optim, self.steps_done, config.steps)
+        set_learning_rate(self.optimizer, lr)
+        with_gan = applies(config.gan, config.loss.gan, self.steps_done)
+        restarted = {stream: self.model.quantizer(stream).codebook.restarted.item() for stream in STREAMS}
+        sums: dict[str, float] = {}
+        images_seen = 0
+        for i in range(config.accumulate):
+            images = self._next_images()
+            images_seen += len(images)
+            last = i == config.accumulate - 1
+            with contextlib.nullcontext() if last or self.ranks.size == 1 else self.train_model.no_sync():
+                with self._autocast():
+                    total, terms, output = self.losses(images)
+                (total / config.accumulate).backward()
+            for name, value in {"loss": total, **terms}.items():
+                sums[name] = sums.get(name, 0.0) + value.item() / config.accumulate
+        if config.optim.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if with_gan:
+            sums["discriminator"] = self._discriminator_step(images, output.reconstruction.detach())
+        self.steps_done += 1
+        metrics = {**sums, "lr": lr, **self._code_metrics(output)}
+        for stream in STREAMS:  # equal on all ranks
+            metrics[f"restarted_{stream}"] = self.model.quantizer(stream).codebook.restarted.item() - restarted[stream]
+        metrics = self.ranks.mean(metrics)
+        metrics["images_per_s"] = images_seen * self.ranks.size / (time.perf_counter() - start)
+        return metrics
+
+    def _discriminator_step(self, images: Tensor, fake: Tensor) -> float:
+        config = self.config.gan
+        lr = learning_rate(config.optim, self.steps_done - config.start_step, self.config.steps - config.start_step)
+        set_learning_rate(self.gan_optimizer, lr)
+        some = slice(config.images)
+        with self._autocast():
+            real_scores, fake_scores = self.train_discriminator(torch.cat([images[some], fake[some]])).chunk(2)
+            loss = discriminator_loss(real_scores, fake_scores)
+        self.gan_optimizer.zero_grad()
+        loss.backward()
+        self.gan_optimizer.step()
+        return loss.item()
+
+    def _code_metrics(self, output: DualTokenOutput) -> dict[str, float]:
+        """Share of the codebook that this step's batch uses at any depth, and the perplexity, per stream."""
+        metrics = {}
+        for stream in STREAMS:
+            codes = getattr(output, stream).flatten()
+            counts = torch.bincount(codes, minlength=self.config.model.codebook_size).float()
+            metrics[f"code_usage_{stream}"] = (counts > 0).float().mean().item()
+            metrics[f"perplexity_{stream}"] = perplexity(counts)
+        return metrics
+
+    def save(self, folder: Path) -> None:
+        """Write `folder`/checkpoints/STEP.pt, all of the run's state; older ones beyond `keep_checkpoints` go."""
+        states = self.ranks.gather({**self.data_state, "rng": torch.get_rng_state()})
+        if not self.ranks.main:
+            return
+        checkpoints = folder / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        state = {
+            "step": self.steps_done,
+            "model": self.model.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "gan_optimizer": self.gan_optimizer.state_dict(),
+            "ranks": states,
+        }
+        path = checkpoints / f"{self.steps_done:08d}.pt"
+        torch.save(state, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)  # a checkpoint is there whole or not at all
+        for old in sorted(checkpoints.glob("*.pt"))[: -self.config.keep_checkpoints]:
+            old.unlink()
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint; UserError where it does not fit this run."""
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            self.model.load_state_dict(state["model"])
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.gan_optimizer.load_state_dict(state["gan_optimizer"])
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"checkpoint '{path}' can't be resumed ({reason}); move it or change output=") from error
+        if len(state["ranks"]) != self.ranks.size:
+            raise UserError(f"checkpoint '{path}' is of {len(state['ranks'])} ranks, this run has {self.ranks.size}")
+        mine = state["ranks"][self.ranks.rank]
+        torch.set_rng_state(mine["rng"])
+        self.data_state = {"batches": mine["batches"], "positions": mine["positions"]}
+        self.steps_done = state["step"]
+
+    @torch.no_grad()
+    def picture(self, images: Tensor) -> Image.Image:
+        """A grid of these images beside their reconstructions."""
+        self.model.eval()
+        pictures = self.model.decode(self.model.encode(images.to(self.ranks.device)).pixel).cpu()
+        self._set_modes()
+        return comparison_grid(images, pictures)
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    return max((folder / "checkpoints").glob("*.pt"), default=None)
+
+
+def train(config: TrainTokenizerConfig) -> dict[str, float]:
+    """Train to `config.steps` and write `output`/dualtoken; returns the last step's metrics."""
+    ranks = Ranks.join()
+    trainer = TokenizerTrainer(config, ranks)
+    output = Path(config.output)
+    newest = _newest_checkpoint(output)
+    if newest:
+        trainer.load(newest)
+        if ranks.main:
+            print(f"resuming from {newest}", flush=True)
+    trainer.open_data()
+    images = None
+    if config.pictures and ranks.main:
+        images, _ = read_pairs(config.pictures, config.model.image_size, limit=32)
+    log = RunLog(config, output, ranks, config.wandb, trainer.steps_done)
+    metrics = {}
+    done = trainer.steps_done
+    with tqdm(
+        total=config.steps, initial=done, desc="DualToken", unit="step", mininterval=10, disable=not ranks.main
+    ) as bar:
+        while trainer.steps_done < config.steps:
+            metrics = trainer.step()
+            log.write(trainer.steps_done, metrics)
+            bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
+            bar.update()
+            if trainer.steps_done % config.checkpoint_every == 0 or trainer.steps_done == config.steps:
+                trainer.save(output)
+                if images is not None:
+                    trainer.picture(images).save(output / f"reconstructions-{trainer.steps_done:08d}.png")
+    log.close()
+    if ranks.main:
+        trainer.model.save_pretrained(output / "dualtoken")
+    ranks.barrier()
+    return metrics

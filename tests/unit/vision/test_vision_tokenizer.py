@@ -1,0 +1,174 @@
+"""The whole tokenizer: shapes, consistency, storage, what each path runs through."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import SiglipModel
+
+from megadual.testing.vision import tiny_dualtoken, tiny_dualtoken_config, tiny_siglip_config
+from megadual.vision import DualToken, DualTokenConfig, read_codebooks
+from megadual.vision.tokenizer import finish, hidden_states
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_shapes_and_ranges(images):
+    model = tiny_dualtoken()
+    encoded = model.encode(images)
+    for codes in (encoded.semantic, encoded.pixel):
+        assert codes.shape == (2, 4, 4, 3) and codes.dtype == torch.int64
+        assert 0 <= codes.min() and codes.max() < 32
+    assert encoded.pooled.shape == (2, 32)
+    decoded = model.decode(encoded.pixel)
+    assert decoded.shape == images.shape and decoded.abs().max() <= 1
+    assert model.codebook("pixel").shape == (32, 8)
+
+
+def test_embed_is_the_sum_of_code_vectors(images):
+    model = tiny_dualtoken()
+    codes = model.encode(images).semantic
+    book = model.codebook("semantic")
+    torch.testing.assert_close(model.embed(codes, "semantic"), sum(book[codes[..., d]] for d in range(3)))
+
+
+def test_decode_of_codes_equals_the_reconstruction_of_forward(images):
+    model = tiny_dualtoken()
+    with torch.no_grad():
+        output = model(images)
+    torch.testing.assert_close(model.decode(output.pixel.unflatten(1, (4, 4))), output.reconstruction.clamp(-1, 1))
+
+
+def test_save_and_load_bitwise(images, tmp_path):
+    model = tiny_dualtoken()
+    model.train()(images)  # codebooks and their statistics away from the start
+    model.eval().save_pretrained(tmp_path)
+    loaded = DualToken.from_pretrained(tmp_path)
+    for (name, a), (other, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert name == other and torch.equal(a, b), name
+    one, two = model.encode(images), loaded.encode(images)
+    assert torch.equal(one.pixel, two.pixel) and torch.equal(one.pooled, two.pooled)
+    books = read_codebooks(tmp_path)
+    assert torch.equal(books["semantic"], model.codebook("semantic"))
+    assert torch.equal(books["pixel"], model.codebook("pixel"))
+    assert books["fingerprint"] == model.fingerprint() == loaded.fingerprint()
+    assert (books["depth"], books["grid"]) == (3, (4, 4))
+
+
+def test_state_dict_has_the_published_layout():
+    names = set(tiny_dualtoken().state_dict())
+    for expected in (
+        "siglip_model.vision_model.encoder.layers.0.self_attn.q_proj.weight",
+        "siglip_model.text_model.embeddings.token_embedding.weight",
+        *(f"prequant_{part}.attn.{x}" for part in ("sem", "pix", "shortcut") for x in ("q_bias", "zero_k_bias")),
+        *(f"quantizer_{s}.codebooks.{d}.{x}" for s in ("sem", "pix") for d in range(3)
+          for x in ("weight", "cluster_size_ema", "embed_ema")),
+        *(f"postquant_sem.{x}" for x in ("norm1.weight", "attn.qkv.weight", "attn.proj.bias", "proj.weight")),
+        *(f"postquant_pix.{x}" for x in ("norm3.bias", "norm2.bias", "mlp.norm.weight", "mlp.w0.weight", "mlp.w2.bias")),
+        "post_quant_conv.nin_shortcut.weight",
+        "decoder.mid.attn_1.proj_out.weight",
+        "decoder.up.2.attn.0.q.weight",
+        "decoder.up.1.upsample.conv.weight",
+        "decoder.up.0.block.0.norm1.weight",
+    ):  # fmt: skip
+        assert expected in names, expected
+    assert tiny_dualtoken().state_dict()["quantizer_sem.codebooks.0.weight"].shape == (33, 8)  # and a padding row
+
+
+def test_fingerprint_follows_codebooks_and_the_fields_that_define_codes(images):
+    model = tiny_dualtoken()
+    before = model.fingerprint()
+    with torch.no_grad():
+        model.decoder.conv_out.weight += 1
+    assert model.fingerprint() == before
+    with torch.no_grad():
+        model.codebook("pixel")[3, 0] += 1e-3
+    assert model.fingerprint() != before
+    assert tiny_dualtoken().fingerprint() == before != tiny_dualtoken(weight_shortcut=0.5).fingerprint()
+
+
+def test_the_semantic_path_runs_through_the_last_layer(images):
+    model = tiny_dualtoken()
+    before = model.encode(images)
+    last = model.siglip_model.vision_model.encoder.layers[-1]
+    with torch.no_grad():
+        last.mlp.fc2.bias += torch.linspace(-1, 1, 32)
+    after = model.encode(images)
+    assert torch.equal(before.semantic, after.semantic)
+    assert not torch.allclose(before.pooled, after.pooled)
+    model(images).pooled.sum().backward()
+    assert last.mlp.fc1.weight.grad.abs().sum() > 0
+
+
+def test_pixel_codes_depend_on_shallow_layers_only(images):
+    model = tiny_dualtoken()
+    before = model.encode(images)
+    with torch.no_grad():
+        model.siglip_model.vision_model.encoder.layers[1].mlp.fc2.bias += torch.linspace(-1, 1, 32)
+    after = model.encode(images)
+    assert torch.equal(before.pixel, after.pixel)
+    assert not torch.equal(before.semantic, after.semantic)
+
+
+def test_reconstruction_reaches_the_encoder_and_the_text_tower_is_frozen(images):
+    model = tiny_dualtoken().train()
+    model(images).reconstruction.square().mean().backward()
+    assert model.siglip_model.vision_model.embeddings.patch_embedding.weight.grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in model.siglip_model.text_model.parameters())
+
+
+def test_causal_post_projection_does_not_look_ahead(images):
+    model = tiny_dualtoken()
+    x = torch.randn(1, 16, 8)
+    changed = x.clone()
+    changed[:, 10:] = torch.randn(1, 6, 8)
+    torch.testing.assert_close(model.postquant_pix(x)[:, :10], model.postquant_pix(changed)[:, :10])
+    assert not torch.allclose(model.postquant_pix(x)[:, 10:], model.postquant_pix(changed)[:, 10:])
+
+
+def test_unquantised_layers_equal_the_siglip_they_came_from(images):
+    torch.manual_seed(3)
+    siglip = SiglipModel(tiny_siglip_config()).eval()
+    model = DualToken(tiny_dualtoken_config(), siglip_model=siglip)
+    with torch.no_grad():
+        expected = siglip.vision_model(images, output_hidden_states=True)
+        vision = model.siglip_model.vision_model
+        states = hidden_states(vision, images, 2)
+        torch.testing.assert_close(states[-1], expected.hidden_states[2])
+        torch.testing.assert_close(finish(vision, states[-1], 2), expected.pooler_output)
+
+
+def test_grid_is_resized_to_the_decoder_latent(images):
+    """As in the 384 px model, whose 27 x 27 positions feed a 24 x 24 decoder."""
+    model = tiny_dualtoken(decoder_latent=2, decoder_multipliers=[1, 1, 2, 2], decoder_attention=[])
+    assert model.decode(model.encode(images).pixel).shape == images.shape
+
+
+def test_preprocess_resizes_the_short_side_and_crops_the_centre():
+    model = tiny_dualtoken()
+    image = Image.new("RGB", (60, 20), "black")
+    image.paste("white", (20, 0, 40, 20))
+    x = model.preprocess(image)
+    assert x.shape == (3, 16, 16)
+    assert x[:, :, 4:12].min() > 0.99 and x.max() <= 1
+
+
+def test_wrong_inputs_are_named(images, tmp_path):
+    model = tiny_dualtoken()
+    with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\).*\(B, 3, 16, 16\)"):
+        model.encode(images[..., :8, :8])
+    with pytest.raises(ValueError, match="pixel codes"):
+        model.decode(torch.zeros(1, 4, 4, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"layer_sem\(3\)"):
+        tiny_dualtoken(layer_sem=3)
+    with pytest.raises(ValueError, match=r"decoder_latent\(8\)"):
+        tiny_dualtoken(decoder_latent=8)
+    with pytest.raises(ValueError, match="holds no config.json"):
+        DualToken.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
+    with pytest.raises(ValueError, match="not a DualToken"):
+        DualTokenConfig.load(tmp_path)

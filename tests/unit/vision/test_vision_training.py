@@ -1,0 +1,170 @@
+"""Data, training, resuming and the commands."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from megadual.config import load_config
+from megadual.errors import UserError
+from megadual.testing.distributed import run_distributed
+from megadual.testing.vision import tiny_dualtoken_config, write_tiny_pairs, write_tiny_siglip
+from megadual.vision import DualToken
+from megadual.vision.data import DataConfig, TrainingImages, read_pairs, training_batches
+from megadual.vision.loop import Ranks
+from megadual.vision.train import TokenizerTrainer, TrainTokenizerConfig, train
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_tiny_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory):
+    return write_tiny_siglip(tmp_path_factory.mktemp("siglip"))
+
+
+@pytest.fixture
+def config(corpus, siglip, tmp_path):
+    """Eight steps of eight images, without LPIPS."""
+    config = load_config(
+        TrainTokenizerConfig,
+        None,
+        [
+            f"data.train={corpus}", f"siglip={siglip}", f"output={tmp_path / 'run'}", "data.batch_size=8", "steps=8",
+            "checkpoint_every=4", "optim.lr=3e-3", "optim.warmup_steps=2", "loss.lpips=0", "gan.start_step=5",
+            "gan.channels=[8,8,8]", "gan.norm_groups=4", "data.shuffle=16",
+        ],
+    )  # fmt: skip
+    config.model = tiny_dualtoken_config(siglip={})
+    return config
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+
+
+def first_keys(dataset, batches):
+    stream = training_batches(dataset)
+    return [next(stream) for _ in range(batches)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_repeat_and_resume_anywhere(corpus, workers):
+    config = DataConfig(corpus, batch_size=5, workers=workers, shuffle=8)
+    whole = first_keys(TrainingImages(config, 16, seed=3), 11)
+    positions = {str(batch.stream): batch.position for batch in whole[:5]}
+    rest = first_keys(TrainingImages(config, 16, seed=3, state={"batches": 5, "positions": positions}), 6)
+    for a, b in zip(whole[5:], rest):
+        assert a.captions == b.captions and torch.equal(a.images, b.images)
+    other = first_keys(TrainingImages(config, 16, seed=4), 1)
+    assert not torch.equal(other[0].images, whole[0].images)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_an_epoch_without_overlap(corpus, ranks):
+    """With 2 shards: by shard for 2 ranks, by sample for 4."""
+    config = DataConfig(corpus, batch_size=32 // ranks, shuffle=8, min_crop=1.0)
+    images = torch.cat([first_keys(TrainingImages(config, 20, 0, rank, ranks), 1)[0].images for rank in range(ranks)])
+    everything = read_pairs(corpus, 20)[0]
+    assert sorted(x.sum().item() for x in images) == pytest.approx(sorted(x.sum().item() for x in everything))
+
+
+def test_an_unreadable_image_is_skipped_and_named(tmp_path):
+    pattern = write_tiny_pairs(tmp_path, shards=1, pairs=3)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with tarfile.open(tmp_path / "pairs-00000.tar", "a") as tar:
+        tar.add(tmp_path / "bad.png", "bad.png")
+    with pytest.warns(UserWarning, match="sample 'bad'"):
+        images, _ = read_pairs(pattern, 16)
+    assert len(images) == 3
+
+
+def test_training_lowers_the_losses_and_writes_a_loadable_tokenizer(config):
+    config.steps, config.checkpoint_every, config.gan.start_step = 40, 40, 36
+    config.wandb.mode = "offline"
+    train(config)
+    lines = losses(config.output)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    for name in ("reconstruction", "semantic_mse", "pooled_mse"):
+        start, end = (sum(line[name] for line in part) / 4 for part in (lines[:4], lines[-4:]))
+        assert end < 0.7 * start, name
+    assert "gan" in lines[-1] and "gan" not in lines[0]
+    model = DualToken.from_pretrained(Path(config.output) / "dualtoken")
+    assert model.encode(torch.zeros(1, 3, 16, 16)).pixel.shape == (1, 4, 4, 3)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path):
+    train(config)
+    whole = losses(config.output)
+    (Path(config.output) / "checkpoints" / "00000008.pt").unlink()
+    train(config)
+    assert losses(config.output) == whole
+
+
+def test_accumulated_batches_and_lpips_on_part_of_the_steps(config):
+    config.accumulate, config.loss.lpips = 2, 1.0
+    config.lpips.every, config.lpips.images = 2, 2
+    trainer = TokenizerTrainer(config, Ranks.join())
+    trainer.open_data()
+    first, second = trainer.step(), trainer.step()
+    assert "lpips" in first and "lpips" not in second
+    assert trainer.data_state["batches"] == 4
+
+
+def test_frozen_modules_do_not_move(config):
+    config.freeze = ["quantizer_pix", "siglip_model.vision_model.embeddings"]
+    trainer = TokenizerTrainer(config, Ranks.join())
+    trainer.open_data()
+    before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
+    trainer.step()
+    moved = {name for name, x in trainer.model.state_dict().items() if not torch.equal(x, before[name])}
+    assert not any(name.startswith(tuple(config.freeze)) for name in moved)
+    assert "quantizer_sem.codebooks.0.weight" in moved and "prequant_pix.proj.weight" in moved
+
+
+def _train_steps(config):
+    trainer = TokenizerTrainer(config, Ranks.join())
+    trainer.open_data()
+    metrics = [trainer.step() for _ in range(3)]
+    return [m["loss"] for m in metrics], trainer.model.fingerprint(), trainer.model.decoder.conv_out.weight.detach()
+
+
+def test_two_ranks_keep_one_model(config):
+    config.gan.start_step = 1
+    (losses_0, fingerprint_0, weight_0), (losses_1, fingerprint_1, weight_1) = run_distributed(_train_steps, 2, config)
+    assert losses_0 == losses_1 and fingerprint_0 == fingerprint_1
+    assert torch.equal(weight_0, weight_1)
+
+
+def test_mistakes_are_named_before_work_starts(config):
+    config.freeze = ["prequant_pixel"]
+    with pytest.raises(UserError, match="no module 'prequant_pixel'"):
+        TokenizerTrainer(config, Ranks.join())
+    config.freeze, config.model.code_dim = [], 7
+    with pytest.raises(UserError, match=r"code_dim\(7\)"):
+        TokenizerTrainer(config, Ranks.join())
+    config.siglip = "/nowhere"
+    with pytest.raises(UserError, match="no SigLIP in '/nowhere'"):
+        TokenizerTrainer(config, Ranks.join())
+
+
+def test_the_command_without_a_corpus_prints_one_line_and_exits_with_2(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable, str(ROOT / "pretrain/train_tokenizer.py"),
+            "--config", str(ROOT / "pretrain/configs/tokenizer_tiny.yaml"), f"data.train={tmp_path}/none-*.tar",
+        ],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"no shard matches '{tmp_path}/none-*.tar'" in done.stderr and "Traceback" not in done.stderr
