@@ -21,7 +21,7 @@ setup(
         "numpy",
         "megatron-core>=0.16.1,<0.20",
         "deepspeed>=0.17",
-        "transformers>=4.56,<6",
+        "transformers>=5,<6",
         "safetensors",
         "tokenizers",
         "omegaconf>=2.3",
@@ -29,6 +29,7 @@ setup(
         "webdataset>=1.0",
         "pyarrow",
         "fsspec",
+        "s3fs>=2025.1",
         "s3fs>=2025.9",  # s3:// in the pipeline; without the floors pip ends at a version of 2020
         "aiobotocore>=3.10",
         "braceexpand",

@@ -18,6 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+BATCH = 8  # drawings made at once
+
 
 def read_pairs(pattern: str, count: int) -> list[tuple[str, Image.Image, str]]:
     """(key, image, caption) of the first `count` samples of the webdataset tars that match."""
@@ -55,18 +57,24 @@ def main(argv: list[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).eval()
 
     descriptions, drawings = [], []
+    described, drawn = pairs[: args.describe], pairs[args.describe :]
     with tqdm(total=len(pairs), unit="image", mininterval=1 if sys.stderr.isatty() else 10) as bar:
-        for i, (key, image, caption) in enumerate(pairs[: args.describe]):
+        for i, (key, image, caption) in enumerate(described):
             file = f"described-{i:03d}.png"
             image.save(args.output / file)
             (description,) = model.describe([image])
             descriptions.append({"key": key, "file": file, "caption": caption, "description": description.strip()})
             bar.update()
-        for i, (key, _, caption) in enumerate(pairs[args.describe :]):
-            file, seed = f"drawing-{i:03d}.png", args.seed + i
-            model.draw([caption], cfg_scale=args.cfg_scale, seed=seed)[0].save(args.output / file)
-            drawings.append({"key": key, "file": file, "caption": caption, "seed": seed})
-            bar.update()
+        for start in range(0, len(drawn), BATCH):  # image i depends on seed + i and its caption, not on its batch
+            batch = drawn[start : start + BATCH]
+            captions = [caption for _, _, caption in batch]
+            images = model.draw(captions, cfg_scale=args.cfg_scale, seed=args.seed + start)
+            for i, ((key, _, caption), image) in enumerate(zip(batch, images), start):
+                image.save(args.output / f"drawing-{i:03d}.png")
+                drawings.append(
+                    {"key": key, "file": f"drawing-{i:03d}.png", "caption": caption, "seed": args.seed + i}
+                )
+            bar.update(len(batch))
     for name, records in (("descriptions", descriptions), ("drawings", drawings)):
         (args.output / f"{name}.json").write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
     print(f"{len(descriptions)} descriptions and {len(drawings)} drawings in {args.output}")

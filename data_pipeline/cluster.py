@@ -6,7 +6,6 @@ from pathlib import Path
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from tqdm import tqdm
 
 from data_pipeline.board import Board
 from data_pipeline.config import PipelineConfig, WorkersConfig
@@ -14,7 +13,8 @@ from data_pipeline.encode import Encoder
 from data_pipeline.plan import Plan
 from megadual.errors import UserError
 
-SAMPLES_BEFORE_STOP = 1000  # no run is stopped for its bad fraction before it has finished as many
+SAMPLES_BEFORE_STOP = 1000  # no run is stopped early for its bad fraction before it has finished as many
+FAILED_INPUTS_BEFORE_STOP = 10  # or before as many inputs have failed
 
 
 def connect(workers: WorkersConfig) -> bool:
@@ -60,8 +60,8 @@ def worker_count(workers: WorkersConfig, shards: int) -> int:
 def encode_all(config: PipelineConfig, plan: Plan, board: Board) -> dict[str, str]:
     """Encode the plan's shards on Ray workers; returns the URLs of those given up, with the last error of each.
 
-    Ends early when too much of what is finished is unusable. A worker gets a shard only when it is ready, so that
-    no shard waits for a worker that cannot start.
+    Ends early when too much of what is finished is unusable or too many inputs failed. A worker gets a shard only
+    when it is ready, so that no shard waits for a worker that cannot start.
     """
     worker_class = ray.remote(num_cpus=config.workers.cpus, num_gpus=config.workers.gpus)(Encoder)
     todo, attempts, given_up = deque(plan.todo), Counter(), {}
@@ -86,7 +86,7 @@ def encode_all(config: PipelineConfig, plan: Plan, board: Board) -> dict[str, st
     try:
         for _ in range(worker_count(config.workers, len(todo))):
             start_worker()
-        while unfinished() and not too_many_bad(*board.finished_counts(), config.max_bad_fraction):
+        while unfinished() and not too_many_failures(config, plan, board, len(given_up)):
             for answer in ray.wait(list(waiting), num_returns=1, timeout=1)[0]:
                 worker, shard = waiting.pop(answer)
                 try:
@@ -108,23 +108,29 @@ def encode_all(config: PipelineConfig, plan: Plan, board: Board) -> dict[str, st
                             raise UserError(f"workers do not start: {str(error).splitlines()[-1]}") from error
                     else:
                         board.restart(shard)
-                        tqdm.write(f"{shard.url}: attempt {attempts[shard.url]} failed: {reason(error)}")
+                        board.say(f"{shard.url}: attempt {attempts[shard.url]} failed: {reason(error)}")
                         if attempts[shard.url] < config.workers.attempts:
                             todo.append(shard)
                         else:
                             given_up[shard.url] = reason(error)
+                            board.failed += 1
                     if isinstance(error, RayTaskError):  # the worker itself is well
                         give_work(worker)
-                    elif todo:
-                        start_worker()
+                    else:
+                        ray.kill(worker)  # it may only be out of reach, and hold the room for the next one
+                        if todo:
+                            start_worker()
     finally:
         for worker, _ in waiting.values():
             ray.kill(worker)
     return given_up
 
 
-def too_many_bad(samples: int, quarantined: int, max_bad_fraction: float) -> bool:
-    return samples >= SAMPLES_BEFORE_STOP and quarantined > max_bad_fraction * samples
+def too_many_failures(config: PipelineConfig, plan: Plan, board: Board, failed: int) -> bool:
+    samples, quarantined = board.finished_counts()
+    return (samples >= SAMPLES_BEFORE_STOP and quarantined > config.max_bad_fraction * samples) or (
+        failed >= FAILED_INPUTS_BEFORE_STOP and failed > config.max_bad_fraction * len(plan.inputs)
+    )
 
 
 def reason(error: RayError) -> str:

@@ -1,56 +1,34 @@
-"""From a raw sample to an image and its caption, or the reason why not."""
+"""From undecoded images to RGB, or the reason why not; and the filters."""
 
 import io
-import json
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data_pipeline.config import EncodeConfig, FilterConfig, ReadConfig
-from data_pipeline.readers import RawSample
-
-
-class Unusable(Exception):
-    """The sample is broken: it goes to the quarantine list with this reason."""
-
-
-class LeftOut(Exception):
-    """The sample is sound but a filter leaves it out: counted under this reason."""
+from data_pipeline.config import EncodeConfig, FilterConfig
+from data_pipeline.layouts import LeftOut, RawDocument, Unusable
 
 
 @dataclass
-class Pair:
-    """A decoded sample: an RGB image and its caption."""
+class Decoded:
+    """Texts (str) and RGB images in order."""
 
     key: str
-    image: Image.Image
-    caption: str
+    parts: list
     meta: dict
+    left_out_images: Counter = field(default_factory=Counter)
+
+    @property
+    def texts(self) -> list[str]:
+        return [part for part in self.parts if isinstance(part, str)]
+
+    @property
+    def images(self) -> list:
+        return [part for part in self.parts if not isinstance(part, str)]
 
 
-def _caption(sample: RawSample, where: str) -> str:
-    suffix, _, name = where.partition(":")
-    if suffix not in sample.members:
-        raise Unusable(f"no caption: the sample has no .{suffix}")
-    try:
-        text = sample.members[suffix].decode("utf-8")
-        if name:
-            text = json.loads(text)[name]
-    except UnicodeDecodeError as error:
-        raise Unusable("the caption is not UTF-8") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise Unusable(f"no caption: .{suffix} has no field '{name}'") from error
-    if not isinstance(text, str) or not text.strip():
-        raise Unusable("the caption is empty")
-    return text.strip()
-
-
-def _image(sample: RawSample, suffixes: list[str], max_pixels: int) -> Image.Image:
-    data = next((sample.members[suffix] for suffix in suffixes if suffix in sample.members), None)
-    if data is None:
-        raise Unusable("no image: the sample has none of ." + ", .".join(suffixes))
-    if not data:
-        raise Unusable("the image has 0 bytes")
+def _image(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > max_pixels:
@@ -74,19 +52,40 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode(sample: RawSample, read: ReadConfig, filters: FilterConfig, encode: EncodeConfig) -> Pair:
-    """Decode and filter one sample; Unusable or LeftOut say why there is no pair."""
-    if sample.damage:
-        raise Unusable(sample.damage)
-    caption = _caption(sample, read.caption)
-    image = _image(sample, read.images, encode.max_pixels)
+def _filter_image(image: Image.Image, filters: FilterConfig) -> None:
     short, long = sorted(image.size)
     if short < filters.min_side:
         raise LeftOut("min_side")
     if long > filters.max_aspect * short:
         raise LeftOut("max_aspect")
-    if len(caption) < filters.min_caption:
-        raise LeftOut("min_caption")
-    if len(caption) > filters.max_caption:
-        raise LeftOut("max_caption")
-    return Pair(sample.key, _to_rgb(image), caption, {"caption": read.caption, "size": list(image.size)})
+
+
+def _filter_text(parts: list, filters: FilterConfig, layout: str) -> None:
+    length = sum(len(part) for part in parts if isinstance(part, str))
+    kind = "caption" if layout == "pair" else "text"
+    if length < getattr(filters, f"min_{kind}"):
+        raise LeftOut(f"min_{kind}")
+    if length > getattr(filters, f"max_{kind}"):
+        raise LeftOut(f"max_{kind}")
+
+
+def decode(document: RawDocument, filters: FilterConfig, encode: EncodeConfig) -> Decoded:
+    """Decode and filter one document; Unusable or LeftOut say why there is none."""
+    parts, sizes, left_out = [], [], Counter()
+    for part in document.parts:
+        if isinstance(part, str):
+            parts.append(part)
+            continue
+        image = _image(part, encode.max_pixels)
+        try:
+            _filter_image(image, filters)
+        except LeftOut as reason:
+            if document.layout == "pair":
+                raise
+            left_out[str(reason)] += 1
+            continue
+        sizes.append(list(image.size))
+        parts.append(_to_rgb(image))
+    _filter_text(parts, filters, document.layout)
+    meta = {"layout": document.layout, "field": document.field, "sizes": sizes}
+    return Decoded(document.key, parts, meta, left_out)

@@ -3,22 +3,28 @@
 Shape suffixes: B images of a batch, N positions of an image, D code depth.
 """
 
+import resource
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from data_pipeline.config import PipelineConfig
-from data_pipeline.decode import LeftOut, Pair, Unusable, decode
-from data_pipeline.readers import InputShard, RawSample, read_samples
+from data_pipeline.decode import Decoded, decode
+from data_pipeline.layouts import LeftOut, RawDocument, Unusable, to_document
+from data_pipeline.readers import InputShard, read_samples
+from data_pipeline.store import open_store
 from data_pipeline.writer import ShardWriter
 from megadual.streams import Document, SpecialIds
 from megadual.text import load_text_tokenizer
 from megadual.vision import DualToken
+
+SAMPLES_PER_IMAGE = 4  # a batch holds at most this many times batch_size samples, whatever few images they have
+
+Outcome = Decoded | Unusable | LeftOut
 
 
 @dataclass
@@ -26,8 +32,10 @@ class Progress:
     """How far a worker is in its shard."""
 
     samples: int
+    images: int
     quarantined: int
     bytes: int  # of the input shard
+    memory: int  # bytes, the worker's peak
 
 
 class Encoder:
@@ -36,6 +44,7 @@ class Encoder:
     def __init__(self, config: PipelineConfig, identity: dict):
         torch.set_num_threads(config.encode.torch_threads)
         self.config, self.identity = config, identity
+        self.store = open_store(config.output)
         self.device = torch.device("cuda" if config.workers.gpus else "cpu")
         self.dualtoken = DualToken.from_pretrained(config.dualtoken).to(self.device).eval()
         self.tokenizer = load_text_tokenizer(config.text_tokenizer)
@@ -44,71 +53,104 @@ class Encoder:
 
     def encode_shard(self, shard: InputShard) -> Iterator[Progress]:
         """Encode and commit one shard, yielding after every batch."""
-        batch_size = self.config.encode.batch_size
-        outcomes, pairs = [], 0  # of samples since the last batch, in order
-        with ShardWriter(Path(self.config.output), shard, self.identity, self.config.encode.shard_bytes) as writer:
-            for outcome, position in self._decoded(shard):
-                outcomes.append(outcome)
-                pairs += isinstance(outcome[1], tuple)
-                if pairs == batch_size:
-                    self._write(outcomes, shard, writer)
-                    outcomes, pairs = [], 0
-                    yield Progress(writer.counts["samples"], writer.counts["quarantined"], position)
-            self._write(outcomes, shard, writer)
+        with ShardWriter(self.store, shard, self.identity, self.config.encode.shard_bytes) as writer:
+            for batch, position in self.batches(shard):
+                documents = iter(self.encode([outcome for _, outcome in batch if isinstance(outcome, Decoded)], shard))
+                for key, outcome in batch:
+                    if isinstance(outcome, Unusable):
+                        writer.quarantine(key, str(outcome))
+                    elif isinstance(outcome, LeftOut):
+                        writer.leave_out(str(outcome))
+                    else:
+                        writer.write(next(documents), outcome.left_out_images)
+                yield self._progress(writer, position)
             writer.commit()
-            yield Progress(writer.counts["samples"], writer.counts["quarantined"], shard.size)
+            yield self._progress(writer, shard.size)
 
-    def _decoded(self, shard: InputShard) -> Iterator[tuple[tuple, int]]:
-        """(key, outcome) of each sample and the bytes read, decoded ahead by threads but at most two batches."""
-        ahead = deque()
+    def batches(self, shard: InputShard) -> Iterator[tuple[list[tuple[str, Outcome]], int]]:
+        """The (key, outcome) of the samples in order, in batches, each with the bytes read so far.
+
+        A batch has at most batch_size images, unless one document alone has more.
+        """
+        size = self.config.encode.batch_size
+        batch, images, position = [], 0, 0
+        for key, outcome, read in self._decoded(shard):
+            more = len(outcome.images) if isinstance(outcome, Decoded) else 0
+            if batch and (images + more > size or len(batch) == SAMPLES_PER_IMAGE * size):
+                yield batch, position
+                batch, images = [], 0
+            batch.append((key, outcome))
+            images += more
+            position = read
+        if batch:
+            yield batch, position
+
+    def _decoded(self, shard: InputShard) -> Iterator[tuple[str, Outcome, int]]:
+        """(key, outcome, bytes read) of each sample, decoded ahead by threads: two batches of images at most."""
+        ahead, weight, seen = deque(), 0, set()
         for sample, position in read_samples(shard):
-            ahead.append((self.threads.submit(self._decode, sample), position))
-            if len(ahead) > 2 * self.config.encode.batch_size:
-                future, position = ahead.popleft()
-                yield future.result(), position
-        for future, position in ahead:
-            yield future.result(), position
+            try:
+                document = to_document(sample, self.config.read)
+                if self.config.filters.duplicates:
+                    digest = document.digest()
+                    if digest in seen:
+                        raise LeftOut("duplicate")
+                    seen.add(digest)
+                entry = (sample.key, self.threads.submit(self._decode, document), position, max(1, document.images))
+            except (Unusable, LeftOut) as reason:
+                entry = (sample.key, reason, position, 1)
+            ahead.append(entry)
+            weight += entry[-1]
+            while weight > 2 * self.config.encode.batch_size:
+                key, outcome, position, images = ahead.popleft()
+                weight -= images
+                yield key, outcome if isinstance(outcome, Exception) else outcome.result(), position
+        for key, outcome, position, _ in ahead:
+            yield key, outcome if isinstance(outcome, Exception) else outcome.result(), position
 
-    def _decode(self, sample: RawSample) -> tuple[str, tuple[Pair, torch.Tensor] | Unusable | LeftOut]:
+    def _decode(self, document: RawDocument) -> Outcome:
+        """With preprocessed pixels (3, h, w) in the place of the images."""
         try:
-            pair = decode(sample, self.config.read, self.config.filters, self.config.encode)
+            decoded = decode(document, self.config.filters, self.config.encode)
         except (Unusable, LeftOut) as reason:
-            return sample.key, reason
-        pixels = self.dualtoken.preprocess(pair.image)
-        pair.image = None  # two batches of them are waiting
-        return sample.key, (pair, pixels)
-
-    def _write(self, outcomes: list[tuple], shard: InputShard, writer: ShardWriter) -> None:
-        documents = iter(self._encode([outcome for _, outcome in outcomes if isinstance(outcome, tuple)], shard))
-        for key, outcome in outcomes:
-            if isinstance(outcome, Unusable):
-                writer.quarantine(key, str(outcome))
-            elif isinstance(outcome, LeftOut):
-                writer.leave_out(str(outcome))
-            else:
-                writer.write(next(documents))
+            return reason
+        decoded.parts = [part if isinstance(part, str) else self.dualtoken.preprocess(part) for part in decoded.parts]
+        return decoded
 
     @torch.inference_mode()
-    def _encode(self, batch: list[tuple[Pair, torch.Tensor]], shard: InputShard) -> list[Document]:
-        """The documents of up to a batch of pairs: `<image>` and the caption, with the image's codes."""
-        if not batch:
-            return []
-        codes = self.dualtoken.encode(torch.stack([pixels for _, pixels in batch]).to(self.device))
-        rows, columns = codes.semantic.shape[1:3]
-        semantic_BND = codes.semantic.flatten(1, 2).cpu().numpy().astype(np.uint16)
-        pixel_BND = codes.pixel.flatten(1, 2).cpu().numpy().astype(np.uint16)
-        # A caption that spells a special token is still only text.
-        captions = self.tokenizer(
-            [pair.caption for pair, _ in batch], add_special_tokens=False, split_special_tokens=True
-        ).input_ids
-        return [
-            Document(
-                key=pair.key,
-                text_ids=np.array([self.special.image, *ids], dtype=np.uint32),
-                semantic=semantic,
-                pixel=pixel,
-                grids=np.array([[rows, columns]], dtype=np.uint16),
-                meta={"source": shard.url, **pair.meta},
-            ).check(self.special)
-            for (pair, _), ids, semantic, pixel in zip(batch, captions, semantic_BND, pixel_BND, strict=True)
+    def encode(self, batch: list[Decoded], shard: InputShard) -> list[Document]:
+        """The documents of a batch: their text with `<image>` for each image, and the images' codes."""
+        pixels = [image for decoded in batch for image in decoded.images]
+        codes = []  # (semantic, pixel) of each image, (N, D)
+        for start in range(0, len(pixels), self.config.encode.batch_size):
+            images_B = torch.stack(pixels[start : start + self.config.encode.batch_size])
+            encoded = self.dualtoken.encode(images_B.to(self.device))
+            streams = (encoded.semantic, encoded.pixel)
+            codes += zip(*(s.flatten(1, 2).cpu().numpy().astype(np.uint16) for s in streams), strict=True)
+        texts = [text for decoded in batch for text in decoded.texts]
+        # A text that spells a special token is still only text.
+        ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
+        codes, ids = iter(codes), iter(ids)
+        return [self._document(decoded, codes, ids, shard) for decoded in batch]
+
+    def _document(self, decoded: Decoded, codes: Iterator, ids: Iterator, shard: InputShard) -> Document:
+        """Takes as many of the batch's codes and text ids as the document has parts."""
+        text_ids = [
+            token for part in decoded.parts for token in (next(ids) if isinstance(part, str) else [self.special.image])
         ]
+        images = [next(codes) for _ in decoded.images]
+        config = self.dualtoken.config
+        none = np.zeros((0, config.depth), dtype=np.uint16)
+        return Document(
+            key=decoded.key,
+            text_ids=np.array(text_ids, dtype=np.uint32),
+            semantic=np.concatenate([none, *(semantic for semantic, _ in images)]),
+            pixel=np.concatenate([none, *(pixel for _, pixel in images)]),
+            grids=np.array([config.grid] * len(images), dtype=np.uint16).reshape(-1, 2),
+            meta={"source": shard.url, **decoded.meta},
+        ).check(self.special)
+
+    def _progress(self, writer: ShardWriter, position: int) -> Progress:
+        counts = writer.counts
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return Progress(counts["samples"], counts["images"], counts["quarantined"], position, memory)

@@ -1,15 +1,16 @@
 """What a shard set is: its identity, and the files at its root that describe it.
 
-The root's files are derived from the folders' markers alone, so making them again changes no byte.
+The root's files are derived from the folders alone, so making them again changes no byte.
 """
 
 import json
-import os
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 from data_pipeline.config import PipelineConfig
-from data_pipeline.writer import MARKER, QUARANTINE, TEMPORARY, read_marker, sync
+from data_pipeline.store import Store
+from data_pipeline.writer import QUARANTINE, quarantine_line
 from megadual.errors import UserError
 from megadual.streams import SpecialIds
 from megadual.text import fingerprint, load_text_tokenizer
@@ -51,12 +52,7 @@ def identify(config: PipelineConfig) -> tuple[dict, dict]:
     return identity, {"dualtoken": dualtoken, "text_tokenizer": text_tokenizer, "config": identity["recipe"]}
 
 
-def read_markers(output: Path) -> dict[str, dict]:
-    """The markers of a set's committed folders by name."""
-    return {path.parent.name: read_marker(path.parent) for path in sorted(output.glob(f"*/{MARKER}"))}
-
-
-def check_identity(output: Path, markers: dict[str, dict], identity: dict) -> None:
+def check_identity(output: str, markers: dict[str, dict], identity: dict) -> None:
     """Refuse to add to a set that was made with other tokenizers or another recipe."""
     for name, marker in markers.items():
         made = marker["identity"]
@@ -75,37 +71,36 @@ def check_identity(output: Path, markers: dict[str, dict], identity: dict) -> No
                     )
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.parent / TEMPORARY / path.name
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
+def write_quarantine(store: Store, markers: dict[str, dict], failed: dict[str, str]) -> None:
+    """quarantine.jsonl: the key and reason of every unusable sample, and of every input shard given up."""
+    lists = (store.read(f"{name}/{QUARANTINE}") for name, marker in markers.items() if marker["quarantined"])
+    store.replace("quarantine.jsonl", chain(lists, (quarantine_line(url, reason) for url, reason in failed.items())))
 
 
-def write_quarantine(output: Path, markers: dict[str, dict]) -> None:
-    """quarantine.jsonl: the key and reason of every unusable sample."""
-    lists = [(output / name / QUARANTINE).read_text(encoding="utf-8") for name in markers]
-    _replace(output / "quarantine.jsonl", "".join(lists))
-
-
-def write_manifest(output: Path, markers: dict[str, dict], description: dict) -> dict:
-    """index.json, with which a plain StreamingDataset opens the set, and manifest.json, which is returned."""
+def make_index(store: Store, markers: dict[str, dict]) -> str:
+    """The root's index.json, with which a plain StreamingDataset opens the set."""
     files = []
     for name in markers:
-        for file in json.loads((output / name / "index.json").read_text())["shards"]:
+        for file in json.loads(store.read(f"{name}/index.json"))["shards"]:
             file["raw_data"]["basename"] = f"{name}/{file['raw_data']['basename']}"
             files.append(file)
-    _replace(output / "index.json", json.dumps({"version": 2, "shards": files}, sort_keys=True))
+    return json.dumps({"version": 2, "shards": files}, sort_keys=True)
 
-    left_out = sum((Counter(marker["left_out"]) for marker in markers.values()), Counter())
-    manifest = {
-        "format": 1,
-        **{count: sum(marker[count] for marker in markers.values()) for count in COUNTS},
-        "left_out": dict(sorted(left_out.items())),
-        "shards": [{key: value for key, value in marker.items() if key != "identity"} for marker in markers.values()],
-        **description,
-    }
-    _replace(output / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    sync(output)
+
+def summarise(markers: dict[str, dict]) -> dict:
+    """The manifest's counts and shards."""
+    totals = {count: sum(marker[count] for marker in markers.values()) for count in COUNTS}
+    for reasons in ("left_out", "left_out_images"):
+        totals[reasons] = dict(
+            sorted(sum((Counter(marker[reasons]) for marker in markers.values()), Counter()).items())
+        )
+    shards = [{key: value for key, value in marker.items() if key != "identity"} for marker in markers.values()]
+    return {**totals, "shards": shards}
+
+
+def write_manifest(store: Store, markers: dict[str, dict], failed: dict[str, str], description: dict) -> dict:
+    """index.json and then manifest.json, which makes a set finished and is returned."""
+    store.replace("index.json", [make_index(store, markers)])
+    manifest = {"format": 1, **summarise(markers), "failed_inputs": failed, **description}
+    store.replace("manifest.json", [json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"])
     return manifest

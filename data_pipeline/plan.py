@@ -1,23 +1,29 @@
-"""What a run will do: the input shards still to be done, and what they will take on the disk."""
+"""What a run will do: the input shards still to be done, and what they will take on the disk and in time."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
+
+import torch
 
 from data_pipeline.config import PipelineConfig
-from data_pipeline.manifest import check_identity, identify, read_markers
+from data_pipeline.decode import Decoded
+from data_pipeline.encode import Encoder
+from data_pipeline.manifest import check_identity, identify
 from data_pipeline.readers import InputShard, list_inputs, read_samples
+from data_pipeline.store import Store, open_store
 from megadual.config import to_yaml
 from megadual.errors import UserError
 
 SAMPLES_READ_TO_ESTIMATE = 200
-TEXT_BYTES = 200  # of a row, roughly: caption ids, key, meta and offsets
+BATCHES_TO_ESTIMATE, BATCH_TO_ESTIMATE = 4, 8
 
 
 @dataclass
 class Plan:
     """The inputs, those not yet in the set, and what the set's shards have in common."""
 
+    store: Store
     inputs: list[InputShard]
     todo: list[InputShard]
     identity: dict
@@ -26,13 +32,12 @@ class Plan:
 
 def make_plan(config: PipelineConfig) -> Plan:
     """Check everything that can be checked before work starts; UserError where it cannot go on."""
-    if "://" in config.output:
-        raise UserError(f"output: '{config.output}' is a URL; give a local or shared folder and copy the set from it")
     if not 0 <= config.max_bad_fraction <= 1:
         raise UserError(f"max_bad_fraction: {config.max_bad_fraction} is not a fraction between 0 and 1")
     for name, least, value in (
         ("encode.batch_size", 1, config.encode.batch_size),
         ("encode.torch_threads", 1, config.encode.torch_threads),
+        ("filters.min_text", 1, config.filters.min_text),
         ("workers.decode_threads", 1, config.workers.decode_threads),
         ("workers.attempts", 1, config.workers.attempts),
         ("workers.count", 0, config.workers.count),
@@ -41,33 +46,72 @@ def make_plan(config: PipelineConfig) -> Plan:
             raise UserError(f"{name}: {value} must be at least {least}")
     inputs = list_inputs(config.inputs)
     identity, description = identify(config)
-    output = Path(config.output)
-    markers = read_markers(output)
-    check_identity(output, markers, identity)
+    store = open_store(config.output)
+    markers = store.markers()
+    check_identity(config.output, markers, identity)
     for shard in inputs:
         if shard.name in markers and markers[shard.name]["source"] != shard.url:
             raise UserError(
-                f"'{output / shard.name}' was made from '{markers[shard.name]['source']}', this run would make it from "
-                f"'{shard.url}'; write the input as before, or give another output"
+                f"'{store.url}/{shard.name}' was made from '{markers[shard.name]['source']}', this run would make it "
+                f"from '{shard.url}'; write the input as before, or give another output"
             )
-    return Plan(inputs, [shard for shard in inputs if shard.name not in markers], identity, description)
+    return Plan(store, inputs, [shard for shard in inputs if shard.name not in markers], identity, description)
 
 
 def describe(config: PipelineConfig, plan: Plan) -> str:
-    """The resolved config, the input shards and an estimate of the output, as `--dry-run` prints them."""
+    """The resolved config, the input shards and estimates, as `--dry-run` prints them."""
     todo = {shard.name for shard in plan.todo}
     lines = [to_yaml(config), f"{len(plan.inputs)} input shards, {len(todo)} to do:"]
     lines += [
         f"  {shard.url}  {shard.size / 1e6:.1f} MB  {'to do' if shard.name in todo else 'done'}"
         for shard in plan.inputs
     ]
-    probe = max(plan.inputs, key=lambda shard: shard.size)
+    return "\n".join(lines + ([_estimate(config, plan)] if todo else []))
+
+
+def _estimate(config: PipelineConfig, plan: Plan) -> str:
+    """From the largest input: samples per byte of the first ones, size and time of the few that are encoded."""
+    probe = max(plan.todo, key=lambda shard: shard.size)
     positions = list(islice((position for _, position in read_samples(probe)), SAMPLES_READ_TO_ESTIMATE))
-    samples = round(sum(shard.size for shard in plan.todo) * len(positions) / positions[-1]) if positions else 0
-    rows, columns = plan.description["dualtoken"]["grid"]
-    codes = 2 * rows * columns * plan.description["dualtoken"]["depth"] * 2
-    lines.append(
-        f"about {samples} samples -> {samples * (codes + TEXT_BYTES) / 1e6:.1f} MB in {config.output} "
-        f"({codes} bytes of codes per image)"
+    if not positions:
+        return f"no estimate: '{probe.url}' is empty"
+    samples = round(sum(shard.size for shard in plan.todo) * len(positions) / positions[-1])
+    row_bytes, seconds = _try_encoding(config, plan, probe)
+    said = (
+        f"about {samples} samples -> {samples * row_bytes / 1e6:.1f} MB in {config.output} ({row_bytes:.0f} bytes each)"
     )
-    return "\n".join(lines)
+    rate = config.workers.samples_per_second or (1 / seconds if seconds else None)
+    if rate is None:
+        return f"{said}; give workers.samples_per_second for an estimate of the time"
+    workers = max(config.workers.count, 1)
+    source = "as given" if config.workers.samples_per_second else "measured here"
+    return (
+        f"{said}; about {_duration(samples / rate / workers)} of encoding with workers.count={workers}, "
+        f"{rate:.1f} samples/s each ({source})"
+    )
+
+
+def _try_encoding(config: PipelineConfig, plan: Plan, probe: InputShard) -> tuple[float, float | None]:
+    """(bytes of a row, seconds for a sample) of the first samples; no seconds where this machine lacks the GPU."""
+    has_device = not config.workers.gpus or torch.cuda.is_available()
+    workers = config.workers if has_device else replace(config.workers, gpus=0)
+    encode = replace(config.encode, batch_size=BATCH_TO_ESTIMATE)
+    encoder = Encoder(replace(config, encode=encode, workers=workers), plan.identity)
+    done, documents, started = [], [], [time.perf_counter()]
+    for batch, _ in islice(encoder.batches(probe), BATCHES_TO_ESTIMATE):
+        documents += encoder.encode([outcome for _, outcome in batch if isinstance(outcome, Decoded)], probe)
+        done.append(len(batch))
+        started.append(time.perf_counter())
+    warm = 1 if len(done) > 1 else 0  # the first batch warms up
+    seconds = (started[-1] - started[warm]) / sum(done[warm:])
+    columns = ("text_ids", "semantic", "pixel", "grids")
+    row_bytes = sum(getattr(document, name).nbytes for document in documents for name in columns)
+    row_bytes += sum(len(document.key) + len(str(document.meta)) + 60 for document in documents)  # sizes and offsets
+    return row_bytes / sum(done), seconds if has_device else None
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

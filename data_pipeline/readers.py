@@ -1,17 +1,25 @@
 """Input shards: which there are, and the raw samples in them."""
 
 import glob
+import gzip
+import json
 import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Any, BinaryIO
 
 import braceexpand
 import fsspec
+import pyarrow
+from pyarrow.parquet import ParquetFile
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from megadual.errors import UserError
+
+ROWS = 64  # of a parquet file, decoded at a time
+SUFFIXES = (".tar", ".parquet", ".jsonl", ".jsonl.gz")
 
 
 @dataclass(frozen=True)
@@ -25,18 +33,32 @@ class InputShard:
 
 @dataclass
 class RawSample:
-    """One sample as stored: its members by suffix, or why it could not be read."""
+    """One sample as stored: what it holds by name (member suffix, column, field), or why it could not be read."""
 
     key: str
-    members: dict[str, bytes] = field(default_factory=dict)
+    members: dict[str, Any] = field(default_factory=dict)
     damage: str = ""
+
+
+def _spelled_as_matches(pattern: str) -> str:
+    """A URL as its file system spells it, e.g. gs:// for gcs://; a path as it is."""
+    if "://" not in pattern:
+        return pattern
+    try:
+        filesystem, path = fsspec.core.url_to_fs(pattern)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"inputs: '{pattern}' cannot be opened: {error}") from error
+    return filesystem.unstrip_protocol(path)
 
 
 def _matches(pattern: str) -> list[str]:
     if "://" not in pattern:
         return sorted(glob.glob(pattern, recursive=True))
     filesystem, path = fsspec.core.url_to_fs(pattern)
-    return sorted(filesystem.unstrip_protocol(match) for match in filesystem.glob(path))
+    try:
+        return sorted(filesystem.unstrip_protocol(match) for match in filesystem.glob(path))
+    except Exception as error:  # every file system has errors of its own
+        raise UserError(f"inputs: '{pattern}' cannot be listed: {type(error).__name__}: {error}") from error
 
 
 def _fixed_folder(pattern: str) -> str:
@@ -51,7 +73,7 @@ def list_inputs(patterns: list[str]) -> list[InputShard]:
     A pattern that matches nothing and two files of one name raise UserError.
     """
     shards: dict[str, InputShard] = {}
-    for pattern in patterns:
+    for pattern in map(_spelled_as_matches, patterns):
         fixed = _fixed_folder(pattern)
         try:
             parts = list(braceexpand.braceexpand(pattern))
@@ -62,29 +84,38 @@ def list_inputs(patterns: list[str]) -> list[InputShard]:
             if not urls:
                 raise UserError(f"inputs: '{part}' matches no file")
             for url in urls:
-                if not url.endswith(".tar"):
-                    raise UserError(f"inputs: '{url}' is no .tar; inputs are webdataset tars")
-                below = PurePosixPath(url[len(fixed) :])
-                name = "--".join(below.with_suffix("").parts)
+                suffix = next((suffix for suffix in SUFFIXES if url.endswith(suffix)), None)
+                if suffix is None:
+                    raise UserError(f"inputs: '{url}' is none of {', '.join(SUFFIXES)}")
+                below = PurePosixPath(url[len(fixed) :].removesuffix(suffix))
+                name = "--".join(below.parts)
                 known = shards.get(name)
                 if known is not None and known.url != url:
                     raise UserError(
                         f"inputs: '{known.url}' and '{url}' would both become '{name}'; name the folder that holds "
-                        "both in one pattern (FOLDER/*/*.tar), or make two sets"
+                        f"both in one pattern (FOLDER/*/*{suffix}), or make two sets"
                     )
                 filesystem, path = fsspec.core.url_to_fs(url)
                 shards[name] = InputShard(name, url, filesystem.size(path))
     if not shards:
-        raise UserError("inputs: the list is empty; give at least one path or glob of .tar files")
+        raise UserError("inputs: the list is empty; give at least one path or glob")
     return [shards[name] for name in sorted(shards)]
 
 
 def read_samples(shard: InputShard) -> Iterator[tuple[RawSample, int]]:
-    """The samples of a webdataset tar in order, each with the bytes of the tar read so far.
+    """The samples of an input shard in order, each with the bytes of the shard read so far.
 
-    Where the tar is damaged the rest of it cannot be read: a last sample says so, and one names each member that
-    a sample holds twice. Errors of the file system are raised, since trying again may help.
+    Where a file is damaged the rest of it cannot be read: a last sample says so. Errors of the file system are
+    raised, since trying again may help.
     """
+    suffix = next(suffix for suffix in SUFFIXES if shard.url.endswith(suffix))
+    read = {".tar": _read_tar, ".parquet": _read_parquet}.get(suffix, _read_json_lines)
+    with fsspec.open(shard.url, "rb") as stream:
+        yield from read(shard, stream)
+
+
+def _read_tar(shard: InputShard, stream: BinaryIO) -> Iterator[tuple[RawSample, int]]:
+    """Webdataset samples; a last one also names each member that a sample holds twice."""
     damage = []
 
     def keep_first_of_two(error: Exception) -> bool:
@@ -97,11 +128,48 @@ def read_samples(shard: InputShard) -> Iterator[tuple[RawSample, int]]:
         damage.append(error)
         return False  # ends the tar
 
-    with fsspec.open(shard.url, "rb") as stream:
-        source = [{"url": shard.url, "stream": stream}]
-        files = tar_file_expander(source, handler=stop_if_damaged, eof_value=None)
-        for sample in group_by_keys(files, handler=keep_first_of_two):
-            members = {suffix: data for suffix, data in sample.items() if not suffix.startswith("__")}
-            yield RawSample(f"{shard.name}/{sample['__key__']}", members), stream.tell()
+    source = [{"url": shard.url, "stream": stream}]
+    files = tar_file_expander(source, handler=stop_if_damaged, eof_value=None)
+    for sample in group_by_keys(files, handler=keep_first_of_two):
+        members = {suffix: data for suffix, data in sample.items() if not suffix.startswith("__")}
+        key = sample["__key__"].encode("utf-8", "replace").decode()  # names in a tar may be any bytes
+        yield RawSample(f"{shard.name}/{key}", members), stream.tell()
     for error in damage:
         yield RawSample(f"{shard.name}/", damage=f"damaged tar: {error.args[0]}"), shard.size
+
+
+def _read_parquet(shard: InputShard, stream: BinaryIO) -> Iterator[tuple[RawSample, int]]:
+    """Rows; a `key` column, as img2dataset writes it, names them, else their number."""
+    done = 0
+    try:
+        # Buffered, so that a row group of any size is not read whole.
+        file = ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
+        for batch in file.iter_batches(ROWS):
+            for row in batch.to_pylist():
+                key = row.get("key") or f"{done:08d}"
+                done += 1
+                yield RawSample(f"{shard.name}/{key}", row), shard.size * done // file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the file system's, not the decoder's
+            raise
+        yield RawSample(f"{shard.name}/", damage=f"damaged parquet after {done} rows: {error}"), shard.size
+
+
+def _read_json_lines(shard: InputShard, stream: BinaryIO) -> Iterator[tuple[RawSample, int]]:
+    """One JSON object a line, named by the number of its line."""
+    lines = gzip.GzipFile(fileobj=stream) if shard.url.endswith(".gz") else stream
+    number = -1
+    try:
+        for number, line in enumerate(lines):
+            key = f"{shard.name}/{number:08d}"
+            try:
+                members = json.loads(line)
+            except (ValueError, RecursionError) as error:  # also where it is not UTF-8
+                yield RawSample(key, damage=f"the line is not JSON: {error}"), stream.tell()
+                continue
+            if isinstance(members, dict):
+                yield RawSample(key, members), stream.tell()
+            else:
+                yield RawSample(key, damage="the line is not a JSON object"), stream.tell()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield RawSample(f"{shard.name}/", damage=f"damaged gzip after {number + 1} lines: {error}"), shard.size

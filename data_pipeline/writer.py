@@ -1,9 +1,4 @@
-"""One folder of the set for one input shard, committed as a whole or not at all.
-
-A folder holds MDS files with their index.json, `bad.jsonl` (the unusable samples) and `_SUCCESS` (what was done).
-It is written under `_tmp` and renamed when everything in it is on the disk, so that a folder that can be seen is
-complete, also when a machine stops or two workers do the same shard.
-"""
+"""One folder of the set for one input shard: MDS files with their index.json, the unusable samples, the marker."""
 
 import json
 import os
@@ -11,32 +6,17 @@ import shutil
 import socket
 import uuid
 from collections import Counter
-from pathlib import Path
 
 from data_pipeline.readers import InputShard
+from data_pipeline.store import MARKER, Store
 from megadual.data.mds import document_writer
 from megadual.streams import Document
 
-MARKER = "_SUCCESS"  # not *.json: streaming's merge_index takes every .json below a set for an index
 QUARANTINE = "bad.jsonl"
-TEMPORARY = "_tmp"
 
 
-def sync(path: Path) -> None:
-    """Have a file's or folder's content on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def read_marker(folder: Path) -> dict | None:
-    """What a committed folder's marker says; None where there is none."""
-    try:
-        return json.loads((folder / MARKER).read_text())
-    except FileNotFoundError:
-        return None
+def quarantine_line(key: str, reason: str) -> str:
+    return json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n"
 
 
 class ShardWriter:
@@ -45,14 +25,15 @@ class ShardWriter:
     As a context manager it removes what was not committed.
     """
 
-    def __init__(self, output: Path, shard: InputShard, identity: dict, size_limit: int):
-        self.output, self.shard, self.identity = output, shard, identity
+    def __init__(self, store: Store, shard: InputShard, identity: dict, size_limit: int):
+        self.store, self.shard, self.identity = store, shard, identity
         # Unique, since a worker whose driver was killed may still be writing the same shard.
-        self.folder = output / TEMPORARY / f"{shard.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
+        self.folder = store.new_folder(f"{shard.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}")
         self.mds = document_writer(self.folder, size_limit)
         self.bad = open(self.folder / QUARANTINE, "w", encoding="utf-8")
         self.counts = Counter(samples=0, documents=0, images=0, positions=0, text_ids=0, quarantined=0)
         self.left_out: Counter = Counter()
+        self.left_out_images: Counter = Counter()  # of documents that were written without them
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -61,8 +42,9 @@ class ShardWriter:
         self.bad.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def write(self, document: Document) -> None:
+    def write(self, document: Document, left_out_images: Counter) -> None:
         self.mds.write(document.row())
+        self.left_out_images.update(left_out_images)
         self.counts.update(
             samples=1,
             documents=1,
@@ -72,7 +54,7 @@ class ShardWriter:
         )
 
     def quarantine(self, key: str, reason: str) -> None:
-        self.bad.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
+        self.bad.write(quarantine_line(key, reason))
         self.counts.update(samples=1, quarantined=1)
 
     def leave_out(self, reason: str) -> None:
@@ -80,7 +62,7 @@ class ShardWriter:
         self.counts["samples"] += 1
 
     def commit(self) -> None:
-        """Finish the files and make the folder visible under the shard's name."""
+        """Finish the files and hand the folder to the store."""
         self.mds.finish()
         self.bad.close()
         files = [
@@ -92,16 +74,9 @@ class ShardWriter:
             "source": self.shard.url,
             **self.counts,
             "left_out": dict(sorted(self.left_out.items())),
+            "left_out_images": dict(sorted(self.left_out_images.items())),
             "files": files,
             "identity": self.identity,
         }
-        (self.folder / MARKER).write_text(json.dumps(marker, indent=2, ensure_ascii=False) + "\n")
-        for path in [*self.folder.iterdir(), self.folder]:
-            sync(path)
-        target = self.output / self.shard.name
-        try:
-            self.folder.rename(target)
-        except OSError:
-            if read_marker(target) is None:  # else another worker did the same shard first, with the same bytes
-                raise
-        sync(self.output)
+        (self.folder / MARKER).write_text(json.dumps(marker, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.store.commit(self.folder, self.shard.name)

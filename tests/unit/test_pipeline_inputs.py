@@ -246,7 +246,8 @@ def test_json_lines(tmp_path, name):
 
 
 def test_damaged_json_lines(tmp_path):
-    lines = [b'{"text": "good"}', b"{", b"[1]", b'{"text": "\xff"}', b'{"text": "\\ud800"}', b'{"txt": "x"}', b"[" * 100_000]
+    deep = b"[" * 100_000
+    lines = [b'{"text": "good"}', b"{", b"[1]", b'{"text": "\xff"}', b'{"text": "\\ud800"}', b'{"txt": "x"}', deep]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     write_json_lines(tmp_path / "b.jsonl.gz", [f"line {i * i}" for i in range(1000)])
     data = (tmp_path / "b.jsonl.gz").read_bytes()

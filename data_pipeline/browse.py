@@ -1,0 +1,197 @@
+"""Look at a shard set: print its manifest, and make a page of samples decoded back to images beside their text.
+
+`python data_pipeline/browse.py SET --output page.html -n 32`
+"""
+
+import argparse
+import base64
+import io
+import json
+import sys
+from collections import Counter
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout goes before an installed package
+
+from megadual.data.mds_reader import ShardSet  # noqa: E402
+from megadual.errors import UserError, command  # noqa: E402
+from megadual.streams import STREAMS, Document, SpecialIds  # noqa: E402
+from megadual.text import fingerprint, load_text_tokenizer  # noqa: E402
+from megadual.vision import DualToken  # noqa: E402
+
+DOCUMENTS_FOR_STATISTICS = 2000
+REASONS_SHOWN = 20
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+.bar { background: #8884; width: 10rem; } .bar i { display: block; height: .7rem; background: #3a7bd5; }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
+article { border: 1px solid #8886; border-radius: 6px; padding: .7rem; overflow-wrap: anywhere; }
+article img { width: 100%; image-rendering: pixelated; border-radius: 3px; display: block; margin: .3rem 0; }
+small { opacity: .7; }
+"""
+
+
+def choose(total: int, count: int, seed: int) -> list[int]:
+    """`count` of `total` document numbers, in order."""
+    return sorted(np.random.default_rng(seed).choice(total, min(count, total), replace=False).tolist())
+
+
+def code_statistics(documents: list[Document], codebook_size: int) -> list[dict]:
+    """For each stream and depth: codes, the share of the codebook they use, perplexity exp(entropy)."""
+    rows = []
+    for stream in STREAMS:
+        codes_ND = np.concatenate([getattr(document, stream) for document in documents])
+        for depth in range(codes_ND.shape[1]):
+            counts = np.bincount(codes_ND[:, depth], minlength=codebook_size)
+            shares = counts[counts > 0] / max(counts.sum(), 1)
+            rows.append(
+                {
+                    "stream": stream,
+                    "depth": depth,
+                    "codes": int(counts.sum()),
+                    "used": float((counts > 0).mean()),
+                    "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
+                }
+            )
+    return rows
+
+
+@torch.inference_mode()
+def decode_images(document: Document, dualtoken: DualToken) -> list[Image.Image]:
+    """The document's images, from their pixel codes."""
+    images, start = [], 0
+    for rows, columns in document.grids.astype(int).tolist():
+        codes = document.pixel[start : start + rows * columns].astype(np.int64)
+        start += rows * columns
+        (image_3HW,) = dualtoken.decode(torch.from_numpy(codes).reshape(1, rows, columns, -1))
+        pixels = ((image_3HW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        images.append(Image.fromarray(pixels))
+    return images
+
+
+def _article(document: Document, dualtoken: DualToken, tokenizer, image_id: int) -> str:
+    images = iter(decode_images(document, dualtoken))
+    parts, text = [], []
+
+    def flush() -> None:
+        if text:
+            parts.append(f"<div>{escape(tokenizer.decode(text))}</div>")
+            text.clear()
+
+    for token in document.text_ids.tolist():
+        if token != image_id:
+            text.append(token)
+            continue
+        flush()
+        buffer = io.BytesIO()
+        next(images).save(buffer, "PNG")
+        parts.append(f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+    flush()
+    return (
+        f"<article>{''.join(parts)}<small>{escape(document.key)} {escape(json.dumps(document.meta))}</small></article>"
+    )
+
+
+def _table(rows: list[tuple], head: tuple = ()) -> str:
+    """Numbers are set right; a float is a share and drawn as a bar."""
+
+    def cell(value, tag: str = "td") -> str:
+        if isinstance(value, float):
+            return (
+                f'<{tag} class="n">{value:.1%}</{tag}><td><div class="bar"><i style="width:{value:.1%}"></i></div></td>'
+            )
+        if isinstance(value, int):
+            return f'<{tag} class="n">{value:,}</{tag}>'
+        return f"<{tag}>{escape(str(value))}</{tag}>"
+
+    lines = ["".join(cell(name, "th") for name in head)] if head else []
+    return (
+        "<table>"
+        + "".join(f"<tr>{line}</tr>" for line in lines + ["".join(map(cell, row)) for row in rows])
+        + "</table>"
+    )
+
+
+def facts(manifest: dict) -> list[tuple[str, str]]:
+    """The manifest in a few lines."""
+    dualtoken, text_tokenizer = manifest["dualtoken"], manifest["text_tokenizer"]
+    rows, columns = dualtoken["grid"]
+    reasons = {**manifest["left_out"], **{f"image: {k}": n for k, n in manifest["left_out_images"].items()}}
+    return [
+        *((name, f"{manifest[name]:,}") for name in ("samples", "documents", "images", "positions", "text_ids")),
+        ("quarantined", f"{manifest['quarantined']:,}"),
+        ("left out", ", ".join(f"{reason} {count:,}" for reason, count in reasons.items()) or "none"),
+        ("failed inputs", f"{len(manifest['failed_inputs']):,}"),
+        ("shards", f"{len(manifest['shards']):,}"),
+        ("image tokenizer", f"{dualtoken['path']} ({dualtoken['fingerprint'][:12]}), {rows} x {columns} positions, "
+                            f"{dualtoken['depth']} codes of {dualtoken['codebook_size']:,} per stream"),
+        ("text tokenizer", f"{text_tokenizer['path']} ({text_tokenizer['fingerprint'][:12]})"),
+    ]  # fmt: skip
+
+
+def make_page(shards: ShardSet, dualtoken: DualToken, tokenizer, count: int, seed: int) -> str:
+    """The set's page as HTML that needs no other file."""
+    manifest = shards.manifest
+    image_id = SpecialIds.of(tokenizer).image
+    measured = [shards[i] for i in choose(len(shards), DOCUMENTS_FOR_STATISTICS, seed)]
+    statistics = [
+        (row["stream"], row["depth"], row["codes"], row["used"], f"{row['perplexity']:,.0f}")
+        for row in code_statistics(measured, manifest["dualtoken"]["codebook_size"])
+    ]
+    chosen = tqdm(choose(len(shards), count, seed), desc="decode", unit="document", mininterval=1)
+    samples = "".join(_article(shards[i], dualtoken, tokenizer, image_id) for i in chosen)
+    with open(shards.root / "quarantine.jsonl", encoding="utf-8") as lines:
+        reasons = Counter(json.loads(line)["reason"] for line in lines)
+    quarantine = _table([(count, reason) for reason, count in reasons.most_common(REASONS_SHOWN)])
+    config = escape(json.dumps(manifest["config"], indent=2, ensure_ascii=False))
+    title = escape(str(shards.root))
+    return (
+        f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{STYLE}</style><h1>Shard set {title}</h1>{_table(facts(manifest))}"
+        f"<h2>Codes of {len(measured):,} documents</h2>"
+        f"{_table(statistics, ('stream', 'depth', 'codes', 'codebook used', '', 'perplexity'))}"
+        f"<h2>Samples, images decoded from their pixel codes</h2><div class=samples>{samples}</div>"
+        f"<h2>Quarantine: the most frequent reasons</h2>{quarantine if reasons else 'empty'}"
+        f"<h2>Config</h2><pre>{config}</pre>"
+    )
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Print a shard set's manifest and make a page of its samples.")
+    parser.add_argument("set", help="folder of the set")
+    parser.add_argument("--output", default="page.html", help="the page")
+    parser.add_argument("-n", type=int, default=32, help="samples on the page")
+    parser.add_argument("--seed", type=int, default=0, help="which samples")
+    parser.add_argument("--dualtoken", help="folder of the image tokenizer, where the manifest's is not here")
+    parser.add_argument("--text-tokenizer", help="folder of the text tokenizer, likewise")
+    args = parser.parse_args(argv)
+    if "://" in args.set:
+        raise UserError(f"'{args.set}' is a URL; copy the set, or some of its folders, to this machine first")
+    shards = ShardSet(args.set)
+    for name, value in facts(shards.manifest):
+        print(f"{name:16} {value}")
+    dualtoken_path = args.dualtoken or shards.manifest["dualtoken"]["path"]
+    if not Path(dualtoken_path).is_dir():
+        raise UserError(f"the set's image tokenizer '{dualtoken_path}' is not here; give its folder as --dualtoken")
+    text_path = args.text_tokenizer or shards.manifest["text_tokenizer"]["path"]
+    dualtoken, tokenizer = DualToken.from_pretrained(dualtoken_path).eval(), load_text_tokenizer(text_path)
+    shards.check(dualtoken.fingerprint(), dualtoken_path, fingerprint(tokenizer), text_path)
+    page = make_page(shards, dualtoken, tokenizer, args.n, args.seed)
+    Path(args.output).write_text(page, encoding="utf-8")
+    print(f"page of {min(args.n, len(shards))} samples: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
