@@ -29,7 +29,6 @@ setup(
         "webdataset>=1.0",
         "pyarrow",
         "fsspec",
-        "s3fs>=2025.1",
         "s3fs>=2025.9",  # s3:// in the pipeline; without the floors pip ends at a version of 2020
         "aiobotocore>=3.10",
         "braceexpand",

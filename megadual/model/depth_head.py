@@ -75,9 +75,6 @@ class DepthHead(nn.Module):
 
         Logits are made and dropped `chunk` positions at a time, one depth at a time; P x K is never held.
         """
-        if not len(hidden_PH):  # CUDA's attention refuses an empty batch, but every parameter has to take part
-            one = hidden_PH.new_zeros(1, hidden_PH.size(1)), codes_PD.new_zeros(1, codes_PD.size(1))
-            return 0.0 * self(*one, codebook_KC)
         states = self.states(hidden_PH, codes_PD[:, :-1], codebook_KC)
         per_depth = []
         for d in range(codes_PD.size(1)):

@@ -147,9 +147,13 @@ class DualLM(LanguageModule):
 
     def _visual_losses(self, hidden: torch.Tensor, batch: MicroBatch) -> list[torch.Tensor]:
         local, at = self.drawn_positions(batch)
+        some = len(local) > 0
+        if not some:
+            # Every rank has to run every module, forward and backward, and CUDA's attention refuses an empty batch.
+            local = at = torch.zeros(1, dtype=torch.int64, device=hidden.device)
         hidden_PH = hidden.squeeze(1)[local]
         losses = []
         for stream in STREAMS:
             head, codebook = getattr(self, f"{stream}_head"), getattr(self.head_codebooks, stream)
-            losses.append(head(hidden_PH, getattr(batch, stream)[at + 1], codebook))
+            losses.append(head(hidden_PH, getattr(batch, stream)[at + 1], codebook) * float(some))
         return losses

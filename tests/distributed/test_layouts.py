@@ -117,6 +117,16 @@ def test_batches_of_one_kind(tmp_path, images):
     assert (expected[0]["loss_pixel"] == 0) == (images == (0, 0))
 
 
+def test_a_rank_without_images(tmp_path):
+    """ZeRO-3 gathers weights module by module: a rank with nothing to draw has to run the same ones."""
+    shards = tiny.write_tiny_set(tmp_path / "set", count=40, images=(0, 1))
+    # rows of about one document, half of the documents without an image
+    overrides = ["train.steps=4", "train.seq_len=32", "train.global_batch_tokens=128"]
+    (expected,) = run_distributed(tiny.losses, 1, tiny.tiny_run(tmp_path, shards, *overrides))
+    zero3 = tiny.tiny_run(tmp_path, shards, *overrides, "engine=deepspeed", "parallel.zero_stage=3")
+    assert_equal_runs(run_distributed(tiny.losses, 2, zero3)[0], expected, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("part", ["projector", "heads"])
 def test_training_one_part(train, part):
     """The paper's stages: what is frozen does not move, also where a pipeline stage has nothing to train."""
