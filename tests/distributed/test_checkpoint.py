@@ -77,6 +77,7 @@ def test_full_state_and_pruning(run_in, tmp_path):
     state = load_full_state(first)
     assert set(weights) <= set(state)
     assert all(torch.equal(state[name], weights[name]) for name in weights)
+    run.parallel.stage_layers = [run.model.layers]  # what the engine resolved
     assert load_run_config(first) == run
 
     for stop in (2, 3):
