@@ -33,7 +33,6 @@ from megadual.engine.groups import initialize_groups  # noqa: E402
 from megadual.engine.megatron import build_chunks  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
 from megadual.model import presets  # noqa: E402
-from megadual.model.attention import rotary_angles  # noqa: E402
 from megadual.streams import STREAMS, Sequence, sequence_length, to_sequence  # noqa: E402
 from megadual.train.checkpoint import load_full_state, load_run_config, resolve_checkpoint  # noqa: E402
 from megadual.train.setup import Inputs, read_inputs  # noqa: E402
@@ -80,11 +79,7 @@ def trainer_logits(
         model.load_state_dict({name: trainer[name].float() for name in own if name in trainer}, strict=False)
         missing = [name for name, tensor in own.items() if tensor is not None and name not in trainer]
         assert not [name for name in missing if not name.endswith("_extra_state")], missing
-        hidden_TH = model.decoder(
-            hidden_states=model.embedding(batch),
-            attention_mask=batch.cu_seqlens,
-            rotary_pos_emb=rotary_angles(batch.positions, model.config.kv_channels, model.rope_base),
-        ).squeeze(1)
+        hidden_TH = model.hidden_states(batch).squeeze(1)
         logits = {"text": hidden_TH @ model.output_weight().T}
         at = batch.draw_positions
         for stream in STREAMS:

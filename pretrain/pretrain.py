@@ -47,12 +47,15 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     engine = setup.engine(run, layout, inputs.vocabulary)
+    data = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank)
     if dist.get_rank() == 0:
         print(setup.plan(run, layout, inputs), flush=True)
+        if data.dropped:
+            print(f"warning: {data.dropped:,} documents are longer than train.seq_len={run.train.seq_len} and left out")
         folder = Path(run.run.dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(run))
-    train(run, engine, setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank))
+    train(run, engine, data)
     engine.shutdown()
     dist.destroy_process_group()
 

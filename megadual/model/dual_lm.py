@@ -112,12 +112,16 @@ class DualLM(LanguageModule):
         """Take the hidden states of the stage before (called by megatron-core's schedules)."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor | StreamLosses:
-        hidden = self.decoder(
+    def hidden_states(self, batch: MicroBatch) -> torch.Tensor:
+        """(T, 1, H) after this chunk's layers, or this tensor-parallel rank's share of T under sequence parallelism."""
+        return self.decoder(
             hidden_states=self.embedding(batch) if self.pre_process else None,
             attention_mask=batch.cu_seqlens,
             rotary_pos_emb=rotary_angles(batch.positions, self.config.kv_channels, self.rope_base),
         )
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor | StreamLosses:
+        hidden = self.hidden_states(batch)
         if not self.post_process:
             return hidden
         return StreamLosses(self._text_loss(hidden, batch), *self._visual_losses(hidden, batch))
