@@ -10,17 +10,19 @@ from transformers import SiglipConfig
 
 STREAMS = ("semantic", "pixel")
 TIMINGS = ("per_step", "per_depth")
+STREAM_SIZES = ("codebook_size", "code_dim", "depth", "shared_codebook")
 
 
 @dataclass
 class DualTokenConfig:
     """Sizes of a DualToken; the defaults are those of the released 256 px model with depth 4 (paper section A1).
 
-    Layers are counted from 1, as SigLIP's hidden states are. Images are square.
+    Layers are counted from 1, as SigLIP's hidden states are. Images are square. `size` gives what may differ
+    between the streams.
     """
 
     siglip: dict[str, Any] = field(default_factory=dict)  # SiglipConfig.to_dict() of the backbone
-    layer_shortcut: int = 4
+    layer_shortcut: int | None = 4  # None: the pixel stream reads layer_recon alone
     layer_recon: int = 6
     layer_sem: int = 26
     weight_shortcut: float = 0.6
@@ -28,6 +30,12 @@ class DualTokenConfig:
     codebook_size: int = 16384
     code_dim: int = 32
     depth: int = 4
+    shared_codebook: bool = True  # False: each depth has a codebook of its own
+    # Where the pixel stream's sizes differ from the semantic one's. The language model takes equal ones only.
+    pixel_codebook_size: int | None = None
+    pixel_code_dim: int | None = None
+    pixel_depth: int | None = None
+    pixel_shared_codebook: bool | None = None
     decay: float = 0.99
     restart_unused_codes: bool = True
     timing_semantic: str = "per_step"
@@ -61,10 +69,30 @@ class DualTokenConfig:
         return side, side
 
     @property
+    def output_size(self) -> int:
+        """Side of the decoder's images; a DualToken that reconstructs what it reads has image_size here."""
+        return self.decoder_latent * 2 ** (len(self.decoder_multipliers) - 1)
+
+    def size(self, stream: str, name: str) -> Any:
+        """One of STREAM_SIZES as it is for "semantic" or "pixel"."""
+        own = getattr(self, f"pixel_{name}") if stream == "pixel" else None
+        return getattr(self, name) if own is None else own
+
+    @property
+    def alike(self) -> bool:
+        """Whether both streams have the same sizes and one codebook each for all depths."""
+        same = all(self.size("pixel", name) == self.size("semantic", name) for name in STREAM_SIZES)
+        return same and self.shared_codebook
+
+    @property
     def code_fields(self) -> dict[str, Any]:
         """The fields that decide what a code means, apart from the codebooks themselves."""
         names = ("layer_shortcut", "layer_recon", "layer_sem", "weight_shortcut", "codebook_size", "code_dim", "depth")
-        return {name: getattr(self, name) for name in names} | {"image_size": self.image_size, "grid": list(self.grid)}
+        fields = {name: getattr(self, name) for name in names}
+        if not self.alike:  # else left out: fingerprints of before these sizes could differ stay as they were
+            fields["pixel"] = {name: self.size("pixel", name) for name in STREAM_SIZES}
+            fields["shared_codebook"] = self.shared_codebook
+        return fields | {"image_size": self.image_size, "grid": list(self.grid)}
 
     def siglip_config(self) -> SiglipConfig:
         return SiglipConfig.from_dict(self.siglip)
@@ -74,22 +102,23 @@ class DualTokenConfig:
         if not self.siglip:
             raise ValueError("DualTokenConfig.siglip is empty: it takes SiglipConfig.to_dict() of the backbone")
         layers = self.vision["num_hidden_layers"]
-        if not 1 <= self.layer_shortcut <= self.layer_recon <= self.layer_sem < layers:
-            raise ValueError(
-                f"1 <= layer_shortcut({self.layer_shortcut}) <= layer_recon({self.layer_recon}) <= "
-                f"layer_sem({self.layer_sem}) < num_hidden_layers({layers}) does not hold"
-            )
-        if self.hidden_size % self.code_dim:
-            raise ValueError(f"hidden_size({self.hidden_size}) is not a multiple of code_dim({self.code_dim})")
+        shallow = {"layer_recon": self.layer_recon}
+        if self.layer_shortcut is not None:
+            shallow["layer_shortcut"] = self.layer_shortcut
+        for name, layer in shallow.items():
+            if not 1 <= layer <= self.layer_sem <= layers:
+                raise ValueError(
+                    f"1 <= {name}({layer}) <= layer_sem({self.layer_sem}) <= num_hidden_layers({layers}) does not hold"
+                )
+        for stream in STREAMS:
+            code_dim = self.size(stream, "code_dim")
+            if self.hidden_size % code_dim:
+                raise ValueError(
+                    f"hidden_size({self.hidden_size}) is not a multiple of the {stream} code_dim({code_dim})"
+                )
         for name in ("timing_semantic", "timing_pixel"):
             if getattr(self, name) not in TIMINGS:
                 raise ValueError(f"{name} is '{getattr(self, name)}', must be one of {TIMINGS}")
-        upsampled = self.decoder_latent * 2 ** (len(self.decoder_multipliers) - 1)
-        if upsampled != self.image_size:
-            raise ValueError(
-                f"decoder_latent({self.decoder_latent}) * 2^(levels({len(self.decoder_multipliers)}) - 1) = {upsampled}"
-                f" != image_size({self.image_size})"
-            )
         widths = [self.decoder_channels * multiplier for multiplier in self.decoder_multipliers]
         for width in (self.hidden_size, self.decoder_in_channels, *widths):
             if width % self.decoder_norm_groups:

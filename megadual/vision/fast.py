@@ -23,7 +23,7 @@ from megadual import kernels
 
 from .decoder import AttnBlock, Upsample
 from .projection import AttnProjection
-from .quantizer import residual_codes
+from .quantizer import residual_codes, sum_of_codes
 from .tokenizer import DualToken, Encoded, centre_crop, check_images, check_pixel_codes, to_tensor
 
 # cuDNN's attention is the fastest of PyTorch's on Hopper, but does not take all widths.
@@ -207,9 +207,10 @@ class FastDualToken:
             shift_E = zero_E if i == config.layer_sem else shift_E  # there the quantised stream enters afresh
             self.layers.append(FastLayer(layer, shift_E, dtype))
             shift_E = self.layers[-1].shift_after
-        self.prequant_sem, self.prequant_pix, self.prequant_shortcut = (
-            FastPrequant(module, dtype) for module in (model.prequant_sem, model.prequant_pix, model.prequant_shortcut)
+        self.prequant_sem, self.prequant_pix = (
+            FastPrequant(module, dtype) for module in (model.prequant_sem, model.prequant_pix)
         )
+        self.prequant_shortcut = model.prequant_shortcut and FastPrequant(model.prequant_shortcut, dtype)
         self.codebooks = {stream: model.codebook(stream).detach().float().clone() for stream in ("semantic", "pixel")}
         self.postquant_sem = copy.deepcopy(model.postquant_sem).to(dtype)
         self.post_layernorm = copy.deepcopy(vision.post_layernorm).to(dtype)
@@ -243,12 +244,16 @@ class FastDualToken:
                 if i == config.layer_shortcut:
                     shortcut_RC = self.prequant_shortcut(x_RE, layer.shift_after, batch)
                 if i == config.layer_recon:
-                    pix_RC = self.prequant_pix(x_RE, layer.shift_after, batch) + config.weight_shortcut * shortcut_RC
+                    pix_RC = self.prequant_pix(x_RE, layer.shift_after, batch)
+            if self.prequant_shortcut is not None:
+                pix_RC = pix_RC + config.weight_shortcut * shortcut_RC
             sem_RC = self.prequant_sem(x_RE, layer.shift_after, batch)
-            semantic_RD = residual_codes(sem_RC, self.codebooks["semantic"], config.depth)
-            pixel_RD = residual_codes(pix_RC, self.codebooks["pixel"], config.depth)
+            semantic_RD, pixel_RD = (
+                residual_codes(x_RC, self.codebooks[stream], config.size(stream, "depth"))
+                for stream, x_RC in (("semantic", sem_RC), ("pixel", pix_RC))
+            )
             pooled_BP = self._pool(semantic_RD, batch) if pooled else None
-        shape = (batch, *config.grid, config.depth)
+        shape = (batch, *config.grid, -1)
         return Encoded(semantic_RD.view(shape), pixel_RD.view(shape), pooled_BP)
 
     def _pool(self, semantic_RD: Tensor, batch: int) -> Tensor:
@@ -256,12 +261,13 @@ class FastDualToken:
         x_RE = self.postquant_sem(sem_BNC.to(self.dtype)).flatten(0, 1)
         for layer in self.layers[self.config.layer_sem :]:
             layer(x_RE, batch)
-        x_RE = x_RE + layer.shift_after.to(self.dtype)
+        if self.config.layer_sem < len(self.layers):
+            x_RE = x_RE + layer.shift_after.to(self.dtype)
         return self.head(self.post_layernorm(x_RE.unflatten(0, (batch, -1))))
 
     def embed(self, codes: Tensor, stream: str) -> Tensor:
         """As DualToken.embed: (..., D) ints -> (..., C) fp32."""
-        return self.codebooks[stream][codes].sum(dim=-2)
+        return sum_of_codes(self.codebooks[stream], codes)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """As DualToken.preprocess."""

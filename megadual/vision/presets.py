@@ -5,6 +5,8 @@ branch has no shortcut. The SigLIP sizes are those of the published backbones.
 """
 
 import copy
+import math
+import re
 from typing import Any
 
 from transformers import SiglipConfig
@@ -23,6 +25,43 @@ def _siglip(size: dict[str, int], image_size: int, patch_size: int, text: dict[s
     return SiglipConfig(text_config=text, vision_config=vision).to_dict()
 
 
+# Attention heads of the published SigLIPs by hidden width: the one size that no weight's shape tells.
+HEADS = {768: 12, 1024: 16, 1152: 16, 1536: 16}
+
+
+def siglip_from_shapes(shapes: dict[str, tuple[int, ...]], image_size: int) -> dict[str, Any]:
+    """SiglipConfig.to_dict() from the shapes of a SiglipModel's weights; KeyError names what they don't tell.
+
+    `image_size` in pixels counts where it gives the number of positions that the weights have.
+    """
+
+    def tower(name: str) -> dict[str, int]:
+        intermediate, hidden = shapes[f"{name}.encoder.layers.0.mlp.fc1.weight"]
+        layers = sum(bool(re.fullmatch(rf"{name}\.encoder\.layers\.\d+\.mlp\.fc1\.weight", key)) for key in shapes)
+        if hidden not in HEADS:
+            raise KeyError(f"attention heads of a tower of width {hidden}")
+        return {
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": HEADS[hidden],
+        }
+
+    patch = shapes["vision_model.embeddings.patch_embedding.weight"][-1]
+    side = math.isqrt(shapes["vision_model.embeddings.position_embedding.weight"][0])
+    vocabulary = shapes["text_model.embeddings.token_embedding.weight"][0]
+    text = {
+        **tower("text_model"),
+        **(SIGLIP2_TEXT if vocabulary >= SIGLIP2_TEXT["vocab_size"] else SIGLIP_TEXT),
+        "vocab_size": vocabulary,
+        "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
+        "projection_size": shapes["text_model.head.weight"][0],
+    }
+    size = image_size if image_size // patch == side else side * patch
+    vision = {**tower("vision_model"), "image_size": size, "patch_size": patch}
+    return SiglipConfig(text_config=text, vision_config=vision).to_dict()
+
+
 SO400M_256 = {"siglip": _siglip(SO400M, 256, 16, SIGLIP2_TEXT), "decoder_latent": 16, "decoder_attention": [16]}
 SO400M_384 = {"decoder_latent": 24, "decoder_attention": [24]}
 
@@ -32,18 +71,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "siglip-l-256-d4": {
         "siglip": _siglip(LARGE, 256, 16, SIGLIP_TEXT),
         "layer_sem": 23,  # the last layer that can be replaced: at least one layer reads the quantised stream
-        "weight_shortcut": 0.0,
+        "layer_shortcut": None,
         "code_dim": LARGE["hidden_size"],
         "depth": 4,
     },
     "siglip-so400m-384-d8": {
         **SO400M_384,
         "siglip": _siglip(SO400M, 384, 14, SIGLIP_TEXT),
-        "weight_shortcut": 0.0,
+        "layer_shortcut": None,
         "code_dim": SO400M["hidden_size"],
         "depth": 8,
     },
-    "siglip2-so400m-256-d8": {**SO400M_256, "weight_shortcut": 0.0, "code_dim": SO400M["hidden_size"], "depth": 8},
+    "siglip2-so400m-256-d8": {**SO400M_256, "layer_shortcut": None, "code_dim": SO400M["hidden_size"], "depth": 8},
 }
 
 

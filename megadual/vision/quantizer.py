@@ -1,4 +1,4 @@
-"""Residual vector quantisation with an EMA codebook shared by all depths (paper sections A2 and A3).
+"""Residual vector quantisation with EMA codebooks, as a rule one for all depths (paper sections A2 and A3).
 
 Shape suffixes: B batch, N positions, M = B * N, C code width, D depth, K codebook size.
 """
@@ -23,15 +23,25 @@ def nearest_code(x_MC: Tensor, codebook_KC: Tensor) -> Tensor:
     return plain_nearest_code(x_MC, codebook_KC)
 
 
-def residual_codes(x_MC: Tensor, codebook_KC: Tensor, depth: int) -> Tensor:
-    """Codes (M, D) int64: at each depth the nearest code to what the depths before left of a row."""
-    if kernel is not None and kernel.supports(x_MC, codebook_KC):
-        return kernel.residual_codes(x_MC, codebook_KC, depth)
+def residual_codes(x_MC: Tensor, codebook: Tensor, depth: int) -> Tensor:
+    """Codes (M, D) int64: at each depth the nearest code to what the depths before left of a row.
+
+    `codebook` is (K, C), or (D, K, C) where each depth has its own.
+    """
+    if codebook.ndim == 2 and kernel is not None and kernel.supports(x_MC, codebook):
+        return kernel.residual_codes(x_MC, codebook, depth)
     codes = []
-    for _ in range(depth):
-        codes.append(plain_nearest_code(x_MC, codebook_KC))
+    for codebook_KC in codebook if codebook.ndim == 3 else [codebook] * depth:
+        codes.append(nearest_code(x_MC, codebook_KC))
         x_MC = x_MC - codebook_KC[codes[-1]]
     return torch.stack(codes, dim=1)
+
+
+def sum_of_codes(codebook: Tensor, codes: Tensor) -> Tensor:
+    """Sum over depths of code vectors: codebook (K, C) or (D, K, C), codes (..., D) ints -> (..., C)."""
+    if codebook.ndim == 2:
+        return codebook[codes].sum(dim=-2)
+    return codebook[torch.arange(len(codebook), device=codebook.device), codes].sum(dim=-2)
 
 
 def plain_nearest_code(x_MC: Tensor, codebook_KC: Tensor) -> Tensor:
@@ -105,18 +115,41 @@ class ResidualQuantizer(nn.Module):
 
     timing "per_depth": the codebook moves after each depth, so the next depth searches moved codes.
     timing "per_step": all depths search one snapshot, and one update follows them.
-    All arithmetic is fp32 with autocast off: bf16 distances would pick other codes than inference does.
+    `shared`: one codebook for all depths, as a rule. All arithmetic is fp32 with autocast off: bf16 distances would
+    pick other codes than inference does.
     """
 
-    def __init__(self, codebook_size: int, dim: int, depth: int, decay: float, restart_unused_codes: bool, timing: str):
+    def __init__(
+        self,
+        codebook_size: int,
+        dim: int,
+        depth: int,
+        decay: float,
+        restart_unused_codes: bool,
+        timing: str,
+        shared: bool = True,
+    ):
         super().__init__()
-        self.depth, self.timing = depth, timing
+        self.depth, self.dim, self.timing, self.shared = depth, dim, timing, shared
+        new = lambda: Codebook(codebook_size, dim, decay, restart_unused_codes)
         # One codebook under D names is the layout of the published weights.
-        self.codebooks = nn.ModuleList([Codebook(codebook_size, dim, decay, restart_unused_codes)] * depth)
+        self.codebooks = nn.ModuleList([new()] * depth if shared else [new() for _ in range(depth)])
 
     @property
     def codebook(self) -> Codebook:
+        """The one codebook of all depths."""
+        assert self.shared
         return self.codebooks[0]
+
+    @property
+    def codes(self) -> Tensor:
+        """The code vectors (K, C), or (D, K, C) where each depth has its own."""
+        return self.codebook.codes if self.shared else torch.stack([codebook.codes for codebook in self.codebooks])
+
+    @property
+    def restarted(self) -> int:
+        """Codes restarted since the quantiser was built."""
+        return sum(int(codebook.restarted) for codebook in set(self.codebooks))
 
     def forward(self, x_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (quantised (B, N, C) with straight-through gradient, codes (B, N, D) int64, commitment loss).
@@ -128,26 +161,33 @@ class ResidualQuantizer(nn.Module):
             residual_MC = x_MC.detach()
             quantized_MC = torch.zeros_like(residual_MC)
             residuals, codes, commitments = [], [], []
-            for _ in range(self.depth):
-                codes_M = nearest_code(residual_MC, self.codebook.codes)
-                vectors_MC = self.codebook(codes_M)
+            for codebook in self.codebooks:
+                codes_M = nearest_code(residual_MC, codebook.codes)
+                vectors_MC = codebook(codes_M)
                 residuals.append(residual_MC)
                 codes.append(codes_M)
                 if self.training and self.timing == "per_depth":
-                    self.codebook.update(residual_MC, codes_M)
+                    codebook.update(residual_MC, codes_M)
                 residual_MC = residual_MC - vectors_MC
                 quantized_MC = quantized_MC + vectors_MC
                 commitments.append(F.mse_loss(x_MC, quantized_MC))
             if self.training and self.timing == "per_step":
-                self.codebook.update(torch.cat(residuals), torch.cat(codes))
+                self._update_once(residuals, codes)
             # x - x.detach() is exactly 0 and carries the gradient: the value stays the sum of code vectors.
             quantized_BNC = (quantized_MC + (x_MC - x_MC.detach())).view_as(x_BNC)
             codes_BND = torch.stack(codes, dim=-1).view(*x_BNC.shape[:-1], self.depth)
             return quantized_BNC, codes_BND, torch.stack(commitments).mean()
 
+    def _update_once(self, residuals: list[Tensor], codes: list[Tensor]) -> None:
+        if self.shared:
+            self.codebook.update(torch.cat(residuals), torch.cat(codes))
+            return
+        for codebook, residual_MC, codes_M in zip(self.codebooks, residuals, codes, strict=True):
+            codebook.update(residual_MC, codes_M)
+
     def embed(self, codes: Tensor) -> Tensor:
         """Sum over depths of the code vectors: (..., D) ints -> (..., C)."""
-        quantized = torch.zeros(*codes.shape[:-1], self.codebook.embedding_dim, device=codes.device)
-        for depth in range(self.depth):  # in the order of forward, so that the sums are bitwise equal
-            quantized = quantized + self.codebook(codes[..., depth])
+        quantized = torch.zeros(*codes.shape[:-1], self.dim, device=codes.device)
+        for depth, codebook in enumerate(self.codebooks):  # in the order of forward: the sums are bitwise equal
+            quantized = quantized + codebook(codes[..., depth])
         return quantized

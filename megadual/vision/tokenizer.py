@@ -70,7 +70,7 @@ def check_images(images: Tensor, config: DualTokenConfig) -> None:
 
 
 def check_pixel_codes(codes: Tensor, config: DualTokenConfig) -> None:
-    expected = (*config.grid, config.depth)
+    expected = (*config.grid, config.size("pixel", "depth"))
     if codes.ndim != 4 or codes.shape[1:] != expected:
         raise ValueError(f"pixel codes of shape {tuple(codes.shape)}, expected (B, {expected})")
 
@@ -82,19 +82,25 @@ class DualToken(nn.Module):
         """Raises ValueError where the config's sizes do not fit. Without `siglip_model` its weights are random."""
         super().__init__()
         self.config = config.check()
-        hidden, dim = config.hidden_size, config.code_dim
+        hidden = config.hidden_size
+        sem_dim, pix_dim = (config.size(stream, "code_dim") for stream in STREAMS)
         self.siglip_model = siglip_model if siglip_model is not None else SiglipModel(config.siglip_config())
-        self.prequant_sem = AttnProjection(hidden, dim)
-        self.prequant_pix = AttnProjection(hidden, dim)
-        self.prequant_shortcut = AttnProjection(hidden, dim)
+        self.prequant_sem = AttnProjection(hidden, sem_dim)
+        self.prequant_pix = AttnProjection(hidden, pix_dim)
+        self.prequant_shortcut = None if config.layer_shortcut is None else AttnProjection(hidden, pix_dim)
         for stream, name in QUANTIZERS.items():
-            timing = getattr(config, f"timing_{stream}")
             quantizer = ResidualQuantizer(
-                config.codebook_size, dim, config.depth, config.decay, config.restart_unused_codes, timing
+                config.size(stream, "codebook_size"),
+                config.size(stream, "code_dim"),
+                config.size(stream, "depth"),
+                config.decay,
+                config.restart_unused_codes,
+                getattr(config, f"timing_{stream}"),
+                config.size(stream, "shared_codebook"),
             )
             self.add_module(name, quantizer)
-        self.postquant_sem = AttnProjection(dim, hidden, causal=config.postquant_causal)
-        self.postquant_pix = AttnProjection(dim, hidden, causal=config.postquant_causal)
+        self.postquant_sem = AttnProjection(sem_dim, hidden, causal=config.postquant_causal)
+        self.postquant_pix = AttnProjection(pix_dim, hidden, causal=config.postquant_causal)
         groups = config.decoder_norm_groups
         self.post_quant_conv = ResnetBlock(hidden, config.decoder_in_channels, groups, first_kernel=1)
         self.decoder = Decoder(
@@ -113,15 +119,16 @@ class DualToken(nn.Module):
         return getattr(self, QUANTIZERS[stream])
 
     def codebook(self, stream: str) -> Tensor:
-        """The code vectors (K, C) of "semantic" or "pixel"."""
-        return self.quantizer(stream).codebook.codes
+        """The code vectors (K, C) of "semantic" or "pixel"; (D, K, C) where each depth has its own codebook."""
+        return self.quantizer(stream).codes
 
     def forward(self, images: Tensor, reconstruct: bool = True, pooled: bool = True) -> DualTokenOutput:
         """Both paths, straight-through; what is not to be computed, reconstruction or pooled, is None."""
         vision, config = self.siglip_model.vision_model, self.config
         states = hidden_states(vision, images, config.layer_sem)
         x_pix_BNC = self.prequant_pix(states[config.layer_recon])
-        x_pix_BNC = x_pix_BNC + config.weight_shortcut * self.prequant_shortcut(states[config.layer_shortcut])
+        if self.prequant_shortcut is not None:
+            x_pix_BNC = x_pix_BNC + config.weight_shortcut * self.prequant_shortcut(states[config.layer_shortcut])
         pix_BNC, pixel_BND, commit_pix = self.quantizer_pix(x_pix_BNC)
         sem_BNC, semantic_BND, commit_sem = self.quantizer_sem(self.prequant_sem(states[config.layer_sem]))
         zq_sem_BNE = self.postquant_sem(sem_BNC)
@@ -197,8 +204,13 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image -> (3, h, w) in [-1, 1], SigLIP's normalisation."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    """An RGB image -> (3, h, w) in [-1, 1]."""
+    return normalise_pixels(torch.from_numpy(np.array(image)))
+
+
+def normalise_pixels(x: Tensor) -> Tensor:
+    """uint8 (..., h, w, 3) -> (..., 3, h, w) in [-1, 1], SigLIP's normalisation."""
+    return x.movedim(-1, -3).float() / 127.5 - 1
 
 
 def to_image(x: Tensor) -> Image.Image:
@@ -224,9 +236,14 @@ def _weights_file(folder: str | Path) -> Path:
 def read_codebooks(folder: str | Path) -> dict:
     """A saved DualToken's codebooks without building the model.
 
-    Returns {"semantic": (K, C) fp32, "pixel": (K, C) fp32, "fingerprint": str, "depth": int, "grid": (r, c)}.
+    Returns {"semantic": (K, C) fp32, "pixel": (K, C) fp32, "fingerprint": str, "depth": int, "grid": (r, c)};
+    ValueError where the streams' sizes differ or each depth has a codebook of its own.
     """
     config = DualTokenConfig.load(folder)
+    if not config.alike:
+        raise ValueError(
+            f"'{folder}': data and language models take streams of equal sizes, one codebook for all depths"
+        )
     with safe_open(str(_weights_file(folder)), framework="pt") as weights:
         codebooks = {
             stream: weights.get_tensor(f"{name}.codebooks.0.weight")[:-1].float() for stream, name in QUANTIZERS.items()

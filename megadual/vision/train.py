@@ -91,6 +91,12 @@ def build(config: TrainTokenizerConfig) -> tuple[DualToken, nn.Module]:
         model = DualToken(config.model, siglip_model=load_siglip(config.siglip))
     except ValueError as error:
         raise UserError(f"config section 'model': {error}") from error
+    if config.model.output_size != config.model.image_size:
+        raise UserError(
+            f"config section 'model': decoder_latent({config.model.decoder_latent}) * "
+            f"2^(levels({len(config.model.decoder_multipliers)}) - 1) = {config.model.output_size}, the SigLIP's images "
+            f"have {config.model.image_size}"
+        )
     for name in config.freeze:
         try:
             model.get_submodule(name).requires_grad_(False)

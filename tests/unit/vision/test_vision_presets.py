@@ -1,9 +1,11 @@
 """The named configurations give the published grids, widths and depths."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from megadual.vision import DualToken
+from megadual.vision import DualToken, DualTokenConfig
 from megadual.vision.presets import PRESETS, preset
 
 PUBLISHED = {  # image size, positions per side, hidden width, code width, depth
@@ -23,19 +25,45 @@ def test_sizes(name):
     assert set(PRESETS) == set(PUBLISHED)
 
 
-def test_a_released_model_has_the_published_layout():
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_preset_builds_in_the_published_layout(name):
+    config = preset(name)
     with torch.device("meta"):
-        model = DualToken(preset("siglip2-so400m-384-rvq8"))
-    state = model.state_dict()
-    assert state["quantizer_sem.codebooks.7.weight"].shape == (16385, 32)
-    assert state["prequant_pix.attn.qkv.weight"].shape == (3456, 1152)
-    assert state["postquant_sem.attn.qkv.weight"].shape == (3456, 32)
-    assert state["siglip_model.vision_model.encoder.layers.26.mlp.fc1.weight"].shape == (4304, 1152)
+        model = DualToken(config)
+    state, hidden, dim = model.state_dict(), config.hidden_size, config.code_dim
+    shapes = {
+        f"quantizer_sem.codebooks.{config.depth - 1}.weight": (16385, dim),
+        "prequant_pix.attn.qkv.weight": (3 * hidden, hidden),
+        "postquant_sem.attn.qkv.weight": (3 * hidden, dim),
+        "decoder.conv_in.weight": (1024, 1024, 3, 3),
+        f"siglip_model.vision_model.encoder.layers.{config.vision['num_hidden_layers'] - 1}.mlp.fc1.weight": (
+            config.vision["intermediate_size"],
+            hidden,
+        ),
+    }
+    assert {key: state[key].shape for key in shapes} == shapes
+    assert any(key.startswith("prequant_shortcut") for key in state) == (dim == 32)
+    assert config.output_size == config.image_size
 
 
-def test_fields_can_be_changed_and_are_checked():
-    assert preset("siglip2-so400m-256-rvq4", depth=2).depth == 2
-    with pytest.raises(ValueError, match="decoder_latent"):
-        preset("siglip2-so400m-256-rvq4", decoder_latent=24)
+CHANGES = {
+    "siglip": PRESETS["siglip2-so400m-256-d8"]["siglip"], "layer_shortcut": 3, "layer_recon": 5, "layer_sem": 20,
+    "weight_shortcut": 0.1, "codebook_size": 64, "code_dim": 64, "depth": 2, "shared_codebook": False,
+    "pixel_codebook_size": 8, "pixel_code_dim": 16, "pixel_depth": 3, "pixel_shared_codebook": False, "decay": 0.9,
+    "restart_unused_codes": False, "timing_semantic": "per_depth", "timing_pixel": "per_step",
+    "postquant_causal": False, "decoder_latent": 8, "decoder_in_channels": 64, "decoder_channels": 64,
+    "decoder_multipliers": [1, 2], "decoder_res_blocks": 1, "decoder_attention": [32], "decoder_norm_groups": 16,
+}  # fmt: skip
+
+
+def test_any_field_can_be_changed():
+    assert set(CHANGES) == {field.name for field in dataclasses.fields(DualTokenConfig)}
+    for name, value in CHANGES.items():
+        config = preset("siglip2-so400m-256-rvq4", **{name: value})
+        assert getattr(config, name) == value
+        with torch.device("meta"):
+            DualToken(config)
+    with pytest.raises(ValueError, match=r"layer_sem\(25\) <= num_hidden_layers\(24\)"):
+        preset("siglip-l-256-d4", layer_sem=25)
     with pytest.raises(ValueError, match="no DualToken preset 'so400m'; there are siglip2-so400m-256-rvq4"):
         preset("so400m")

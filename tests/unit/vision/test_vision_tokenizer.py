@@ -9,6 +9,7 @@ from transformers import SiglipModel
 
 from megadual.testing.vision import tiny_dualtoken, tiny_dualtoken_config, tiny_siglip_config
 from megadual.vision import DualToken, DualTokenConfig, read_codebooks
+from megadual.vision.fast import FastDualToken
 from megadual.vision.tokenizer import finish, hidden_states
 
 
@@ -148,6 +149,32 @@ def test_grid_is_resized_to_the_decoder_latent(images):
     assert model.decode(model.encode(images).pixel).shape == images.shape
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"shared_codebook": False}, {"pixel_depth": 2, "pixel_code_dim": 16, "pixel_codebook_size": 24}],
+    ids=["a codebook for each depth", "streams of unequal sizes"],
+)
+def test_codebooks_of_other_arrangements(images, tmp_path, changes):
+    model = tiny_dualtoken(**changes).train()
+    model(images)
+    model.eval().save_pretrained(tmp_path)
+    loaded = DualToken.from_pretrained(tmp_path)
+    encoded = loaded.encode(images)
+    assert encoded.pixel.shape[-1] == changes.get("pixel_depth", 3)
+    for stream in ("semantic", "pixel"):
+        codes, book = getattr(encoded, stream), loaded.codebook(stream)
+        assert torch.equal(book, model.codebook(stream))
+        books = book if book.ndim == 3 else [book] * codes.shape[-1]
+        by_hand = sum(book[codes[..., depth]] for depth, book in enumerate(books))
+        torch.testing.assert_close(loaded.embed(codes, stream), by_hand)
+    fast = FastDualToken(loaded, torch.float32)
+    assert torch.equal(fast.encode(images).pixel, encoded.pixel)
+    torch.testing.assert_close(fast.decode(encoded.pixel), loaded.decode(encoded.pixel), rtol=1e-4, atol=1e-5)
+    assert model.fingerprint() != tiny_dualtoken().fingerprint()
+    with pytest.raises(ValueError, match="streams of equal sizes"):
+        read_codebooks(tmp_path)
+
+
 def test_preprocess_resizes_the_short_side_and_crops_the_centre():
     model = tiny_dualtoken()
     image = Image.new("RGB", (60, 20), "black")
@@ -163,10 +190,10 @@ def test_wrong_inputs_are_named(images, tmp_path):
         model.encode(images[..., :8, :8])
     with pytest.raises(ValueError, match="pixel codes"):
         model.decode(torch.zeros(1, 4, 4, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"layer_sem\(3\)"):
-        tiny_dualtoken(layer_sem=3)
-    with pytest.raises(ValueError, match=r"decoder_latent\(8\)"):
-        tiny_dualtoken(decoder_latent=8)
+    with pytest.raises(ValueError, match=r"layer_sem\(4\)"):
+        tiny_dualtoken(layer_sem=4)
+    with pytest.raises(ValueError, match=r"layer_shortcut\(3\) <= layer_sem\(2\)"):
+        tiny_dualtoken(layer_shortcut=3)
     with pytest.raises(ValueError, match="holds no config.json"):
         DualToken.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))

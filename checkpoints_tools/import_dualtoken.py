@@ -1,0 +1,210 @@
+"""A DualToken in its authors' two files, JSON config and .pt weights, as a folder of ours.
+
+`python checkpoints_tools/import_dualtoken.py --config config.json --weights weights.pt [--siglip FOLDER] --output DIR`
+
+Sizes are free. The SigLIP's come from FOLDER/config.json, else from the local folder that the JSON's
+`pretrained_model` names, else from the shapes of the weights. Every tensor must have its place: what is missing, left
+over or misshapen is listed by name and nothing is written.
+"""
+
+import argparse
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import SiglipConfig
+
+from megadual.errors import UserError, command
+from megadual.vision import DualToken, DualTokenConfig
+from megadual.vision.config import STREAMS
+from megadual.vision.presets import siglip_from_shapes
+
+QUANTIZERS = {"semantic": "vq_sem", "pixel": "vq_pix"}
+TIMINGS = {"rq": "per_depth", "rq_ema": "per_step"}
+# What the published decoders all are, and our decoder only is.
+DECODER_FIXED = {"out_ch": 3, "dropout": 0.0, "resamp_with_conv": True, "give_pre_end": False}
+# Older transformers stored this constant range beside the position embeddings.
+IGNORED = re.compile(r"siglip_model\.(text|vision)_model\.embeddings\.position_ids")
+
+
+def take(section: dict[str, Any], name: str, place: str) -> Any:
+    if name not in section:
+        raise UserError(f"config: '{place}' has no '{name}'; is this the authors' config.json?")
+    return section[name]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The config's `rqvaesiglip` part, which describes the tokenizer."""
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config '{path}' can't be read as JSON: {error}") from error
+    return take(config, "rqvaesiglip", str(path))
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict without DistributedDataParallel's prefix, and the names of what lies beside it in the file."""
+    try:
+        stored = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"--weights '{path}' can't be read as tensors: {str(error).splitlines()[0]}") from error
+    state = stored.get("state_dict", stored)
+    beside = sorted(set(stored) - {"state_dict"}) if state is not stored else []
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}, beside
+
+
+def siglip_config(folder: Path | None, rqvaesiglip: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
+    """SiglipConfig.to_dict() of the backbone; UserError where neither a folder nor the weights tell it."""
+    if folder is not None and not (folder / "config.json").is_file():
+        raise UserError(f"--siglip '{folder}' holds no config.json")
+    named = Path(rqvaesiglip.get("pretrained_model") or "")
+    if folder is None and (named / "config.json").is_file():
+        folder = named
+    if folder is not None:
+        return SiglipConfig.from_pretrained(folder).to_dict()
+    prefix = "siglip_model."
+    shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in state.items() if name.startswith(prefix)}
+    try:
+        return siglip_from_shapes(shapes, rqvaesiglip["ddconfig"]["resolution"])
+    except KeyError as error:
+        raise UserError(f"the sizes of SigLIP can't be read off the weights ({error}); give --siglip FOLDER") from error
+
+
+def stream_sizes(rqvaesiglip: dict[str, Any], stream: str) -> dict[str, Any]:
+    """One quantiser's sizes under our names."""
+    name = QUANTIZERS[stream]
+    section = take(rqvaesiglip, name, "rqvaesiglip")
+    *grid, depth = take(section, "code_shape", name)
+    *latent, code_dim = take(section, "latent_shape", name)
+    if grid != latent or code_dim != section.get("embed_dim", code_dim):
+        raise UserError(
+            f"config: {name} has code_shape {[*grid, depth]}, latent_shape {[*latent, code_dim]} and embed_dim "
+            f"{section.get('embed_dim')}; only one code per position, as wide as embed_dim, can be imported"
+        )
+    shared, size = bool(section.get("shared_codebook", False)), take(section, "n_embed", name)
+    sizes, decays = (set(x) if isinstance(x, list) else {x} for x in (size, section.get("decay", 0.99)))
+    if len(sizes) > 1 or len(decays) > 1:
+        raise UserError(
+            f"config: {name} has n_embed {size} and decay {sorted(decays)}; both must be one for all depths"
+        )
+    kind = section.get("bottleneck_type")
+    if kind not in TIMINGS:
+        raise UserError(f"config: {name}.bottleneck_type is '{kind}', must be one of {sorted(TIMINGS)}")
+    return {
+        "codebook_size": sizes.pop(),
+        "code_dim": code_dim,
+        "depth": depth,
+        "shared_codebook": shared,
+        "decay": decays.pop(),
+        "restart_unused_codes": bool(section.get("restart_unused_codes", True)),
+        "timing": TIMINGS[kind],
+    }
+
+
+def dualtoken_config(rqvaesiglip: dict[str, Any], siglip: dict[str, Any]) -> DualTokenConfig:
+    """Our config of the authors' one; UserError names what ours has no place for."""
+    semantic, pixel = (stream_sizes(rqvaesiglip, stream) for stream in STREAMS)
+    training = {name: semantic[name] for name in ("decay", "restart_unused_codes")}
+    if any(pixel[name] != value for name, value in training.items()):
+        raise UserError("config: decay and restart_unused_codes must be equal in vq_sem and vq_pix")
+    sizes = {name: semantic[name] for name in ("codebook_size", "code_dim", "depth", "shared_codebook")}
+    differing = {f"pixel_{name}": pixel[name] for name, value in sizes.items() if pixel[name] != value}
+
+    decoder = take(rqvaesiglip, "ddconfig", "rqvaesiglip")
+    for name, value in DECODER_FIXED.items():
+        if decoder.get(name, value) != value:
+            raise UserError(f"config: ddconfig.{name} is {decoder[name]}, only {value} can be imported")
+    multipliers = list(take(decoder, "ch_mult", "ddconfig"))
+    vision = siglip["vision_config"]
+    grid = vision["image_size"] // vision["patch_size"]
+    latent = rqvaesiglip.get("decoder_latent_shape") or [grid, grid]
+    if latent[0] != latent[1]:
+        raise UserError(f"config: decoder_latent_shape {latent} is not square, as images are here")
+    if take(rqvaesiglip, "hidden_size", "rqvaesiglip") != vision["hidden_size"]:
+        raise UserError(f"config: hidden_size {rqvaesiglip['hidden_size']} != SigLIP's {vision['hidden_size']}")
+    # Theirs places attention by the resolutions that ddconfig states, whatever the latent's true side.
+    levels = range(len(multipliers) - 1, -1, -1)
+    stated = {level: decoder["resolution"] // 2 ** levels[0] * 2 ** (levels[0] - level) for level in levels}
+    attention = [
+        latent[0] * 2 ** (levels[0] - level) for level in levels if stated[level] in decoder["attn_resolutions"]
+    ]
+    shortcut = rqvaesiglip.get("layer_shortcut")
+    config = DualTokenConfig(
+        siglip=siglip,
+        layer_shortcut=shortcut,
+        layer_recon=take(rqvaesiglip, "layer_recon", "rqvaesiglip"),
+        layer_sem=take(rqvaesiglip, "layer_sem", "rqvaesiglip"),
+        weight_shortcut=0.0 if shortcut is None else take(rqvaesiglip, "weight_shortcut", "rqvaesiglip"),
+        **sizes,
+        **differing,
+        **training,
+        timing_semantic=semantic["timing"],
+        timing_pixel=pixel["timing"],
+        decoder_latent=latent[0],
+        decoder_in_channels=take(decoder, "decoder_in_channels", "ddconfig"),
+        decoder_channels=take(decoder, "ch", "ddconfig"),
+        decoder_multipliers=multipliers,
+        decoder_res_blocks=take(decoder, "num_res_blocks", "ddconfig"),
+        decoder_attention=attention,
+    )
+    try:
+        return config.check()
+    except ValueError as error:
+        raise UserError(f"config: {error}") from error
+
+
+def build(config: DualTokenConfig, state: dict[str, Tensor]) -> DualToken:
+    """A DualToken that holds exactly these tensors; UserError lists each that has no place or the wrong shape."""
+    with torch.device("meta"):
+        model = DualToken(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"missing: {name} {expected[name]}" for name in sorted(expected.keys() - state.keys())]
+    problems += [
+        f"without a place: {name} {tuple(state[name].shape)}" for name in sorted(state.keys() - expected.keys())
+    ]
+    problems += [
+        f"misshapen: {name} is {tuple(state[name].shape)}, the config makes it {expected[name]}"
+        for name in sorted(expected.keys() & state.keys())
+        if tuple(state[name].shape) != expected[name]
+    ]
+    if problems:
+        raise UserError(f"weights and config do not fit, {len(problems)} tensors differ:\n" + "\n".join(problems))
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the authors' config.json")
+    parser.add_argument("--weights", type=Path, required=True, help="the authors' .pt file")
+    parser.add_argument("--siglip", type=Path, help="folder with the SigLIP's config.json")
+    parser.add_argument("--output", type=Path, required=True, help="folder for DualToken.from_pretrained")
+    args = parser.parse_args(argv)
+
+    rqvaesiglip = read_json(args.config)
+    state, beside = read_weights(args.weights)
+    ignored = [name for name in state if IGNORED.fullmatch(name)]
+    siglip = siglip_config(args.siglip, rqvaesiglip, state)
+    config = dualtoken_config(rqvaesiglip, siglip)
+    model = build(config, {name: tensor for name, tensor in state.items() if name not in ignored})
+    model.save_pretrained(args.output)
+
+    if beside:
+        print(f"ignored beside the state dict: {', '.join(beside)}")
+    if ignored:
+        print(f"ignored tensors: {', '.join(ignored)}")
+    rows, columns = config.grid
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    print(
+        f"{args.output}: {len(state) - len(ignored)} tensors, {parameters:.1f} M parameters, {config.image_size} px, "
+        f"{rows} x {columns} positions, fingerprint {model.fingerprint()}"
+    )
+
+
+if __name__ == "__main__":
+    main()
