@@ -39,6 +39,7 @@ MODULES = {
     "megadual.hf.modeling_megadual": "modeling_megadual",
     "megadual.hf.processing_megadual": "processing_megadual",
     "megadual.model.depth_head": "depth_head",
+    "megadual.model.fused": "fused",
     "megadual.streams": "streams",
     "megadual.vision.config": "dualtoken_config",
     "megadual.vision.decoder": "dualtoken_decoder",

@@ -144,6 +144,7 @@ class ParallelConfig:
     pipeline: int = 1
     virtual_pipeline: int = 1  # model chunks per pipeline stage
     stage_layers: list[int] | None = None  # layers of each chunk, first to last; null: cut by cost
+    context: int = 1  # ranks that share each sequence, its attention and activations (megatron)
     sequence: bool = False  # sequence parallelism over the tensor-parallel group
     gpu_memory_gib: float = 80.0  # of one GPU, for the plan's warning
     zero_stage: int = 1  # what data-parallel ranks split: 1 optimizer state, 2 gradients too, 3 weights too (deepspeed)
@@ -176,7 +177,10 @@ class TrainConfig:
     parts: list[str] = dataclasses.field(default_factory=lambda: ["projector", "llm", "heads"])  # what is trained
     recompute: bool = False  # full activation recompute, layer by layer
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    spike_factor: float | None = None  # stop at a loss over this many times the median of the last 64 steps
+    spike_factor: float | None = None  # a loss over this many times the median of the steps before is bad
+    spike_window: int = 64  # steps of that median
+    bad_loss: str = "stop"  # at a loss that is bad or not finite: stop, or skip the step's update (megatron)
+    max_skipped: int = 8  # stop after this many skipped steps in a row
 
 
 @dataclasses.dataclass
@@ -185,6 +189,8 @@ class RunFolderConfig:
     name: str = "pretrain"
     wandb: str = "disabled"  # online, offline or disabled
     wandb_project: str = "megadual"
+    device: str | None = None  # cuda: every rank must have its GPU; cpu: none is used; null: what there is
+    hang_timeout: float | None = 1200.0  # seconds without progress after which a rank shows its stacks and exits
 
 
 @dataclasses.dataclass
@@ -192,6 +198,8 @@ class CheckpointConfig:
     every: int = 1000  # steps between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints kept
     resume: bool = True  # go on from run.dir's latest checkpoint, where there is one
+    start: str | None = None  # else take the weights of this checkpoint, run or conversion; the optimizer starts anew
+    background: bool = True  # write while training goes on
 
 
 @dataclasses.dataclass

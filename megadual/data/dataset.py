@@ -33,8 +33,13 @@ class MicroBatch:
     image_positions: torch.Tensor  # (V,) int64, where the image positions are
     text_positions: torch.Tensor  # (P,) int64, where the next position is text
     draw_positions: torch.Tensor  # (P',) int64, where the next position's codes are targets
+    draw_targets: torch.Tensor  # (P', 2, D) int64, those codes, semantic and pixel
     keys: list[str]  # of the documents, in order
     lengths: list[int]  # of the documents; what is left of T is padding
+    longest: int  # of the documents and the padding
+    # Set where context-parallel ranks share a micro-batch (megadual.model.context); else keys are as the positions.
+    key_seqlens: torch.Tensor | None = None  # (n + 1,) int32, where the documents' keys start
+    keys_at: torch.Tensor | None = None  # (S,) int64, which of all ranks' keys they are
 
     @property
     def filled(self) -> int:
@@ -64,14 +69,17 @@ def collate(sequences: list[Sequence], special: SpecialIds, keys: list[str]) -> 
         for field in fields(Sequence)
     }
     # Indices are found here and not on the GPU, where finding them would wait for it.
+    draw_positions = columns.pop("draw").nonzero().flatten()
     return MicroBatch(
         image_positions=(columns["tokens"] == special.image).nonzero().flatten(),
         text_positions=(columns["text_targets"] != IGNORE).nonzero().flatten(),
-        draw_positions=columns.pop("draw").nonzero().flatten(),
+        draw_positions=draw_positions,
+        draw_targets=torch.stack([columns["semantic"], columns["pixel"]], dim=1)[draw_positions + 1],
         positions=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32),
         keys=[key for key in keys if key],
         lengths=[length for length, key in zip(lengths, keys, strict=True) if key],
+        longest=max(lengths),
         **columns,
     )
 

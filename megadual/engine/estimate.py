@@ -6,6 +6,7 @@ from megadual.config import PretrainConfig
 from megadual.engine.stages import Traffic, costs
 from megadual.engine.topology import Topology
 from megadual.model.dual_lm import Vocabulary
+from megadual.model.fused import LOGITS_AT_ONCE
 
 GIB = 1 << 30
 
@@ -52,7 +53,8 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
     # fp32 gradients; fp32 moments, and a fp32 copy of the weights where they are bf16
     per_weight, per_gradient, per_optimizer = width, 4, 8 + (4 if width == 2 else 0)
     stage_zero = parallel.zero_stage if run.engine == "deepspeed" else 1
-    positions = train.seq_len * train.micro_batch_size
+    positions = train.seq_len * train.micro_batch_size / parallel.context
+    data *= parallel.context  # these ranks split gradients' and optimizer's memory as data-parallel ones do
     inner = tensor if parallel.sequence else 1
     # kept for backward per layer and position: inputs of both norms, q, k, v, attention's output, gate, up, product
     kept = (2 * hidden / inner + (2 * hidden + 2 * kv + 3 * model.ffn) / tensor + 2 * hidden / inner) * width
@@ -70,10 +72,11 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
         on_gpu = split / tensor + whole
         in_flight = min(parallel.pipeline - stage, layout.microbatches)
         logits = 0.0
-        if last:  # one chunk's logits with their gradient, in fp32; the visual heads' states
-            logits = 2 * 4 * min(1024, positions) * vocabulary.padded_text_size / tensor
+        if last:
+            # one chunk's logits, the classifiers' gradients, which are made with them, and the visual heads' states
+            logits = min(LOGITS_AT_ONCE, positions * traffic.text * vocabulary.padded_text_size / tensor) * width
+            logits += (table / tensor + 2 * vocabulary.depth * codebook_size * head.width) * width
             drawn = positions * traffic.drawn / inner
-            logits += 2 * 4 * min(4096, drawn) * codebook_size
             logits += 2 * drawn * vocabulary.depth * head.layers * (8 * head.width + 3 * head.ffn) * width
         stages.append(
             StageEstimate(
@@ -93,7 +96,9 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
 def table(stages: list[StageEstimate], gpu_memory_gib: float) -> str:
     """The estimate for people, with a warning where a stage will not fit."""
     parts = ("weights", "gradients", "optimizer", "activations", "logits", "total")
-    lines = ["stage layers  parameters  FLOPs  " + "  ".join(f"{part:>11}" for part in parts) + "  (GiB a GPU, estimated)"]
+    lines = [
+        "stage layers  parameters  FLOPs  " + "  ".join(f"{part:>11}" for part in parts) + "  (GiB a GPU, estimated)"
+    ]
     for number, stage in enumerate(stages):
         sizes = "  ".join(f"{getattr(stage, part) / GIB:11.2f}" for part in parts)
         lines.append(f"{number:5} {stage.layers:6} {stage.parameters / 1e6:10.1f}M {stage.flops_share:6.1%}  {sizes}")

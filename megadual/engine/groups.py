@@ -13,6 +13,7 @@ def initialize_groups(run: PretrainConfig) -> None:
         tensor_model_parallel_size=run.parallel.tensor,
         pipeline_model_parallel_size=run.parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=run.parallel.context,
     )
     model_parallel_cuda_manual_seed(run.train.seed)
 

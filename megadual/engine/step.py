@@ -36,7 +36,8 @@ class StepResult:
 class GlobalLosses:
     """The losses of one global batch: each stream's is divided by its count of targets in all of it.
 
-    So how rows fall on micro-batches and ranks does not change them. Collective over the data-parallel group.
+    So how rows fall on micro-batches and ranks does not change them. `batches` are this data-parallel rank's, whole
+    where context-parallel ranks share them. Collective over the data-parallel group.
     """
 
     def __init__(self, run: PretrainConfig, batches: list[MicroBatch], vocabulary: Vocabulary):
@@ -74,7 +75,7 @@ class GlobalLosses:
             visual = sums[1:].clone()
             dist.all_reduce(visual, group=parallel_state.get_tensor_model_parallel_group())
             sums[1:] = visual
-        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
         text = sums[0].item() / self.text_count
         per_depth = (sums[1:] / self.draw_count).view(len(STREAMS), self.depth)

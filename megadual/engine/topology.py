@@ -23,6 +23,8 @@ class Topology:
             parts.append(f"zero={parallel.zero_stage}")
         if parallel.virtual_pipeline > 1:
             parts.append(f"virtual_pipeline={parallel.virtual_pipeline}")
+        if parallel.context > 1:
+            parts.append(f"context={parallel.context}")
         if parallel.sequence:
             parts.append("sequence")
         return " ".join([*parts, f"data={self.data}"])
@@ -37,14 +39,15 @@ def topology(run: PretrainConfig, world: int) -> Topology:
     if train.precision not in ("fp32", "bf16"):
         raise UserError(f"train.precision '{train.precision}' is unknown; known: fp32, bf16")
     check_parts(train.parts)
-    for name in ("tensor", "pipeline", "virtual_pipeline"):
+    for name in ("tensor", "pipeline", "virtual_pipeline", "context"):
         if getattr(parallel, name) < 1:
             raise UserError(f"parallel.{name}={getattr(parallel, name)} must be at least 1")
 
-    inner = parallel.tensor * parallel.pipeline
+    inner = parallel.tensor * parallel.pipeline * parallel.context
     if world % inner:
+        context = f" x parallel.context({parallel.context})" if parallel.context > 1 else ""
         raise UserError(
-            f"parallel.tensor({parallel.tensor}) x parallel.pipeline({parallel.pipeline}) = {inner} "
+            f"parallel.tensor({parallel.tensor}) x parallel.pipeline({parallel.pipeline}){context} = {inner} "
             f"does not divide the world of {world} processes"
         )
     data = world // inner
@@ -64,15 +67,22 @@ def topology(run: PretrainConfig, world: int) -> Topology:
     if model.heads % parallel.tensor:
         raise UserError(f"model.heads={model.heads} does not divide by parallel.tensor={parallel.tensor}")
     if model.kv_heads % parallel.tensor and parallel.tensor % model.kv_heads:
-        raise UserError(f"model.kv_heads={model.kv_heads} and parallel.tensor={parallel.tensor}: one must divide the other")
+        raise UserError(
+            f"model.kv_heads={model.kv_heads} and parallel.tensor={parallel.tensor}: one must divide the other"
+        )
     if model.ffn % parallel.tensor:
         raise UserError(f"model.ffn={model.ffn} does not divide by parallel.tensor={parallel.tensor}")
     if parallel.sequence and parallel.tensor == 1:
         raise UserError("parallel.sequence=true needs parallel.tensor > 1")
-    if parallel.sequence and (train.seq_len * train.micro_batch_size) % parallel.tensor:
+    positions = train.seq_len * train.micro_batch_size
+    shares = parallel.tensor if parallel.sequence else 1
+    if parallel.context > 1:
+        shares *= 2 * parallel.context  # each rank takes an early and a late part
+    if positions % shares:
         raise UserError(
-            f"parallel.sequence: train.seq_len({train.seq_len}) x train.micro_batch_size({train.micro_batch_size}) "
-            f"does not divide by parallel.tensor={parallel.tensor}"
+            f"train.seq_len({train.seq_len}) x train.micro_batch_size({train.micro_batch_size}) = {positions} does not "
+            f"divide into the {shares} equal shares that parallel.context={parallel.context} and "
+            f"parallel.sequence={str(parallel.sequence).lower()} at parallel.tensor={parallel.tensor} take"
         )
 
     per_microbatch = train.seq_len * train.micro_batch_size * data
@@ -95,9 +105,23 @@ def _check_engine(run: PretrainConfig) -> None:
     if stage not in (1, 2, 3):
         raise UserError(f"parallel.zero_stage={stage} is unknown; known: 1, 2, 3")
     if run.engine == "megatron" and stage != 1:
-        raise UserError(f"parallel.zero_stage={stage} needs engine=deepspeed; megatron's distributed optimizer is stage 1")
+        raise UserError(
+            f"parallel.zero_stage={stage} needs engine=deepspeed; megatron's distributed optimizer is stage 1"
+        )
+    if run.train.bad_loss not in ("stop", "skip"):
+        raise UserError(f"train.bad_loss '{run.train.bad_loss}' is unknown; known: stop, skip")
+    if run.engine == "deepspeed" and run.train.bad_loss == "skip":
+        raise UserError(
+            "train.bad_loss=skip needs engine=megatron: DeepSpeed updates the weights within the backward pass's last "
+            "call, when the loss of all ranks is not known yet"
+        )
     if run.engine == "deepspeed" and parallel.virtual_pipeline > 1:
         raise UserError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs engine=megatron")
+    if run.engine == "deepspeed" and parallel.context > 1:
+        raise UserError(
+            f"parallel.context={parallel.context} needs engine=megatron: DeepSpeed's data-parallel group would have to "
+            "hold the context-parallel ranks for gradients but not for data"
+        )
     if stage > 1 and parallel.pipeline > 1:
         raise UserError(
             f"parallel.zero_stage={stage} does not go with parallel.pipeline={parallel.pipeline}: a stage sums the "

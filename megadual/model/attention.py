@@ -1,51 +1,111 @@
 """Causal attention over packed documents, as megatron-core's core attention.
 
-Shape suffixes: T positions of all packed documents, B batch (always 1), N query heads, G KV heads, E head width.
+Shape suffixes: T query positions, S key positions, N query heads, G KV heads, E head width.
 """
+
+import contextlib
+import functools
+import importlib
+import inspect
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from torch.nn.attention.bias import causal_lower_right
 
 try:
-    from flash_attn import flash_attn_varlen_func
+    from torch.nn.attention.varlen import varlen_attn
 except ImportError:
-    flash_attn_varlen_func = None
+    varlen_attn = None
+
+
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """Where the documents of a micro-batch lie; megatron-core hands it to every layer, through recompute too.
+
+    Document i's queries are `cu_seqlens_q[i]` to `[i + 1]`, its keys likewise by `cu_seqlens_kv` (int32). Keys may
+    begin before the queries: the last of both is the same position. `keys_at` (S,) picks the keys out of those of all
+    context-parallel ranks; None where there is one rank.
+    """
+
+    qkv_format: str = "sbhd"  # "thd" would have megatron-core split the rotary embedding by document
+    keys_at: torch.Tensor | None = None
 
 
 class PackedAttention(MegatronModule):
     """Each position attends to the positions before it in its own document.
 
-    Takes query (T, 1, N, E), key and value (T, 1, G, E), and the documents' boundaries `cu_seqlens` (n + 1,)
-    int32 in the place of megatron's attention mask: it reaches every layer untouched, through recompute and
-    pipeline alike. Returns (T, 1, N * E). Uses flash-attn where it is installed, else torch's SDPA.
+    Takes this context-parallel rank's query (T, 1, N, E), key and value (T, 1, G, E) and a PackedDocuments;
+    returns (T, 1, N * E).
     """
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **_):
+    def __init__(
+        self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, pg_collection=None, **_
+    ):
         super().__init__(config=config)
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.context_group = pg_collection.cp
 
-    def forward(self, query, key, value, attention_mask, **_):
-        cu_seqlens = attention_mask
-        q_TNE, k_TGE, v_TGE = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if q_TNE.is_cuda and flash_attn_varlen_func is not None:
-            longest = q_TNE.size(0)  # an upper bound: the exact one would wait for the GPU
-            out = flash_attn_varlen_func(
-                q_TNE, k_TGE, v_TGE, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=self.scale, causal=True
-            )
-        else:
-            out = self._attend_each(q_TNE, k_TGE, v_TGE, cu_seqlens.tolist())
-        return out.flatten(1).unsqueeze(1)
+    def forward(self, query, key, value, attention_mask, packed_seq_params: PackedDocuments, **_):
+        q_TNE, k_SGE, v_SGE = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if packed_seq_params.keys_at is not None:
+            # The gradient of gathering is a reduce-scatter: each rank gets back what all queries ask of its keys.
+            both = gather_from_sequence_parallel_region(torch.cat([k_SGE, v_SGE], dim=1), group=self.context_group)
+            k_SGE, v_SGE = both.index_select(0, packed_seq_params.keys_at).chunk(2, dim=1)
+        attend = gpu_kernel() if q_TNE.is_cuda else attend_each
+        return attend(q_TNE, k_SGE, v_SGE, packed_seq_params, self.scale).flatten(1).unsqueeze(1)
 
-    def _attend_each(self, q_TNE, k_TGE, v_TGE, bounds: list[int]) -> torch.Tensor:
-        documents = []
-        for start, end in zip(bounds[:-1], bounds[1:]):
-            q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q_TNE, k_TGE, v_TGE))
-            out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
-            )
-            documents.append(out.squeeze(0).transpose(0, 1))
-        return torch.cat(documents)
+
+def attend_each(q_TNE, k_SGE, v_SGE, documents: PackedDocuments, scale: float) -> torch.Tensor:
+    """(T, N, E) by torch's SDPA, one document at a time."""
+    q_ends, k_ends = documents.cu_seqlens_q.tolist(), documents.cu_seqlens_kv.tolist()
+    attended = []
+    for i in range(len(q_ends) - 1):
+        q = q_TNE[q_ends[i] : q_ends[i + 1]].transpose(0, 1)[None]
+        k, v = (x[k_ends[i] : k_ends[i + 1]].transpose(0, 1)[None] for x in (k_SGE, v_SGE))
+        whole = q.size(2) == k.size(2)
+        mask = None if whole else causal_lower_right(q.size(2), k.size(2))
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=whole, scale=scale, enable_gqa=True)
+        attended.append(out[0].transpose(0, 1))
+    return torch.cat(attended)
+
+
+def torch_varlen(q_TNE, k_SGE, v_SGE, documents: PackedDocuments, scale: float) -> torch.Tensor:
+    """(T, N, E) by torch's own kernel for packed sequences."""
+    repeats = q_TNE.size(1) // k_SGE.size(1)  # torch 2.11 wants as many KV heads as query heads
+    k_SNE, v_SNE = (x.repeat_interleave(repeats, dim=1) for x in (k_SGE, v_SGE))
+    bounds = (documents.cu_seqlens_q, documents.cu_seqlens_kv, documents.max_seqlen_q, documents.max_seqlen_kv)
+    return varlen_attn(q_TNE, k_SNE, v_SNE, *bounds, scale=scale, window_size=(-1, 0))
+
+
+def flash(kernel, q_TNE, k_SGE, v_SGE, documents: PackedDocuments, scale: float) -> torch.Tensor:
+    """(T, N, E) by flash-attn's `kernel`."""
+    out = kernel(
+        q_TNE,
+        k_SGE,
+        v_SGE,
+        cu_seqlens_q=documents.cu_seqlens_q,
+        cu_seqlens_k=documents.cu_seqlens_kv,
+        max_seqlen_q=documents.max_seqlen_q,
+        max_seqlen_k=documents.max_seqlen_kv,
+        softmax_scale=scale,
+        causal=True,
+    )
+    return out[0] if isinstance(out, tuple) else out  # flash-attn-4 returns the log-sum-exps too
+
+
+@functools.cache
+def gpu_kernel():
+    """The fastest that is installed: flash-attn-4, flash-attn 2, torch's from 2.11 on; else SDPA by document."""
+    for module in ("flash_attn.cute", "flash_attn"):
+        with contextlib.suppress(ImportError):
+            return functools.partial(flash, importlib.import_module(module).flash_attn_varlen_func)
+    if varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters:
+        return torch_varlen
+    return attend_each
 
 
 def rotary_angles(positions: torch.Tensor, head_dim: int, base: float) -> torch.Tensor:

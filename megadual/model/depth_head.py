@@ -10,7 +10,32 @@ Shape suffixes: P positions, D code depth, K codebook size, C code width, H the 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+
+from megadual.model.fused import linear_cross_entropy, swiglu
+
+TILE = 128  # queries that attention kernels for GPUs take at a time
+
+
+def causal_attention(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def tiled_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`causal_attention` of (P, heads, n, width), TILE // n positions at a time under a mask that keeps them apart.
+
+    A kernel computes whole tiles of queries, which the few depths of one position would leave nearly empty. P is a
+    multiple of TILE // n.
+    """
+    _, heads, n, width = q.shape
+    side = TILE // n * n
+
+    def fold(x):
+        return x.transpose(1, 2).reshape(-1, side, heads, width).transpose(1, 2)
+
+    place = torch.arange(side, device=q.device)
+    mask = (place[:, None] >= place) & (place[:, None] // n == place // n)
+    out = F.scaled_dot_product_attention(fold(q), fold(k), fold(v), attn_mask=mask)
+    return out.transpose(1, 2).reshape(-1, n, heads, width).transpose(1, 2)
 
 
 class DepthLayer(nn.Module):
@@ -29,10 +54,10 @@ class DepthLayer(nn.Module):
     def forward(self, x_PDW: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv(self.attention_norm(x_PDW)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_PDW = x_PDW + self.out(attended.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(self.ffn_norm(x_PDW)).chunk(2, dim=-1)
-        return x_PDW + self.down(F.silu(gate) * up)
+        attend = tiled_causal_attention if x_PDW.is_cuda else causal_attention
+        x_PDW = x_PDW + self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+        gate_up = self.gate_up(self.ffn_norm(x_PDW))
+        return x_PDW + self.down(swiglu(gate_up.flatten(0, 1)).unflatten(0, gate_up.shape[:2]))
 
 
 class DepthHead(nn.Module):
@@ -59,33 +84,19 @@ class DepthHead(nn.Module):
         before = self.code_projector(F.embedding(codes_PD, codebook_KC).cumsum(1).to(start.dtype))
         x_PDW = torch.cat([start, before], dim=1)
         x_PDW = x_PDW + self.depth_embedding[: x_PDW.size(1)]
+        positions = len(x_PDW)
+        if x_PDW.is_cuda:  # positions that fill the tiles of tiled_causal_attention
+            x_PDW = F.pad(x_PDW, (0, 0, 0, 0, 0, -positions % (TILE // x_PDW.size(1))))
         for layer in self.layers:
             x_PDW = layer(x_PDW)
-        return self.norm(x_PDW)
+        return self.norm(x_PDW)[:positions]
 
     def logits(self, hidden_PH: torch.Tensor, codes_PD: torch.Tensor, codebook_KC: torch.Tensor) -> torch.Tensor:
         """(P, 1 + n, K) logits, n the number of codes given."""
         states = self.states(hidden_PH, codes_PD, codebook_KC)
         return torch.einsum("pdw,dkw->pdk", states, self.classifiers[: states.size(1)])
 
-    def forward(
-        self, hidden_PH: torch.Tensor, codes_PD: torch.Tensor, codebook_KC: torch.Tensor, chunk: int = 4096
-    ) -> torch.Tensor:
-        """(D,) summed cross-entropy per depth, in fp32, over all positions.
-
-        Logits are made and dropped `chunk` positions at a time, one depth at a time; P x K is never held.
-        """
+    def forward(self, hidden_PH: torch.Tensor, codes_PD: torch.Tensor, codebook_KC: torch.Tensor) -> torch.Tensor:
+        """(D,) summed cross-entropy per depth, in fp32, over all positions; P x D x K logits are never held."""
         states = self.states(hidden_PH, codes_PD[:, :-1], codebook_KC)
-        per_depth = []
-        for d in range(codes_PD.size(1)):
-            parts = zip(states[:, d].split(chunk), codes_PD[:, d].split(chunk))
-            sums = [
-                checkpoint(_summed_cross_entropy, part, self.classifiers[d], target, use_reentrant=False)
-                for part, target in parts
-            ]
-            per_depth.append(torch.stack(sums).sum())
-        return torch.stack(per_depth)
-
-
-def _summed_cross_entropy(x_PW: torch.Tensor, weight_KW: torch.Tensor, target_P: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(F.linear(x_PW, weight_KW).float(), target_P, reduction="sum")
+        return linear_cross_entropy(states.transpose(0, 1), self.classifiers, codes_PD.T)

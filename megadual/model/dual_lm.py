@@ -14,11 +14,11 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megadual.config import PretrainConfig
 from megadual.data.dataset import MicroBatch
-from megadual.model.attention import rotary_angles
+from megadual.model.attention import PackedDocuments, rotary_angles
 from megadual.model.depth_head import DepthHead
 from megadual.model.embeddings import Codebooks, DualEmbedding
+from megadual.model.fused import linear_cross_entropy
 from megadual.model.layers import block_spec, transformer_config
-from megadual.model.losses import vocab_parallel_text_loss
 from megadual.streams import STREAMS
 
 VOCAB_MULTIPLE = 128  # the text table is padded to this, whatever the layout, so that layouts agree
@@ -41,7 +41,8 @@ class Vocabulary:
 class StreamLosses:
     """Summed cross-entropies of a micro-batch, fp32: text (), semantic and pixel (D,).
 
-    Under sequence parallelism the visual ones are this tensor-parallel rank's part of the sum.
+    Under context parallelism they are this rank's part of the sum; under sequence parallelism the visual ones are
+    this tensor-parallel rank's.
     """
 
     text: torch.Tensor
@@ -116,8 +117,15 @@ class DualLM(LanguageModule):
         """(T, 1, H) after this chunk's layers, or this tensor-parallel rank's share of T under sequence parallelism."""
         return self.decoder(
             hidden_states=self.embedding(batch) if self.pre_process else None,
-            attention_mask=batch.cu_seqlens,
+            attention_mask=None,
             rotary_pos_emb=rotary_angles(batch.positions, self.config.kv_channels, self.rope_base),
+            packed_seq_params=PackedDocuments(
+                cu_seqlens_q=batch.cu_seqlens,
+                cu_seqlens_kv=batch.cu_seqlens if batch.key_seqlens is None else batch.key_seqlens,
+                max_seqlen_q=batch.longest,
+                max_seqlen_kv=batch.longest,
+                keys_at=batch.keys_at,
+            ),
         )
 
     def forward(self, batch: MicroBatch) -> torch.Tensor | StreamLosses:
@@ -137,27 +145,30 @@ class DualLM(LanguageModule):
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         at = batch.text_positions
-        return vocab_parallel_text_loss(hidden.squeeze(1)[at], self.output_weight(), batch.text_targets[at])
+        hidden_PH = hidden.squeeze(1).index_select(0, at)  # whose gradient is cheaper than indexing's
+        return linear_cross_entropy(
+            hidden_PH[None], self.output_weight()[None], batch.text_targets[at][None], group=self.tp_group
+        )[0]
 
-    def drawn_positions(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions whose next one is drawn: in this rank's share of the hidden states, and in the micro-batch."""
-        at = batch.draw_positions
+    def _drawn(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(P,) positions in this rank's share of the hidden states whose next one is drawn, and (P, 2, D) its codes."""
+        at, targets = batch.draw_positions, batch.draw_targets
         if not self.config.sequence_parallel:
-            return at, at
+            return at, targets
         share = batch.tokens.size(0) // self.tp_group.size()
         start = self.tp_group.rank() * share
-        at = at[(at >= start) & (at < start + share)]
-        return at - start, at
+        own = (at >= start) & (at < start + share)
+        return at[own] - start, targets[own]
 
     def _visual_losses(self, hidden: torch.Tensor, batch: MicroBatch) -> list[torch.Tensor]:
-        local, at = self.drawn_positions(batch)
-        some = len(local) > 0
+        at, targets = self._drawn(batch)
+        some = len(at) > 0
         if not some:
             # Every rank has to run every module, forward and backward, and CUDA's attention refuses an empty batch.
-            local = at = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-        hidden_PH = hidden.squeeze(1)[local]
+            at, targets = at.new_zeros(1), targets.new_zeros(1, *targets.shape[1:])
+        hidden_PH = hidden.squeeze(1).index_select(0, at)
         losses = []
-        for stream in STREAMS:
+        for i, stream in enumerate(STREAMS):
             head, codebook = getattr(self, f"{stream}_head"), getattr(self.head_codebooks, stream)
-            losses.append(head(hidden_PH, getattr(batch, stream)[at + 1], codebook) * float(some))
+            losses.append(head(hidden_PH, targets[:, i], codebook) * float(some))
         return losses

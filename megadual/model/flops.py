@@ -45,7 +45,13 @@ def work(model: ModelConfig, vocabulary: Vocabulary) -> Work:
 
 
 def step_flops(
-    model: ModelConfig, vocabulary: Vocabulary, positions: float, squares: float, images: float, text: float, drawn: float
+    model: ModelConfig,
+    vocabulary: Vocabulary,
+    positions: float,
+    squares: float,
+    images: float,
+    text: float,
+    drawn: float,
 ) -> float:
     """FLOPs of a global batch with so many positions, squared document lengths, image positions and targets."""
     each = work(model, vocabulary)

@@ -58,12 +58,14 @@ def transformer_config(run: PretrainConfig) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if virtual else None,
         pipeline_model_parallel_layout=stages if len(stages) > 1 else None,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         # Two chunks of one rank pair may send at once, which batched point-to-point calls would swap.
         overlap_p2p_comm=virtual,
         batch_p2p_comm=not virtual,
         persist_layer_norm=False,
         masked_softmax_fusion=False,
+        bias_activation_fusion=True,  # SwiGLU in one kernel each way
         gradient_accumulation_fusion=False,
         **recompute,
     )

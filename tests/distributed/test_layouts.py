@@ -19,6 +19,9 @@ LAYOUTS = {
     "PP4, heads alone": (4, ["parallel.pipeline=4", "parallel.stage_layers=[2,1,1,0]"]),
     "TP2xPP2+SP": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
     "TP2xDP2, micro-batch 2": (4, ["parallel.tensor=2", "train.micro_batch_size=2"]),
+    "CP2": (2, ["parallel.context=2"]),
+    "TP2xCP2+SP": (4, ["parallel.tensor=2", "parallel.context=2", "parallel.sequence=true"]),
+    "PP2xCP2+recompute": (4, ["parallel.pipeline=2", "parallel.context=2", "train.recompute=true"]),
     "TP2xPP2xDP2+SP+recompute": (
         8, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "train.recompute=true"],
     ),

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megadual.model.depth_head import DepthHead
+from megadual.model.depth_head import DepthHead, causal_attention, tiled_causal_attention
 
 P, D, K, C, H = 7, 4, 32, 6, 24
 
@@ -29,8 +29,14 @@ def test_loss_is_that_of_the_logits(head, inputs):
     hidden, codes, codebook = inputs
     logits = head.logits(hidden, codes[:, :-1], codebook)
     expected = [F.cross_entropy(logits[:, d], codes[:, d], reduction="sum").item() for d in range(D)]
-    for chunk in (2, 100):  # in fp32, as logits are in training
-        assert head(hidden, codes, codebook, chunk=chunk).tolist() == pytest.approx(expected, rel=1e-5)
+    assert head(hidden, codes, codebook).tolist() == pytest.approx(expected, rel=1e-5)  # in fp32, as in training
+
+
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_attention_of_many_positions_at_once(n):
+    """Positions share a tile and see nothing of each other."""
+    q, k, v = torch.randn(3, 2 * (128 // n), 2, n, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(tiled_causal_attention(q, k, v), causal_attention(q, k, v))
 
 
 def test_depth_d_sees_only_the_codes_before_it(head, inputs):

@@ -1,0 +1,124 @@
+"""Operations whose plain form writes large intermediates: SwiGLU, and an output layer with its cross-entropy.
+
+Shape suffixes: B output layers of one shape, P positions, K classes, W width, F feed-forward width, R rows.
+"""
+
+import functools
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+LOGITS_AT_ONCE = 1 << 28
+
+
+def fused(function):
+    """`function` of tensors (R, ...), compiled into few kernels where they are on a GPU.
+
+    R may differ from call to call; the other sizes are compiled for, since kernels read aligned rows faster.
+    """
+    compiled = torch.compile(function, dynamic=False)
+
+    @functools.wraps(function)
+    def call(*tensors: torch.Tensor):
+        if not tensors[0].is_cuda:
+            return function(*tensors)
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(*tensors)
+
+    return call
+
+
+@fused
+def swiglu(gate_up_R2F: torch.Tensor) -> torch.Tensor:
+    """(R, F) silu(gate) * up of the two halves."""
+    gate_RF, up_RF = gate_up_R2F.chunk(2, dim=-1)
+    return F.silu(gate_RF) * up_RF
+
+
+@fused
+def _exponential_sums(logits_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's largest logit and its sum of exponentials relative to that, (R,) fp32."""
+    logits_RK = logits_RK.float()
+    largest_R = logits_RK.amax(-1)
+    return largest_R, (logits_RK - largest_R[:, None]).exp().sum(-1)
+
+
+@fused
+def _logits_to_gradient(logits_RK: torch.Tensor, log_total_R: torch.Tensor, target_R: torch.Tensor) -> None:
+    """Put softmax - one-hot in the logits' place; a target outside of [0, K) marks no class."""
+    classes_K = torch.arange(logits_RK.size(1), device=logits_RK.device)
+    logits_RK.copy_((logits_RK.float() - log_total_R[:, None]).exp() - (classes_K == target_R[:, None]).float())
+
+
+def _even_chunk(P: int, most: int) -> int:
+    """Positions of a chunk, so that all chunks are about as large, in the multiples of 128 that products like."""
+    if P <= most:
+        return max(P, 1)
+    even = -(-P // -(-P // max(most, 1)))
+    return min(-(-even // 128) * 128, max(most, 1))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BPW, weight_BKW, target_BP, logits_at_once, group):
+        B, P, _ = x_BPW.shape
+        K = weight_BKW.size(1)
+        parts = group.size() if group else 1
+        if parts > 1:
+            target_BP = target_BP - group.rank() * K
+        loss_B = x_BPW.new_zeros(B, dtype=torch.float32)
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        x_gradient = torch.empty_like(x_BPW) if needs_x else None
+        weight_gradient = (torch.empty_like if P else torch.zeros_like)(weight_BKW) if needs_weight else None
+        chunk = _even_chunk(P, logits_at_once // (B * K))
+        for start in range(0, P, chunk):
+            x, target = x_BPW[:, start : start + chunk], target_BP[:, start : start + chunk].flatten()
+            logits = torch.bmm(x, weight_BKW.mT)
+            rows = logits.view(-1, K)
+            largest, total = _exponential_sums(rows)
+            inside = (target >= 0) & (target < K)
+            picked = torch.where(inside, rows.gather(1, target.clamp(0, K - 1)[:, None])[:, 0].float(), 0.0)
+            if parts > 1:
+                own = largest.clone()
+                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+                sums = torch.stack([total * (own - largest).exp(), picked])
+                dist.all_reduce(sums, group=group)
+                total, picked = sums
+            log_total = largest + total.log()
+            loss_B += (log_total - picked).view(B, -1).sum(1)
+            if needs_x or needs_weight:
+                _logits_to_gradient(rows, log_total, target)
+            if needs_x:
+                x_gradient[:, start : start + chunk] = torch.bmm(logits, weight_BKW)
+            if needs_weight:
+                weight_gradient.baddbmm_(logits.mT, x, beta=float(start > 0))  # beta 0 reads nothing
+        ctx.save_for_backward(x_gradient, weight_gradient)
+        return loss_B
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream_B):
+        # In place: the gradients were made for this, and a graph is walked once.
+        scaled = [
+            None if made is None else made.mul_(upstream_B[:, None, None].to(made.dtype)) for made in ctx.saved_tensors
+        ]
+        return *scaled, None, None, None
+
+
+def linear_cross_entropy(
+    x_BPW: torch.Tensor,
+    weight_BKW: torch.Tensor,
+    target_BP: torch.Tensor,
+    logits_at_once: int = LOGITS_AT_ONCE,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """(B,) summed cross-entropies, fp32, of the logits x @ weight.T over all P positions.
+
+    Only `logits_at_once` logits are held, and are made once: their gradients are made with them in the forward
+    pass, so a graph that goes through here can be walked backward once. Where `group` is given, `weight_BKW` is
+    this rank's share of the classes, x and targets are equal on all ranks, and so is the result, while x's
+    gradient is this rank's part of a sum.
+    """
+    return _LinearCrossEntropy.apply(x_BPW, weight_BKW, target_BP, logits_at_once, group)

@@ -1,0 +1,64 @@
+"""The fused operations against their plain form, and their memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megadual.model.fused import linear_cross_entropy, swiglu
+from megadual.testing.distributed import run_distributed
+
+
+def inputs(B: int, P: int, K: int, W: int):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(B, n, W, generator=generator, requires_grad=True) for n in (P, K))
+    return x, weight, torch.randint(K, (B, P), generator=generator), torch.rand(B, generator=generator)
+
+
+def plain(x, weight, target):
+    return torch.stack([F.cross_entropy(a @ b.T, t, reduction="sum") for a, b, t in zip(x, weight, target)])
+
+
+@pytest.mark.parametrize("at_once", [7, 1 << 20], ids=["one position a time", "all at once"])
+@pytest.mark.parametrize("B, P, K, W", [(1, 300, 50, 16), (3, 20, 33, 8), (2, 0, 9, 4)])
+def test_linear_cross_entropy(B, P, K, W, at_once):
+    x, weight, target, upstream = inputs(B, P, K, W)
+    expected, got = plain(x, weight, target), linear_cross_entropy(x, weight, target, at_once)
+    torch.testing.assert_close(got, expected)
+    gradients = [torch.autograd.grad(loss @ upstream, (x, weight)) for loss in (expected, got)]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_weights_alone_have_a_gradient():
+    x, weight, target, _ = inputs(1, 20, 33, 8)
+    linear_cross_entropy(x.detach(), weight, target).sum().backward()
+    torch.testing.assert_close(weight.grad, torch.autograd.grad(plain(x, weight, target).sum(), weight)[0])
+
+
+def split_classes():
+    """(loss, gradient of x summed over ranks, this rank's gradient of its classes)"""
+    import torch.distributed as dist
+
+    x, weight, target, _ = inputs(1, 20, 32, 8)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    own = weight.detach().chunk(size, dim=1)[rank].clone().requires_grad_()
+    loss = linear_cross_entropy(x, own, target, 64, dist.group.WORLD)
+    loss.sum().backward()
+    dist.all_reduce(x.grad)
+    return loss.detach(), x.grad, own.grad
+
+
+def test_classes_split_over_ranks():
+    x, weight, target, _ = inputs(1, 20, 32, 8)
+    expected = plain(x, weight, target)
+    expected.sum().backward()
+    results = run_distributed(split_classes, 2)
+    for loss, x_gradient, _ in results:
+        torch.testing.assert_close(loss, expected.detach())
+        torch.testing.assert_close(x_gradient, x.grad)
+    torch.testing.assert_close(torch.cat([part for *_, part in results], dim=1), weight.grad)
+
+
+def test_swiglu():
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    gate, up = x.chunk(2, -1)
+    torch.testing.assert_close(swiglu(x), F.silu(gate) * up)
