@@ -1,15 +1,17 @@
 """Pretrain the unified LLM on shard sets of dual codes.
 
-On a cluster: torchrun --nproc_per_node N pretrain/pretrain.py --config pretrain/configs/tiny.yaml key=value ...
+On a cluster: sbatch slurm/pretrain_7b.sh, or torchrun --nproc_per_node N pretrain/pretrain.py --config FILE ...
 On one machine `python pretrain/pretrain.py ...` does: it starts tensor x pipeline processes itself.
 """
 
+import contextlib
+import datetime
 import os
 import sys
 from pathlib import Path
 
 from megadual.config import PretrainConfig, parse_command_line, to_yaml
-from megadual.engine.topology import topology
+from megadual.engine.topology import Topology, topology
 from megadual.errors import command
 from megadual.model import presets
 
@@ -22,15 +24,14 @@ def main() -> None:
     world = int(os.environ["WORLD_SIZE"]) if launched else run.parallel.tensor * run.parallel.pipeline
     layout = topology(run, world)
 
+    if run.run.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
     # From here on torch and megatron-core are needed; a wrong config has been told before they load.
     from megadual.engine import cpu
 
     cpu.install()
-    import torch
-    import torch.distributed as dist
-
     from megadual.train import setup
-    from megadual.train.loop import train
 
     inputs = setup.read_inputs(run)
     if args.dry_run:
@@ -42,22 +43,56 @@ def main() -> None:
         os.execv(sys.executable, [*torchrun, os.path.abspath(__file__), *sys.argv[1:]])
     if not launched:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    sys.exit(pretrain(run, layout, inputs))
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    engine = setup.engine(run, layout, inputs.vocabulary)
-    data = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank)
-    if dist.get_rank() == 0:
-        print(setup.plan(run, layout, inputs), flush=True)
-        if data.dropped:
-            print(f"warning: {data.dropped:,} documents are longer than train.seq_len={run.train.seq_len} and left out")
-        folder = Path(run.run.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(run))
-    train(run, engine, data)
-    engine.shutdown()
-    dist.destroy_process_group()
+
+def pretrain(run: PretrainConfig, layout: Topology, inputs) -> int:
+    """What each rank does, from the check of its node to the last step; returns the exit code."""
+    import torch
+    import torch.distributed as dist
+
+    from megadual.train import preflight, record, setup
+    from megadual.train.lock import sole_trainer
+    from megadual.train.loop import train
+    from megadual.train.stop import EXIT_BAD_LOSS, EXIT_STOPPED
+    from megadual.train.watchdog import Watchdog
+
+    rank, world, folder = int(os.environ["RANK"]), layout.world, Path(run.run.dir)
+    store = preflight.open_store(rank, world)
+    peers = preflight.check_nodes(run, store, rank, world)
+    with sole_trainer(folder, store, rank, world):
+        watchdog = Watchdog(folder / "logs", rank, run.run.hang_timeout, peers)
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # The watchdog comes first, and shows stacks; the backend's own timeout only ends the process.
+        timeout = datetime.timedelta(seconds=(run.run.hang_timeout or 1e6) + 120)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+        preflight.check_all_reduce(rank, world)
+        engine = setup.engine(run, layout, inputs.vocabulary)
+        data = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank)
+        if rank == 0:
+            print(setup.plan(run, layout, inputs), flush=True)
+            if data.dropped:
+                limit = f"train.seq_len={run.train.seq_len}"
+                print(f"warning: {data.dropped:,} documents are longer than {limit} and left out")
+            (folder / "config.yaml").write_text(to_yaml(run))
+            record.add_start(folder, record.describe_start(world))
+        code, ended = 0, "failed"
+        try:
+            train(run, engine, data, watchdog.beat)
+            ended = "finished"
+        except SystemExit as stop:  # on all ranks alike
+            code, ended = stop.code, {EXIT_STOPPED: "stopped by a signal", EXIT_BAD_LOSS: "bad loss"}[stop.code]
+        finally:
+            if rank == 0:
+                with contextlib.suppress(OSError):  # a full disk, which has been told already
+                    record.end_start(folder, ended)
+        dist.barrier()  # rank 0 may still have been sending to wandb, and launchers end ranks that others have left
+        watchdog.close()
+        engine.shutdown()
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

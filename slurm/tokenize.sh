@@ -23,6 +23,6 @@ export RAY_gcs_rpc_server_reconnect_timeout_s=20  # seconds for which a node out
 # says goes to files of their own.
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --cpus-per-task="$SLURM_CPUS_PER_TASK" \
     bash -c '[[ $SLURM_NODEID == 0 ]] || exec &> "tokenize-$SLURM_JOB_ID.node$SLURM_NODEID.out"; exec "$@"' node \
-    ray symmetric-run --address "$head_address:$head_port" --min-nodes "$SLURM_JOB_NUM_NODES" \
+    ray symmetric-run --address "$MASTER_ADDR:$MASTER_PORT" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --disable-usage-stats \
     -- python -u data_pipeline/tokenize.py "$@"

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -13,11 +14,11 @@ from megadual.train.metrics import MetricsLog, entry_of
 from megadual.train.stop import EXIT_BAD_LOSS, EXIT_STOPPED, LossWatch, StopSignal, all_keys
 
 
-def train(run: PretrainConfig, engine, data: PackedDataset) -> None:
+def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], None]) -> None:
     """Run the configured steps, from the run folder's latest checkpoint where there is one.
 
-    Exits with EXIT_STOPPED after SIGTERM or SIGUSR1, once a checkpoint is written, and with EXIT_BAD_LOSS
-    where a step's loss is not finite or spikes.
+    `beat` is called after everything that is done. Exits with EXIT_STOPPED after SIGTERM or SIGUSR1, once a
+    checkpoint is written, and with EXIT_BAD_LOSS where a step's loss is not finite or spikes.
     """
     checkpointer = Checkpointer(run)
     latest = checkpointer.latest() if run.checkpoint.resume else None
@@ -35,6 +36,7 @@ def train(run: PretrainConfig, engine, data: PackedDataset) -> None:
         begun = time.perf_counter()
         result = engine.train_step(microbatches)
         seconds = time.perf_counter() - begun
+        beat()
         if log:
             per_gpu = result.flops / seconds / world
             log.step(
@@ -57,6 +59,7 @@ def train(run: PretrainConfig, engine, data: PackedDataset) -> None:
         stopping = stop.agreed()
         if stopping or step % run.checkpoint.every == 0 or step == run.train.steps:
             checkpointer.save(engine, step)
+            beat()
         if stopping and step < run.train.steps:
             if log:
                 log.bar.write(f"stopped by a signal after step {step}; start again to go on")

@@ -11,32 +11,38 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from megadual.config import PretrainConfig
+from megadual.train.record import read_starts
 
 
 class MetricsLog:
     """Appends one JSON object per step to run.dir/metrics.jsonl and sends it to wandb.
 
-    A resumed run first drops the lines of steps that the checkpoint does not contain, so that no step
-    appears twice.
+    A resumed run first drops the lines of steps that the checkpoint does not contain, so that no step appears
+    twice. wandb, which takes nothing back, has one run for all starts and already got those steps from an earlier
+    one: they are not sent again, since repeating them gives the same numbers.
     """
 
     def __init__(self, run: PretrainConfig, start_step: int):
         folder = Path(run.run.dir)
         path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
-        path.write_text("".join(kept))
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        written = [(json.loads(line)["step"], line) for line in lines if line.endswith("\n")]
+        self.sent = max((step for step, _ in written), default=0)
+        path.write_text("".join(line for step, line in written if step <= start_step))
         self.file = open(path, "a")
         id_file = folder / "wandb_id"
         run_id = id_file.read_text() if id_file.is_file() else secrets.token_hex(4)
         id_file.write_text(run_id)
+        starts = read_starts(folder)
         self.wandb = wandb.init(
             project=run.run.wandb_project,
             name=run.run.name,
+            group=run.run.name,
             id=run_id,
             resume="allow" if run.run.wandb == "online" else None,
             dir=str(folder),
             mode=run.run.wandb,
-            config=OmegaConf.to_container(OmegaConf.structured(run)),
+            config=OmegaConf.to_container(OmegaConf.structured(run)) | {f"start_{len(starts)}": starts[-1]},
             settings=wandb.Settings(silent=True),
         )
         self.bar = tqdm(
@@ -48,9 +54,11 @@ class MetricsLog:
         )
 
     def step(self, entry: dict) -> None:
+        # wandb first: a step in the file has been handed over, whatever happens next.
+        if entry["step"] > self.sent:
+            self.wandb.log(entry, step=entry["step"])
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
-        self.wandb.log(entry, step=entry["step"])
         self.bar.set_postfix(
             {name: f"{entry[f'loss_{name}']:.3f}" for name in ("text", "semantic", "pixel")}, refresh=False
         )
@@ -60,10 +68,6 @@ class MetricsLog:
         self.bar.close()
         self.file.close()
         self.wandb.finish()
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines(keepends=True) if path.is_file() else []
 
 
 def entry_of(step: int, result, **more) -> dict:

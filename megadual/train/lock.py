@@ -1,0 +1,138 @@
+"""One trainer per run folder: a lock that works on a shared disk, and that a killed holder leaves without harm.
+
+The lock is a file that its holder touches every few seconds. Clocks of different nodes are never compared: who finds
+a lock watches for some seconds whether it is still touched.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from torch.distributed import Store
+
+from megadual.errors import UserError
+from megadual.train.preflight import tell
+
+EXIT_LOST = 79  # another trainer has taken the run folder over, since this one was not seen for long
+LOCK = "lock.json"
+
+
+@contextlib.contextmanager
+def sole_trainer(folder: Path, store: Store, rank: int, world: int):
+    """Rank 0 holds the folder's lock meanwhile; where it can't have it, all ranks raise its UserError."""
+    lock, complaint = RunLock(folder), None
+    if rank == 0:
+        try:
+            lock.acquire()
+        except UserError as error:
+            complaint = str(error)
+    if complaint := tell(store, "lock", complaint, rank, world):
+        raise UserError(complaint)
+    try:
+        yield
+    finally:
+        if rank == 0:
+            lock.release()
+
+
+class RunLock:
+    """Holds `folder/lock.json` between `acquire` and `release`. One process of a run has it."""
+
+    def __init__(self, folder: Path, beat_s: float = 5.0):
+        self.path, self.beat_s = Path(folder) / LOCK, beat_s
+        self.me = {"owner": secrets.token_hex(8), "host": _machine(), "pid": os.getpid()}
+        self.me |= {"name": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID")}
+        self._released = threading.Event()
+
+    def acquire(self) -> None:
+        """Take the lock, from an earlier holder that is dead if need be; UserError where a living one has it.
+
+        A dead holder on this machine is known at once, one on another is watched for four beats.
+        """
+        mine = self.path.with_name(f".lock-{self.me['owner']}")
+        mine.write_text(json.dumps(self.me))
+        try:
+            while True:
+                try:
+                    os.link(mine, self.path)  # atomic, on NFS too
+                    break
+                except FileExistsError:
+                    self._remove_if_dead()
+        finally:
+            mine.unlink()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def release(self) -> None:
+        self._released.set()
+        if _read(self.path) == self.me:
+            self.path.unlink()
+
+    def _beat(self) -> None:
+        while not self._released.wait(self.beat_s):
+            holder = _read(self.path)
+            if holder is not None and holder != self.me:
+                where = f"{holder['name']}, process {holder['pid']}"
+                print(f"error: run.dir '{self.path.parent}' was taken over by {where}", file=sys.stderr, flush=True)
+                os._exit(EXIT_LOST)
+            if holder is not None:
+                os.utime(self.path)
+
+    def _remove_if_dead(self) -> None:
+        holder = _read(self.path)
+        if holder is None:
+            return
+        if lives(self.path, self.beat_s):
+            job = f", Slurm job {holder['job']}" if holder["job"] else ""
+            raise UserError(
+                f"run.dir '{self.path.parent}' is in use by process {holder['pid']} on {holder['name']}{job}; "
+                "stop that one, or give another run.dir"
+            )
+        stale = self.path.with_name(f".stale-{self.me['owner']}")
+        try:
+            os.rename(self.path, stale)
+        except FileNotFoundError:  # another start was faster
+            return
+        if _read(stale) != holder:  # it has even locked already, and what was moved away is its lock
+            os.link(stale, self.path)
+        stale.unlink()
+
+
+def lives(path: Path, beat_s: float = 5.0) -> bool:
+    """Is the holder of a lock file alive? Watches it for up to four beats."""
+    holder = _read(path)
+    if holder is None:
+        return False
+    if holder["host"] == _machine() and not Path(f"/proc/{holder['pid']}").exists():
+        return False
+    touched, deadline = _touched(path), time.monotonic() + 4 * beat_s
+    while time.monotonic() < deadline:
+        time.sleep(beat_s / 5)
+        if _touched(path) != touched:
+            return True
+    return False
+
+
+def _machine() -> str:
+    """Names what a process id holds on: this boot of this machine, and the namespace of processes."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+
+
+def _read(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _touched(path: Path) -> int | None:
+    try:
+        with open(path) as file:  # opening asks an NFS server again, where stat may answer from its cache
+            return os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None

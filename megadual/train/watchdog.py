@@ -1,0 +1,66 @@
+"""Ends a rank that makes no progress, with the stacks of all its threads in the run folder."""
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+EXIT_HANG = 77
+GRACE_S = 10.0  # for the other ranks of the node, and for a thread that never gets Python's lock
+
+
+class Watchdog:
+    """Exits with EXIT_HANG when `beat` was not called for `timeout_s` seconds (null: never).
+
+    All ranks wait in a collective while one hangs, so each of them notices by itself and writes its stacks to
+    `folder/hang-rankN.txt`. A rank that was stopped (SIGSTOP) is first woken by those on its node, whose process
+    ids are `peers`, and then notices too.
+    """
+
+    def __init__(self, folder: Path, rank: int, timeout_s: float | None, peers: list[int]):
+        self.rank, self.timeout_s, self.peers = rank, timeout_s, peers
+        self.path = Path(folder) / f"hang-rank{rank}.txt"
+        self.closed = threading.Event()
+        if timeout_s is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "w")  # opened early: a hanging disk must not keep the rank
+            self.beat()
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def beat(self) -> None:
+        """There is progress."""
+        if self.timeout_s is not None:
+            self.last = time.monotonic()
+            # Runs without Python's lock, which a hanging call may hold; the thread below has a code of its own.
+            faulthandler.dump_traceback_later(self.timeout_s + 2 * GRACE_S, exit=True, file=self.file)
+
+    def close(self) -> None:
+        self.closed.set()
+        if self.timeout_s is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self.file.close()
+            self.path.unlink()
+
+    def _watch(self) -> None:
+        while not self.closed.wait(min(1.0, self.timeout_s / 10)):
+            silent = time.monotonic() - self.last
+            if silent > self.timeout_s:
+                break
+        else:
+            return
+        where = f"rank {self.rank} on {socket.gethostname()}"
+        print(f"error: {where} made no progress for {silent:.0f} s; stacks: {self.path}", file=sys.stderr, flush=True)
+        self.file.write(f"{where}, process {os.getpid()}: no progress for {silent:.0f} s\n")
+        self.file.flush()
+        faulthandler.dump_traceback(self.file, all_threads=True)
+        for pid in self.peers:
+            try:
+                os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                pass
+        time.sleep(GRACE_S)  # its end would end the others before they have written theirs
+        os._exit(EXIT_HANG)
