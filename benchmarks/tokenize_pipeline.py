@@ -19,6 +19,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,18 +41,34 @@ BATCH = 32
 CAPTION = "a photograph of something number {} in a place that many captions describe at about this length"
 
 
-def write_inputs(folder: Path, images: int, per_tar: int, size: int) -> None:
+def write_tar_of_jpegs(path: Path, first: int, images: int, size: int) -> None:
+    random = np.random.default_rng(first)
+    members = []
+    for i in range(first, first + images):
+        blobs = Image.fromarray(random.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8))
+        jpeg = io.BytesIO()
+        blobs.resize((size, size), Image.Resampling.BICUBIC).save(jpeg, "JPEG", quality=90)
+        members += [(f"{i:09d}.jpg", jpeg.getvalue()), (f"{i:09d}.txt", CAPTION.format(i).encode())]
+    write_tar(path, members)
+
+
+def write_inputs(folder: Path, images: int, per_tar: int, size: int, dualtoken: DualToken) -> None:
     """Tars of JPEGs with captions, and both tokenizers."""
     (folder / "corpus").mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for first in tqdm(range(0, images, per_tar), desc="inputs", unit="tar", mininterval=1):
-        members = []
-        for i in range(first, min(first + per_tar, images)):
-            blobs = Image.fromarray(random.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8))
-            jpeg = io.BytesIO()
-            blobs.resize((size, size), Image.Resampling.BICUBIC).save(jpeg, "JPEG", quality=90)
-            members += [(f"{i:09d}.jpg", jpeg.getvalue()), (f"{i:09d}.txt", CAPTION.format(i).encode())]
-        write_tar(folder / "corpus" / f"{first // per_tar:05d}.tar", members)
+    with ProcessPoolExecutor() as pool:
+        tars = [
+            pool.submit(
+                write_tar_of_jpegs, folder / "corpus" / f"{i:05d}.tar", first, min(per_tar, images - first), size
+            )
+            for i, first in enumerate(range(0, images, per_tar))
+        ]
+        for tar in tqdm(tars, desc="inputs", unit="tar", mininterval=1):
+            tar.result()
+    dualtoken.save_pretrained(folder / "dualtoken")
+    save_text_tokenizer(train_text_tokenizer([CAPTION], 300), folder / "text_tokenizer")
+
+
+def tiny_dualtoken(size: int) -> DualToken:
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
     siglip = SiglipConfig(
         vision_config={**tower, "image_size": size, "patch_size": 16},
@@ -63,8 +80,7 @@ def write_inputs(folder: Path, images: int, per_tar: int, size: int) -> None:
         decoder_latent=size // 8, decoder_in_channels=16, decoder_channels=8, decoder_multipliers=[1, 1, 1, 1],
         decoder_res_blocks=1, decoder_attention=[], decoder_norm_groups=4,
     )  # fmt: skip
-    DualToken(config).save_pretrained(folder / "dualtoken")
-    save_text_tokenizer(train_text_tokenizer([CAPTION], 300), folder / "text_tokenizer")
+    return DualToken(config)
 
 
 @torch.inference_mode()
@@ -112,12 +128,12 @@ def plain_loop(folder: Path, output: Path) -> float:
     return time.perf_counter() - start
 
 
-def pipeline(folder: Path, output: Path, workers: int) -> None:
+def pipeline(folder: Path, output: Path, workers: int, *more: str) -> None:
     """In this process and Ray's; prints the run's own summary and the driver's peak memory."""
     overrides = [
         f"inputs=['{folder}/corpus/*.tar']", f"output={output}", f"dualtoken={folder}/dualtoken",
         f"text_tokenizer={folder}/text_tokenizer", f"workers.count={workers}", f"encode.batch_size={BATCH}",
-        "encode.shard_bytes=2097152", "workers.address=local",
+        "encode.shard_bytes=2097152", "workers.address=local", *more,
     ]  # fmt: skip
     tokenize(load_config(PipelineConfig, None, overrides))
     print(f"peak memory of the driver {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")
@@ -144,7 +160,7 @@ def between(said: str, before: str, after: str) -> float:
 
 
 def measure_speed(folder: Path, images: int, size: int, repeats: int) -> None:
-    write_inputs(folder, images, images // 8, size)
+    write_inputs(folder, images, images // 8, size, tiny_dualtoken(size))
     print(f"{images} JPEGs of {size} px, batches of {BATCH}; load before: {os.getloadavg()[0]:.1f}")
     ratios = {1: [], 2: []}
     for repeat in range(repeats):
@@ -171,7 +187,7 @@ def measure_speed(folder: Path, images: int, size: int, repeats: int) -> None:
 def measure_memory(folder: Path, size: int) -> None:
     for images, per_tar in ((2000, 1000), (20000, 1000), (20000, 20000)):
         place = folder / f"{images}-{per_tar}"
-        write_inputs(place, images, per_tar, size)
+        write_inputs(place, images, per_tar, size, tiny_dualtoken(size))
         said, _ = run_pinned(2, "pipeline", str(place), str(place / "set"), "1")
         print(
             f"{images} images in tars of {per_tar}: worker {between(said, 'peak memory of a worker ', ' MB'):.0f} MB, "
@@ -183,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["speed", "memory", "plain", "pipeline"])
     parser.add_argument(
-        "places", nargs="*", help="of plain and pipeline, which the others call: inputs, output, workers"
+        "places", nargs="*", help="of plain and pipeline, which the others call: inputs, output, workers, key=value"
     )
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--size", type=int, default=256)
@@ -193,7 +209,7 @@ def main() -> None:
         seconds = plain_loop(Path(args.places[0]), Path(args.places[1]))
         print(f"loop took {seconds:.3f} s")
     elif args.what == "pipeline":
-        pipeline(Path(args.places[0]), Path(args.places[1]), int(args.places[2]))
+        pipeline(Path(args.places[0]), Path(args.places[1]), int(args.places[2]), *args.places[3:])
     else:
         with tempfile.TemporaryDirectory() as folder:
             if args.what == "speed":

@@ -14,17 +14,27 @@ import torch
 
 from data_pipeline.config import PipelineConfig
 from data_pipeline.decode import Decoded, decode
+from data_pipeline.images import Codes, ImageEncoder
 from data_pipeline.layouts import LeftOut, RawDocument, Unusable, to_document
 from data_pipeline.readers import InputShard, read_samples
 from data_pipeline.store import open_store
 from data_pipeline.writer import ShardWriter
 from megadual.streams import Document, SpecialIds
 from megadual.text import load_text_tokenizer
-from megadual.vision import DualToken
 
 SAMPLES_PER_IMAGE = 4  # a batch holds at most this many times batch_size samples, whatever few images they have
 
 Outcome = Decoded | Unusable | LeftOut
+Batch = list[tuple[str, Outcome]]
+
+
+@dataclass
+class Encoding:
+    """What has been begun for a batch."""
+
+    documents: list[Decoded]
+    codes: list[Codes]
+    text_ids: list[list[int]]
 
 
 @dataclass
@@ -45,29 +55,42 @@ class Encoder:
         torch.set_num_threads(config.encode.torch_threads)
         self.config, self.identity = config, identity
         self.store = open_store(config.output)
-        self.device = torch.device("cuda" if config.workers.gpus else "cpu")
-        self.dualtoken = DualToken.from_pretrained(config.dualtoken).to(self.device).eval()
+        self.images = ImageEncoder(config.dualtoken, bool(config.workers.gpus), config.encode.batch_size)
         self.tokenizer = load_text_tokenizer(config.text_tokenizer)
         self.special = SpecialIds.of(self.tokenizer)
         self.threads = ThreadPoolExecutor(config.workers.decode_threads, thread_name_prefix="decode")
 
     def encode_shard(self, shard: InputShard) -> Iterator[Progress]:
-        """Encode and commit one shard, yielding after every batch."""
+        """Encode and commit one shard, yielding after every batch.
+
+        A batch is written while the device computes the one behind it.
+        """
         with ShardWriter(self.store, shard, self.identity, self.config.encode.shard_bytes) as writer:
+            ahead = None
             for batch, position in self.batches(shard):
-                documents = iter(self.encode([outcome for _, outcome in batch if isinstance(outcome, Decoded)], shard))
-                for key, outcome in batch:
-                    if isinstance(outcome, Unusable):
-                        writer.quarantine(key, str(outcome))
-                    elif isinstance(outcome, LeftOut):
-                        writer.leave_out(str(outcome))
-                    else:
-                        writer.write(next(documents), outcome.left_out_images)
-                yield self._progress(writer, position)
+                encoding = self.encode([outcome for _, outcome in batch if isinstance(outcome, Decoded)])
+                if ahead:
+                    yield self._write(writer, shard, *ahead)
+                ahead = batch, encoding, position
+            if ahead:
+                yield self._write(writer, shard, *ahead)
             writer.commit()
             yield self._progress(writer, shard.size)
 
-    def batches(self, shard: InputShard) -> Iterator[tuple[list[tuple[str, Outcome]], int]]:
+    def _write(
+        self, writer: ShardWriter, shard: InputShard, batch: Batch, encoding: Encoding, position: int
+    ) -> Progress:
+        documents = iter(self.documents(encoding, shard))
+        for key, outcome in batch:
+            if isinstance(outcome, Unusable):
+                writer.quarantine(key, str(outcome))
+            elif isinstance(outcome, LeftOut):
+                writer.leave_out(str(outcome))
+            else:
+                writer.write(next(documents), outcome.left_out_images)
+        return self._progress(writer, position)
+
+    def batches(self, shard: InputShard) -> Iterator[tuple[Batch, int]]:
         """The (key, outcome) of the samples in order, in batches, each with the bytes read so far.
 
         A batch has at most batch_size images, unless one document alone has more.
@@ -109,29 +132,28 @@ class Encoder:
             yield key, outcome if isinstance(outcome, Exception) else outcome.result(), position
 
     def _decode(self, document: RawDocument) -> Outcome:
-        """With preprocessed pixels (3, h, w) in the place of the images."""
+        """With cropped pixels (h, w, 3) uint8 in the place of the images."""
         try:
             decoded = decode(document, self.config.filters, self.config.encode)
         except (Unusable, LeftOut) as reason:
             return reason
-        decoded.parts = [part if isinstance(part, str) else self.dualtoken.preprocess(part) for part in decoded.parts]
+        decoded.parts = [part if isinstance(part, str) else self.images.preprocess(part) for part in decoded.parts]
         return decoded
 
-    @torch.inference_mode()
-    def encode(self, batch: list[Decoded], shard: InputShard) -> list[Document]:
-        """The documents of a batch: their text with `<image>` for each image, and the images' codes."""
-        pixels = [image for decoded in batch for image in decoded.images]
-        codes = []  # (semantic, pixel) of each image, (N, D)
-        for start in range(0, len(pixels), self.config.encode.batch_size):
-            images_B = torch.stack(pixels[start : start + self.config.encode.batch_size])
-            encoded = self.dualtoken.encode(images_B.to(self.device))
-            streams = (encoded.semantic, encoded.pixel)
-            codes += zip(*(s.flatten(1, 2).cpu().numpy().astype(np.uint16) for s in streams), strict=True)
+    def encode(self, batch: list[Decoded]) -> Encoding:
+        """Start encoding the batch's images, and tokenize its texts."""
+        images, size = [image for decoded in batch for image in decoded.images], self.config.encode.batch_size
+        codes = [self.images.launch(images[start : start + size]) for start in range(0, len(images), size)]
         texts = [text for decoded in batch for text in decoded.texts]
         # A text that spells a special token is still only text.
         ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
-        codes, ids = iter(codes), iter(ids)
-        return [self._document(decoded, codes, ids, shard) for decoded in batch]
+        return Encoding(batch, codes, ids)
+
+    def documents(self, encoding: Encoding, shard: InputShard) -> list[Document]:
+        """The documents of a batch: their text with `<image>` for each image, and the images' codes."""
+        codes = (pair for wait in encoding.codes for pair in zip(*wait(), strict=True))
+        ids = iter(encoding.text_ids)
+        return [self._document(decoded, codes, ids, shard) for decoded in encoding.documents]
 
     def _document(self, decoded: Decoded, codes: Iterator, ids: Iterator, shard: InputShard) -> Document:
         """Takes as many of the batch's codes and text ids as the document has parts."""
@@ -139,14 +161,13 @@ class Encoder:
             token for part in decoded.parts for token in (next(ids) if isinstance(part, str) else [self.special.image])
         ]
         images = [next(codes) for _ in decoded.images]
-        config = self.dualtoken.config
-        none = np.zeros((0, config.depth), dtype=np.uint16)
+        none = np.zeros((0, self.images.config.depth), dtype=np.uint16)
         return Document(
             key=decoded.key,
             text_ids=np.array(text_ids, dtype=np.uint32),
             semantic=np.concatenate([none, *(semantic for semantic, _ in images)]),
             pixel=np.concatenate([none, *(pixel for _, pixel in images)]),
-            grids=np.array([config.grid] * len(images), dtype=np.uint16).reshape(-1, 2),
+            grids=np.array([self.images.config.grid] * len(images), dtype=np.uint16).reshape(-1, 2),
             meta={"source": shard.url, **decoded.meta},
         ).check(self.special)
 

@@ -99,7 +99,8 @@ def _try_encoding(config: PipelineConfig, plan: Plan, probe: InputShard) -> tupl
     encoder = Encoder(replace(config, encode=encode, workers=workers), plan.identity)
     done, documents, started = [], [], [time.perf_counter()]
     for batch, _ in islice(encoder.batches(probe), BATCHES_TO_ESTIMATE):
-        documents += encoder.encode([outcome for _, outcome in batch if isinstance(outcome, Decoded)], probe)
+        encoding = encoder.encode([outcome for _, outcome in batch if isinstance(outcome, Decoded)])
+        documents += encoder.documents(encoding, probe)
         done.append(len(batch))
         started.append(time.perf_counter())
     warm = 1 if len(done) > 1 else 0  # the first batch warms up

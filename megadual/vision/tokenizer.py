@@ -189,8 +189,12 @@ class DualToken(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "DualToken":
         """Read what save_pretrained wrote, in eval mode; ValueError where something is missing."""
         model = cls(DualTokenConfig.load(folder))
-        load_model(model, str(_weights_file(folder)))
+        model.load_weights(folder)
         return model.eval()
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Take the weights that save_pretrained wrote; RuntimeError where they do not fit."""
+        load_model(self, str(_weights_file(folder)))
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
