@@ -6,28 +6,35 @@ Shape suffixes: B batch, T text length.
 import glob
 import hashlib
 import io
+import math
 import random
+import time
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Iterator
+from typing import Any, BinaryIO
 
+import fsspec
 import torch
 import webdataset as wds
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from megadual.errors import UserError
 
 from .tokenizer import centre_crop, to_tensor
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
+LOG_ASPECT = math.log(4 / 3)
+RETRY_PAUSES = (1.0, 4.0, 0.0)  # seconds behind each failed try to open a shard
 
 
 @dataclass
 class DataConfig:
-    train: str = "runs/demo/corpus/train-*.tar"  # shards: a glob pattern, or URLs with {000..123} ranges
+    train: str = "runs/demo/corpus/train-*.tar"  # webdataset shards, see list_shards
     batch_size: int = 32  # per rank and forward pass
     workers: int = 0  # loading processes per rank
     shuffle: int = 2000  # samples that are mixed; the order of the shards is shuffled as a whole
@@ -35,26 +42,61 @@ class DataConfig:
 
 
 def list_shards(pattern: str) -> list[str]:
-    """Shards of a glob pattern with optional {a..b} ranges, sorted; URLs are only expanded. None: UserError."""
-    names = wds.shardlists.expand_urls(pattern)
-    shards = [shard for name in names for shard in ([name] if "://" in name else sorted(glob.glob(name)))]
+    """Shards of a glob pattern with optional {a..b} ranges, sorted; UserError if there is none.
+
+    Besides paths: URLs of any store that fsspec reads (globbed where they have a *), and pipe:COMMAND.
+    """
+    shards = [shard for name in wds.shardlists.expand_urls(pattern) for shard in _matches(name)]
     if not shards:
         raise UserError(f"no shard matches '{pattern}'; give the pattern of existing webdataset .tar files")
     return shards
 
 
+def _matches(name: str) -> list[str]:
+    if name.startswith("pipe:"):
+        return [name]
+    if "://" not in name:
+        return sorted(glob.glob(name))
+    if "*" not in name:
+        return [name]
+    try:
+        filesystem, path = fsspec.core.url_to_fs(name)
+        return sorted(filesystem.unstrip_protocol(match) for match in filesystem.glob(path))
+    except Exception as error:  # every store has errors of its own
+        raise UserError(f"shards '{name}' can't be listed: {type(error).__name__}: {error}") from error
+
+
+def _open_shard(url: str) -> BinaryIO:
+    """A shard's bytes; UserError where it can't be opened, after two more tries."""
+    if url.startswith("pipe:"):
+        return wds.gopen(url)
+    for pause in RETRY_PAUSES:
+        try:
+            return fsspec.open(url, "rb").open()
+        except Exception as error:  # every store has errors of its own; HTTP's says why in its cause
+            problem = error.__cause__ or error
+            time.sleep(pause)
+    raise UserError(f"shard '{url}' can't be opened: {type(problem).__name__}: {problem}") from problem
+
+
 def random_crop(image: Image.Image, size: int, min_area: float, rng: random.Random) -> Image.Image:
-    """A crop of `min_area` to all of the area and of aspect 3:4 to 4:3, resized to a square (bicubic), no flip."""
+    """A crop of `min_area` to all of the area and of aspect 3:4 to 4:3, resized to a square (bicubic), no flip.
+
+    Where no such crop is found, the largest central one of these aspects: torchvision's RandomResizedCrop.
+    """
     width, height = image.size
+    image = image.convert("RGB")
     for _ in range(10):
         area = width * height * rng.uniform(min_area, 1.0)
-        aspect = 2 ** rng.uniform(-0.415, 0.415)
+        aspect = math.exp(rng.uniform(-LOG_ASPECT, LOG_ASPECT))
         w, h = (area * aspect) ** 0.5, (area / aspect) ** 0.5
         if w <= width and h <= height:
             left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
             box = (left, top, left + w, top + h)
-            return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return centre_crop(image, size)
+            return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    w, h = min(width, height * 4 / 3), min(height, width * 4 / 3)
+    left, top = (width - w) / 2, (height - h) / 2
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
 
 
 def _image_bytes(sample: dict) -> bytes:
@@ -74,7 +116,14 @@ def _skip(sample: dict, error: Exception) -> None:
 
 
 def _samples(shards: list[str]) -> Iterator[dict]:
-    return iter(wds.DataPipeline(wds.SimpleShardList(shards), wds.tarfile_to_samples(handler=wds.warn_and_continue)))
+    def opened() -> Iterator[dict]:
+        for url in shards:
+            with _open_shard(url) as stream:
+                yield {"url": url, "stream": stream}
+
+    # A shard that breaks off is read to there, with a warning.
+    members = tar_file_expander(opened(), handler=wds.warn_and_continue)
+    return group_by_keys(members, handler=wds.warn_and_continue)
 
 
 @dataclass

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import wandb
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
 from megadual.config import to_yaml
 
@@ -67,7 +67,13 @@ class Ranks:
             return values
         packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(packed)
-        return dict(zip(values, (packed / self.size).tolist()))
+        return dict(zip(values, (packed / self.size).tolist(), strict=True))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks of a tensor, which may be changed in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
@@ -108,6 +114,8 @@ class RunLog:
         self.main = ranks.main
         if not self.main:
             return
+        import wandb  # slow to import, and a run's log is all that needs it
+
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
         path = folder / "metrics.jsonl"
@@ -128,6 +136,13 @@ class RunLog:
         if self.main:
             self.file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
             self.wandb.log(values, step=step)
+
+    def write_image(self, step: int, name: str, image: Image.Image) -> None:
+        """To wandb alone."""
+        if self.main:
+            import wandb
+
+            self.wandb.log({name: wandb.Image(image)}, step=step)
 
     def close(self) -> None:
         if self.main:

@@ -62,14 +62,21 @@ def siglip_from_shapes(shapes: dict[str, tuple[int, ...]], image_size: int) -> d
     return SiglipConfig(text_config=text, vision_config=vision).to_dict()
 
 
-SO400M_256 = {"siglip": _siglip(SO400M, 256, 16, SIGLIP2_TEXT), "decoder_latent": 16, "decoder_attention": [16]}
+# SiglipConfig.to_dict() by the last part of the published name.
+BACKBONES: dict[str, dict[str, Any]] = {
+    "siglip-large-patch16-256": _siglip(LARGE, 256, 16, SIGLIP_TEXT),
+    "siglip-so400m-patch14-384": _siglip(SO400M, 384, 14, SIGLIP_TEXT),
+    "siglip2-so400m-patch16-256": _siglip(SO400M, 256, 16, SIGLIP2_TEXT),
+    "siglip2-so400m-patch14-384": _siglip(SO400M, 384, 14, SIGLIP2_TEXT),
+}
+SO400M_256 = {"siglip": BACKBONES["siglip2-so400m-patch16-256"], "decoder_latent": 16, "decoder_attention": [16]}
 SO400M_384 = {"decoder_latent": 24, "decoder_attention": [24]}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "siglip2-so400m-256-rvq4": {**SO400M_256, "depth": 4},
-    "siglip2-so400m-384-rvq8": {**SO400M_384, "siglip": _siglip(SO400M, 384, 14, SIGLIP2_TEXT), "depth": 8},
+    "siglip2-so400m-384-rvq8": {**SO400M_384, "siglip": BACKBONES["siglip2-so400m-patch14-384"], "depth": 8},
     "siglip-l-256-d4": {
-        "siglip": _siglip(LARGE, 256, 16, SIGLIP_TEXT),
+        "siglip": BACKBONES["siglip-large-patch16-256"],
         "layer_sem": 23,  # the last layer that can be replaced: at least one layer reads the quantised stream
         "layer_shortcut": None,
         "code_dim": LARGE["hidden_size"],
@@ -77,7 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "siglip-so400m-384-d8": {
         **SO400M_384,
-        "siglip": _siglip(SO400M, 384, 14, SIGLIP_TEXT),
+        "siglip": BACKBONES["siglip-so400m-patch14-384"],
         "layer_shortcut": None,
         "code_dim": SO400M["hidden_size"],
         "depth": 8,

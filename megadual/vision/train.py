@@ -6,7 +6,6 @@ the discriminator and the position in the data too, so a resumed run goes on as 
 
 import contextlib
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,94 +16,16 @@ from tqdm import tqdm
 
 from megadual.errors import UserError
 
-from .config import STREAMS, DualTokenConfig
-from .data import DataConfig, TrainingImages, list_shards, read_pairs, training_batches
+from .config import STREAMS
+from .data import TrainingImages, read_pairs, training_batches
 from .discriminator import Discriminator
-from .loop import OptimConfig, Ranks, RunLog, WandbConfig, adamw, learning_rate, set_learning_rate
-from .losses import LossWeights, adaptive_weight, discriminator_loss, distillation, generator_loss
+from .loop import Ranks, RunLog, adamw, learning_rate, set_learning_rate
+from .losses import adaptive_weight, discriminator_loss, distillation, generator_loss
 from .lpips import LPIPS
 from .metrics import perplexity
 from .pictures import comparison_grid
-from .siglip import load_siglip
-from .tokenizer import DualToken, DualTokenOutput, finish, hidden_states
-
-
-@dataclass
-class PerceptualConfig:
-    """Where LPIPS or GAN are applied; the defaults are everywhere. Less of them makes runs on a CPU affordable."""
-
-    start_step: int = 0
-    every: int = 1  # steps from one use to the next
-    images: int | None = None  # of each rank's batch; None is all
-
-
-@dataclass
-class GanConfig(PerceptualConfig):
-    channels: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
-    norm_groups: int = 32
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0, warmup_steps=0))
-
-
-@dataclass
-class TrainTokenizerConfig:
-    siglip: str = "runs/demo/siglip"  # local folder or hub id: the teacher, and where the student starts
-    output: str = "runs/demo/tokenizer"
-    seed: int = 0
-    steps: int = 781250
-    accumulate: int = 1  # forward passes per step
-    precision: str = "fp32"  # or bf16: autocast; codebook search stays fp32
-    gradient_checkpointing: bool = False
-    freeze: list[str] = field(default_factory=list)  # modules of the DualToken, by their dotted names
-    resume: bool = True  # go on from the newest checkpoint in `output`
-    checkpoint_every: int = 5000
-    keep_checkpoints: int = 2
-    pictures: str | None = None  # shards whose first images are reconstructed at every checkpoint
-    model: DualTokenConfig = field(default_factory=DualTokenConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    loss: LossWeights = field(default_factory=LossWeights)
-    lpips: PerceptualConfig = field(default_factory=PerceptualConfig)
-    gan: GanConfig = field(default_factory=GanConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-
-
-def applies(config: PerceptualConfig, weight: float, step: int) -> bool:
-    return weight > 0 and step >= config.start_step and (step - config.start_step) % config.every == 0
-
-
-def check(config: TrainTokenizerConfig) -> None:
-    """Refuse what cannot work before any work starts."""
-    list_shards(config.data.train)
-    if config.precision not in ("fp32", "bf16"):
-        raise UserError(f"precision is '{config.precision}', must be fp32 or bf16")
-    if config.pictures:
-        list_shards(config.pictures)
-    if not config.resume and _newest_checkpoint(Path(config.output)):
-        raise UserError(f"'{config.output}' holds checkpoints of a run: give another output=..., or resume=true")
-
-
-def build(config: TrainTokenizerConfig) -> tuple[DualToken, nn.Module]:
-    """The student, which starts as the teacher, and the frozen teacher's vision model."""
-    siglip = load_siglip(config.siglip)
-    config.model.siglip = siglip.config.to_dict()
-    try:
-        model = DualToken(config.model, siglip_model=load_siglip(config.siglip))
-    except ValueError as error:
-        raise UserError(f"config section 'model': {error}") from error
-    if config.model.output_size != config.model.image_size:
-        raise UserError(
-            f"config section 'model': decoder_latent({config.model.decoder_latent}) * "
-            f"2^(levels({len(config.model.decoder_multipliers)}) - 1) = {config.model.output_size}, the SigLIP's images "
-            f"have {config.model.image_size}"
-        )
-    for name in config.freeze:
-        try:
-            model.get_submodule(name).requires_grad_(False)
-        except AttributeError as error:
-            raise UserError(f"config key 'freeze': a DualToken has no module '{name}'") from error
-    if config.gradient_checkpointing:
-        model.siglip_model.gradient_checkpointing_enable()
-    return model, siglip.vision_model
+from .recipe import TrainTokenizerConfig, applies, build, check, frozen_modules, newest_checkpoint
+from .tokenizer import DualTokenOutput, finish, hidden_states
 
 
 class TokenizerTrainer:
@@ -134,8 +55,8 @@ class TokenizerTrainer:
     def _set_modes(self) -> None:
         """Training mode, except for frozen modules: a frozen quantiser's codebook must not move."""
         self.model.train()
-        for name in self.config.freeze:
-            self.model.get_submodule(name).eval()
+        for module in frozen_modules(self.model, self.config.freeze):
+            module.eval()
 
     def open_data(self) -> None:
         dataset = TrainingImages(
@@ -190,7 +111,7 @@ class TokenizerTrainer:
         lr = learning_rate(config.optim, self.steps_done, config.steps)
         set_learning_rate(self.optimizer, lr)
         with_gan = applies(config.gan, config.loss.gan, self.steps_done)
-        restarted = {stream: self.model.quantizer(stream).codebook.restarted.item() for stream in STREAMS}
+        restarted = {stream: self.model.quantizer(stream).restarted for stream in STREAMS}
         sums: dict[str, float] = {}
         images_seen = 0
         for i in range(config.accumulate):
@@ -212,7 +133,7 @@ class TokenizerTrainer:
         self.steps_done += 1
         metrics = {**sums, "lr": lr, **self._code_metrics(output)}
         for stream in STREAMS:  # equal on all ranks
-            metrics[f"restarted_{stream}"] = self.model.quantizer(stream).codebook.restarted.item() - restarted[stream]
+            metrics[f"restarted_{stream}"] = self.model.quantizer(stream).restarted - restarted[stream]
         metrics = self.ranks.mean(metrics)
         metrics["images_per_s"] = images_seen * self.ranks.size / (time.perf_counter() - start)
         return metrics
@@ -231,13 +152,15 @@ class TokenizerTrainer:
         return loss.item()
 
     def _code_metrics(self, output: DualTokenOutput) -> dict[str, float]:
-        """Share of the codebook that this step's batch uses at any depth, and the perplexity, per stream."""
+        """Share of the codebook that this batch uses on all ranks, and the perplexity: per stream and depth."""
         metrics = {}
         for stream in STREAMS:
-            codes = getattr(output, stream).flatten()
-            counts = torch.bincount(codes, minlength=self.config.model.codebook_size).float()
-            metrics[f"code_usage_{stream}"] = (counts > 0).float().mean().item()
-            metrics[f"perplexity_{stream}"] = perplexity(counts)
+            size = self.config.model.size(stream, "codebook_size")
+            codes_by_depth = getattr(output, stream).flatten(0, 1).T
+            counts_DK = torch.stack([torch.bincount(codes, minlength=size) for codes in codes_by_depth])
+            for depth, counts_K in enumerate(self.ranks.sum(counts_DK).float()):
+                metrics[f"code_usage_{stream}/{depth}"] = (counts_K > 0).float().mean().item()
+                metrics[f"perplexity_{stream}/{depth}"] = perplexity(counts_K)
         return metrics
 
     def save(self, folder: Path) -> None:
@@ -288,16 +211,12 @@ class TokenizerTrainer:
         return comparison_grid(images, pictures)
 
 
-def _newest_checkpoint(folder: Path) -> Path | None:
-    return max((folder / "checkpoints").glob("*.pt"), default=None)
-
-
 def train(config: TrainTokenizerConfig) -> dict[str, float]:
     """Train to `config.steps` and write `output`/dualtoken; returns the last step's metrics."""
     ranks = Ranks.join()
     trainer = TokenizerTrainer(config, ranks)
     output = Path(config.output)
-    newest = _newest_checkpoint(output)
+    newest = newest_checkpoint(output)
     if newest:
         trainer.load(newest)
         if ranks.main:
@@ -320,7 +239,9 @@ def train(config: TrainTokenizerConfig) -> dict[str, float]:
             if trainer.steps_done % config.checkpoint_every == 0 or trainer.steps_done == config.steps:
                 trainer.save(output)
                 if images is not None:
-                    trainer.picture(images).save(output / f"reconstructions-{trainer.steps_done:08d}.png")
+                    picture = trainer.picture(images)
+                    picture.save(output / f"reconstructions-{trainer.steps_done:08d}.png")
+                    log.write_image(trainer.steps_done, "reconstructions", picture)
     log.close()
     if ranks.main:
         trainer.model.save_pretrained(output / "dualtoken")

@@ -2,20 +2,27 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tarfile
+from collections import Counter
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megadual.config import load_config
 from megadual.errors import UserError
 from megadual.testing.distributed import run_distributed
 from megadual.testing.vision import tiny_dualtoken_config, write_tiny_pairs, write_tiny_siglip
-from megadual.vision import DualToken
-from megadual.vision.data import DataConfig, TrainingImages, read_pairs, training_batches
+from megadual.vision import DualToken, data
+from megadual.vision.data import DataConfig, TrainingImages, random_crop, read_pairs, training_batches
 from megadual.vision.loop import Ranks
 from megadual.vision.train import TokenizerTrainer, TrainTokenizerConfig, train
 
@@ -64,7 +71,7 @@ def test_batches_repeat_and_resume_anywhere(corpus, workers):
     whole = first_keys(TrainingImages(config, 16, seed=3), 11)
     positions = {str(batch.stream): batch.position for batch in whole[:5]}
     rest = first_keys(TrainingImages(config, 16, seed=3, state={"batches": 5, "positions": positions}), 6)
-    for a, b in zip(whole[5:], rest):
+    for a, b in zip(whole[5:], rest, strict=True):
         assert a.captions == b.captions and torch.equal(a.images, b.images)
     other = first_keys(TrainingImages(config, 16, seed=4), 1)
     assert not torch.equal(other[0].images, whole[0].images)
@@ -87,6 +94,69 @@ def test_an_unreadable_image_is_skipped_and_named(tmp_path):
     with pytest.warns(UserWarning, match="sample 'bad'"):
         images, _ = read_pairs(pattern, 16)
     assert len(images) == 3
+
+
+@pytest.fixture
+def server(corpus):
+    """The corpus' folder over loopback HTTP; how often each file was asked for."""
+    asked = Counter()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked[self.path] += 1
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    folder = partial(Handler, directory=str(Path(corpus).parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), folder) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_remote_shards_equal_local_ones(corpus, server):
+    url, asked = server
+    local, _ = read_pairs(corpus, 16)
+    folder = Path(corpus).parent
+    for pattern in (
+        url + "/pairs-{00000..00001}.tar",
+        f"file://{folder}/pairs-*.tar",
+        f"pipe:cat {folder}/pairs-*.tar",
+    ):
+        torch.testing.assert_close(read_pairs(pattern, 16)[0][:16], local[:16], rtol=0, atol=0)
+    assert set(asked) == {"/pairs-00000.tar", "/pairs-00001.tar"}
+    config = DataConfig(url + "/pairs-{00000..00001}.tar", batch_size=4, shuffle=8)
+    remote = first_keys(TrainingImages(config, 16, seed=1), 3)
+    config.train = corpus
+    for a, b in zip(remote, first_keys(TrainingImages(config, 16, seed=1), 3), strict=True):
+        assert torch.equal(a.images, b.images)
+
+
+def test_shards_that_cannot_be_read_are_named(server, monkeypatch):
+    monkeypatch.setattr(data, "RETRY_PAUSES", (0.0, 0.0))
+    url, _ = server
+    for shard, why in (
+        (f"{url}/none.tar", "ClientResponseError: 404"),
+        ("http://127.0.0.1:1/x.tar", "ClientConnector"),
+    ):
+        with pytest.raises(UserError, match=f"shard '{shard}' can't be opened: {why}"):
+            read_pairs(shard, 16)
+    with pytest.raises(UserError, match="'nowhere://bucket/x.tar' can't be opened: ValueError: Protocol not known"):
+        read_pairs("nowhere://bucket/x.tar", 16)
+
+
+@pytest.mark.parametrize("shape, kept", [((40, 40), 0.9), ((400, 40), 40 * 160 / 3 / 16000)])
+def test_training_crops_keep_what_the_published_augmentation_keeps(shape, kept):
+    """Each pixel holds its own place, so a crop tells its box: area, aspect, and the fallback of long images."""
+    x, y = np.meshgrid(np.linspace(0, 255, shape[0]), np.linspace(0, 255, shape[1]))
+    image = Image.fromarray(np.stack([x, y, y], axis=-1).round().astype(np.uint8))
+    for seed in range(20):
+        crop = np.asarray(random_crop(image, 32, 0.9, random.Random(seed)), dtype=float)
+        width, height = (np.ptp(crop[..., i], axis=1 - i).mean() / 255 * 32 / 31 * shape[i] for i in (0, 1))
+        assert 0.93 * kept < width * height / (shape[0] * shape[1]) < 1.1
+        assert 0.7 < width / height < 1.45
 
 
 def test_training_lowers_the_losses_and_writes_a_loadable_tokenizer(config):
