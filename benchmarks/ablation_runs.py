@@ -1,0 +1,275 @@
+"""What `ablation.py` runs: the variants, the SigLIP that they share, training and measuring one of them."""
+
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import trange
+
+from megadual.testing.corpus import make_corpus
+from megadual.text import save_text_tokenizer, train_text_tokenizer
+from megadual.vision import DualToken
+from megadual.vision.config import DualTokenConfig
+from megadual.vision.data import read_pairs, tokenize_captions
+from megadual.vision.loop import OptimConfig, adamw, learning_rate, set_learning_rate
+from megadual.vision.losses import LossWeights, distillation
+from megadual.vision.metrics import code_usage, psnr, retrieval_r1, ssim
+from megadual.vision.siglip import SiglipSize, image_embeddings, load_siglip, sigmoid_loss, text_embeddings
+from megadual.vision.siglip import build as build_siglip
+from megadual.vision.tokenizer import DualTokenOutput, finish, hidden_states
+
+
+@dataclass
+class Settings:
+    """Sizes and budgets; every variant and seed has the same."""
+
+    train_images: int = 30000
+    heldout_images: int = 1000
+    image_size: int = 64
+    patch_size: int = 8
+    width: int = 192
+    layers: int = 12  # the deep layer is the last but one, the shallow one ends the first quarter
+    text_layers: int = 4
+    siglip_steps: int = 3000
+    siglip_batch: int = 512
+    steps: int = 3000
+    batch: int = 64
+    codebook_size: int = 1024
+    depth: int = 4  # codes per position and stream
+    decoder_channels: int = 64
+    lr: float = 5e-4
+
+    @property
+    def deep(self) -> int:
+        return self.layers - 1
+
+    @property
+    def shallow(self) -> int:
+        return max(1, self.layers // 4)
+
+    @property
+    def shared(self) -> dict:
+        """What the corpus and the SigLIP depend on."""
+        own = ("steps", "batch", "codebook_size", "depth", "decoder_channels", "lr")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in own}
+
+
+TINY = Settings(
+    train_images=600, heldout_images=100, image_size=32, width=96, layers=4, text_layers=2, siglip_steps=200,
+    siglip_batch=64, steps=200, batch=16, codebook_size=128, depth=2, decoder_channels=16, lr=1e-3,
+)  # fmt: skip
+PRESETS = {"small": Settings(), "tiny": TINY}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`paper` holds zero-shot accuracy, rFID, PSNR and SSIM of the paper's row (So/14-384 on ImageNet)."""
+
+    label: str
+    shallow: bool  # the layer that pixel codes come from
+    semantic: bool = True
+    one_codebook: bool = False
+    codes: int = 1  # times Settings.depth, per stream
+    paper: tuple[str, ...] = ("", "", "", "")
+
+
+VARIANTS = {
+    "one_deep": Variant(
+        "(a) one codebook, deep layer", False, one_codebook=True, paper=("72.3", "3.86", "12.64", ".574")
+    ),
+    "one_deep_2x": Variant("(a) with twice the codes", False, one_codebook=True, codes=2),
+    "pixel_deep": Variant("(b) pixels only, deep layer", False, semantic=False, paper=("–", ".27", "27.88", ".722")),
+    "pixel_shallow": Variant(
+        "(c) pixels only, shallow layer", True, semantic=False, paper=("–", ".29", "28.12", ".745")
+    ),
+    "dual": Variant("(d) dual: shallow and deep", True, paper=("82.0", ".25", "28.69", ".744")),
+}
+
+
+class OneCodebook(DualToken):
+    """Both goals from one stream of codes at the deep layer; its pixel codes are its semantic codes."""
+
+    def __init__(self, config: DualTokenConfig, siglip_model=None):
+        super().__init__(config, siglip_model)
+        self.prequant_pix, self.quantizer_pix = self.prequant_sem, self.quantizer_sem
+
+    def forward(self, images: Tensor, reconstruct: bool = True, pooled: bool = True) -> DualTokenOutput:
+        vision, deep = self.siglip_model.vision_model, self.config.layer_sem
+        x_BNC = self.prequant_sem(hidden_states(vision, images, deep)[-1])
+        codes_BNC, codes_BND, commit = self.quantizer_sem(x_BNC)
+        zq_sem_BNE = self.postquant_sem(codes_BNC)
+        return DualTokenOutput(
+            zq_sem=zq_sem_BNE,
+            pooled=finish(vision, zq_sem_BNE, deep) if pooled else None,
+            reconstruction=self._decode(codes_BNC) if reconstruct else None,
+            semantic=codes_BND,
+            pixel=codes_BND,
+            commit_sem=commit,
+            commit_pix=commit,
+        )
+
+
+def build_tokenizer(variant: Variant, settings: Settings, siglip) -> DualToken:
+    grid = settings.image_size // settings.patch_size
+    levels = settings.patch_size.bit_length()  # the decoder doubles the grid until it is the image
+    config = DualTokenConfig(
+        siglip=siglip.config.to_dict(),
+        layer_shortcut=1,
+        layer_recon=settings.shallow if variant.shallow else settings.deep,
+        layer_sem=settings.deep,
+        weight_shortcut=0.0,  # the paper's tokenizer has none
+        codebook_size=settings.codebook_size,
+        code_dim=32,
+        depth=settings.depth * variant.codes,
+        timing_pixel="per_step",  # as the semantic one, so that only the layers differ
+        decoder_latent=grid,
+        decoder_in_channels=settings.width,
+        decoder_channels=settings.decoder_channels,
+        decoder_multipliers=[1, 2, 2, 4, 4, 8][:levels],
+        decoder_res_blocks=1,
+        decoder_attention=[],
+        decoder_norm_groups=16,
+    )
+    return (OneCodebook if variant.one_codebook else DualToken)(config, siglip_model=siglip)
+
+
+def loss_weights(variant: Variant, teacher_sem: Tensor, teacher_pooled: Tensor) -> LossWeights:
+    """Stage 1's, the features' MSE in units of their variance: a small SigLIP's features have no common scale."""
+    semantic, commit_pixel = float(variant.semantic), 0.0 if variant.one_codebook else 5.0
+    return LossWeights(
+        semantic_mse=5 * semantic / teacher_sem.var().item(),
+        semantic_cos=5 * semantic,
+        pooled_mse=semantic / teacher_pooled.var().item(),
+        pooled_cos=semantic,
+        commit_semantic=5 * semantic,
+        commit_pixel=commit_pixel,
+        lpips=0.0,
+        gan=0.0,
+    )
+
+
+def random_crops(images_B3hw: Tensor, generator: torch.Generator) -> Tensor:
+    """uint8 -> [-1, 1], each image cropped to a random 90 to 100 % of its area and resized back (bicubic)."""
+    x = images_B3hw.float() / 127.5 - 1
+    side_B, x_B, y_B = torch.rand(3, len(x), device=x.device, generator=generator)
+    side_B = (0.9 + 0.1 * side_B).sqrt()
+    shift_B2 = (2 * torch.stack([x_B, y_B], dim=1) - 1) * (1 - side_B)[:, None]
+    theta_B23 = torch.cat([torch.eye(2, device=x.device) * side_B[:, None, None], shift_B2[:, :, None]], dim=2)
+    grid = F.affine_grid(theta_B23, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(-1, 1)
+
+
+def fit(model: nn.Module, images: Tensor, batch: int, steps: int, lr: float, seed: int, loss_of, name: str) -> float:
+    """Minimise loss_of(crops, their indices) with AdamW, warmup and cosine; returns seconds a step."""
+    config = OptimConfig(lr=lr, betas=[0.9, 0.99], warmup_steps=min(200, steps // 10))
+    optimizer = adamw([model], config)
+    generator = torch.Generator(images.device).manual_seed(seed)
+    start = time.perf_counter()
+    for step in trange(steps, desc=name, unit="step", mininterval=10):
+        chosen = torch.randint(len(images), (batch,), device=images.device, generator=generator)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            loss = loss_of(random_crops(images[chosen], generator), chosen)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        set_learning_rate(optimizer, learning_rate(config, step, steps))
+        optimizer.step()
+    if not loss.isfinite():
+        raise RuntimeError(f"{name}: the last loss is {loss.item()}")
+    return (time.perf_counter() - start) / steps
+
+
+def load_parts(output: Path, device: torch.device) -> dict[str, Tensor]:
+    """{"train": uint8 images, "heldout": float images in [-1, 1], "texts": the teacher's held-out embeddings}."""
+    parts = load_file(output / "parts.safetensors", device=str(device))
+    return {**parts, "heldout": parts["heldout"].float() / 127.5 - 1}
+
+
+def prepare(output: Path, settings: Settings, device: torch.device) -> None:
+    """The corpus, the text tokenizer and the SigLIP that all runs share, and the teacher's own scores."""
+    make_corpus(output / "corpus", settings.train_images, settings.heldout_images, settings.image_size)
+    train, train_captions = read_pairs(str(output / "corpus/train-*.tar"), settings.image_size)
+    heldout, captions = read_pairs(str(output / "corpus/heldout-*.tar"), settings.image_size)
+    as_bytes = [((x + 1) * 127.5).round().to(torch.uint8) for x in (train, heldout)]
+    tokenizer = train_text_tokenizer(train_captions, vocab_size=1024)
+    save_text_tokenizer(tokenizer, output / "siglip")
+
+    torch.manual_seed(0)
+    size = SiglipSize(
+        settings.image_size, settings.patch_size, settings.width, 4 * settings.width, settings.layers,
+        settings.text_layers, heads=settings.width // 32,
+    )  # fmt: skip
+    siglip = build_siglip(size, tokenizer).to(device).train()
+    siglip.logit_scale.data.fill_(math.log(10.0))
+    siglip.logit_bias.data.fill_(-math.log(settings.siglip_batch))
+    ids = tokenize_captions(tokenizer, train_captions, size.text_length).to(device)
+
+    def loss_of(images: Tensor, chosen: Tensor) -> Tensor:
+        return sigmoid_loss(siglip(input_ids=ids[chosen], pixel_values=images).logits_per_image.float())
+
+    seconds = fit(
+        siglip, as_bytes[0].to(device), settings.siglip_batch, settings.siglip_steps, 1e-3, 0, loss_of, "SigLIP"
+    )
+    siglip.eval().save_pretrained(output / "siglip")
+    images_NP = image_embeddings(siglip, heldout.to(device))
+    texts_NP = text_embeddings(siglip, tokenizer, captions)
+    save_file({"train": as_bytes[0], "heldout": as_bytes[1], "texts": texts_NP.cpu()}, output / "parts.safetensors")
+    teacher = {
+        "settings": settings.shared,
+        "captions": captions,
+        "image_to_text": retrieval_r1(images_NP, texts_NP, captions),
+        "text_to_image": retrieval_r1(texts_NP, images_NP, captions),
+        "seconds_per_step": seconds,
+    }
+    (output / "teacher.json").write_text(json.dumps(teacher, indent=1) + "\n")
+
+
+@torch.no_grad()
+def measure(model: DualToken, images: Tensor, texts_NP: Tensor, captions: list[str], semantic: bool) -> dict:
+    """Reconstruction and retrieval through codes alone, in fp32."""
+    chunks = [(model.encode(chunk), chunk) for chunk in images.split(100)]
+    decoded = torch.cat([model.decode(codes.pixel) for codes, _ in chunks])
+    report = {
+        "psnr": psnr(decoded, images).mean().item(),
+        "ssim": ssim(decoded, images).mean().item(),
+        "code_usage_pixel": code_usage(torch.cat([c.pixel for c, _ in chunks]), model.config.codebook_size),
+    }
+    if semantic:
+        pooled_NP = torch.cat([codes.pooled for codes, _ in chunks])
+        report["image_to_text"] = retrieval_r1(pooled_NP, texts_NP, captions)
+        report["text_to_image"] = retrieval_r1(texts_NP, pooled_NP, captions)
+    return report
+
+
+def run(name: str, seed: int, output: Path, settings: Settings, device: torch.device) -> None:
+    """Train and measure one variant; writes runs/NAME-SEED.json."""
+    variant, shared = VARIANTS[name], json.loads((output / "teacher.json").read_text())
+    parts = load_parts(output, device)
+    torch.manual_seed(seed)
+    model = build_tokenizer(variant, settings, load_siglip(output / "siglip")).to(device).train()
+    teacher = load_siglip(output / "siglip").vision_model.to(device)
+
+    @torch.no_grad()
+    def wanted(images: Tensor) -> tuple[Tensor, Tensor]:
+        features = hidden_states(teacher, images, settings.deep)[-1]
+        return features, finish(teacher, features, settings.deep)
+
+    weights = loss_weights(variant, *wanted(parts["heldout"][:100]))
+
+    def loss_of(images: Tensor, chosen: Tensor) -> Tensor:
+        terms = distillation(model(images), images, *wanted(images))
+        return sum(getattr(weights, term) * value for term, value in terms.items() if getattr(weights, term))
+
+    label = f"{name}, seed {seed}"
+    seconds = fit(model, parts["train"], settings.batch, settings.steps, settings.lr, seed, loss_of, label)
+    report = measure(model.eval(), parts["heldout"], parts["texts"], shared["captions"], variant.semantic)
+    report = {"settings": dataclasses.asdict(settings), **report, "seconds_per_step": seconds}
+    (output / "runs").mkdir(exist_ok=True)
+    (output / f"runs/{name}-{seed}.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,98 @@
+"""The ablation's script on a corpus of a few images: its variants, its table, and going on where it stopped."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def modules():
+    sys.path.insert(0, str(BENCHMARKS))
+    import ablation
+    import ablation_runs
+
+    yield ablation, ablation_runs
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def prepared(modules, tmp_path_factory):
+    """(output folder, settings) with the corpus and a SigLIP of a few steps."""
+    _, runs = modules
+    sizes = {"train_images": 40, "heldout_images": 12, "siglip_steps": 3, "siglip_batch": 8, "steps": 3, "batch": 4}
+    settings = dataclasses.replace(runs.TINY, **sizes, width=32, codebook_size=16)
+    output = tmp_path_factory.mktemp("ablation")
+    runs.prepare(output, settings, torch.device("cpu"))
+    (output / "settings.json").write_text(json.dumps(dataclasses.asdict(settings)))
+    return output, settings
+
+
+def build(runs, prepared, name: str):
+    output, settings = prepared
+    torch.manual_seed(0)
+    siglip = runs.load_siglip(output / "siglip")
+    return runs.build_tokenizer(runs.VARIANTS[name], settings, siglip), settings
+
+
+def test_one_codebook_serves_both_goals_and_dual_has_two(modules, prepared):
+    _, runs = modules
+    images = runs.load_parts(prepared[0], torch.device("cpu"))["heldout"][:2]
+    one, settings = build(runs, prepared, "one_deep_2x")
+    codes = one.eval().encode(images)
+    assert torch.equal(codes.semantic, codes.pixel) and codes.pixel.shape[-1] == 2 * settings.depth
+    torch.testing.assert_close(one.decode(codes.pixel), one(images).reconstruction.clamp(-1, 1))
+    dual, _ = build(runs, prepared, "dual")
+    codes = dual.eval().encode(images)
+    assert not torch.equal(codes.semantic, codes.pixel)
+    assert (dual.config.layer_recon, dual.config.layer_sem) == (settings.shallow, settings.deep)
+
+
+def test_one_codebook_moves_once_a_step(modules, prepared):
+    _, runs = modules
+    model, settings = build(runs, prepared, "one_deep")
+    images = runs.load_parts(prepared[0], torch.device("cpu"))["heldout"][:2]
+    book = model.quantizer_sem.codebook
+    book.restart_unused_codes = False
+    model.train()(images)
+    positions = images.shape[0] * (settings.image_size // settings.patch_size) ** 2 * settings.depth
+    expected = 0.99 * settings.codebook_size + 0.01 * positions
+    assert book.cluster_size_ema.sum().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_crops_keep_the_image_but_for_its_rim(modules):
+    _, runs = modules
+    ramp = torch.arange(0, 256, 8, dtype=torch.uint8).expand(2, 3, 32, 32).contiguous()
+    crops = runs.random_crops(ramp, torch.Generator().manual_seed(0))
+    assert crops.shape == ramp.shape and not torch.equal(crops[0], crops[1])
+    assert (crops - (ramp / 127.5 - 1)).abs().max() < 0.2
+    slope = (crops[..., 20] - crops[..., 10]).mean() / (80 / 127.5)
+    assert 0.9**0.5 <= slope <= 1
+
+
+def test_runs_are_repeatable_kept_when_finished_and_summed_up(modules, prepared):
+    script, runs = modules
+    output, settings = prepared
+    for name in ("one_deep", "dual"):
+        runs.run(name, 0, output, settings, torch.device("cpu"))
+    path = output / "runs/dual-0.json"
+    first = json.loads(path.read_text())
+    runs.run("dual", 0, output, settings, torch.device("cpu"))
+    again = json.loads(path.read_text())
+    assert {**first, "seconds_per_step": 0} == {**again, "seconds_per_step": 0}
+    assert script.finished(path, dataclasses.asdict(settings))
+    assert not script.finished(path, dataclasses.asdict(dataclasses.replace(settings, steps=4)))
+
+    before = path.read_bytes()
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(settings).items()]
+    script.main(
+        ["--output", str(output), "--seeds", "1", "--variants", "one_deep", "dual", "--device", "cpu", *arguments]
+    )
+    assert path.read_bytes() == before  # nothing was left to do
+    table = (output / "table.md").read_text()
+    assert f"{first['psnr']:.2f} ± 0.00" in table and "28.69" in table and table.count("\n| ") == 4
