@@ -28,7 +28,7 @@ setup(
         "ray[default]>=2.49",
         "webdataset>=1.0",
         "pyarrow",
-        "fsspec",
+        "fsspec[http]",
         "s3fs>=2025.9",  # s3:// in the pipeline; without the floors pip ends at a version of 2020
         "aiobotocore>=3.10",
         "braceexpand",
