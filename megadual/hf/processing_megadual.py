@@ -1,16 +1,33 @@
-"""From text and images to what the exported model takes."""
+"""From text, images and chat messages to what the exported model takes."""
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
 
 from megadual.streams import IMAGE
 from megadual.vision.tokenizer import centre_crop, to_tensor
 
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # Qwen's marks around a message
+
+_CONTENT = f"""{{%- if message['content'] is string -%}}{{{{ message['content'] }}}}{{%- else -%}}
+{{%- for part in message['content'] -%}}
+{{%- if part['type'] == 'image' -%}}{IMAGE}{{%- else -%}}{{{{ part['text'] }}}}{{%- endif -%}}
+{{%- endfor -%}}{{%- endif -%}}"""
+# A tokenizer without Qwen's marks belongs to a model that has seen documents only: messages are one document.
+DOCUMENT_TEMPLATE = f"{{%- for message in messages -%}}{_CONTENT}{{%- endfor -%}}"
+CHAT_TEMPLATE = (
+    f"{{%- for message in messages -%}}{{{{ '{IM_START}' + message['role'] + '\\n' }}}}{_CONTENT}"
+    f"{{{{ '{IM_END}\\n' }}}}{{%- endfor -%}}"
+    f"{{%- if add_generation_prompt -%}}{{{{ '{IM_START}assistant\\n' }}}}{{%- endif -%}}"
+)
+
 
 class MegaDualProcessor(ProcessorMixin):
-    """Text with `<image>` where an image is looked at, and the images in that order.
+    """Text with `<image>` where an image is looked at, and the images in that order; or chat messages.
 
-    image_size is the side of a DualToken's images, image_positions the positions that one takes.
+    image_size is the side of a DualToken's images, image_positions the positions that one takes. Without
+    `chat_template`, Qwen's is taken where the tokenizer has its marks, else messages are written one after another.
     """
 
     attributes = ["tokenizer"]
@@ -18,16 +35,19 @@ class MegaDualProcessor(ProcessorMixin):
 
     def __init__(self, tokenizer=None, image_size: int = 256, image_positions: int = 256, chat_template=None, **kwargs):
         self.image_size, self.image_positions = image_size, image_positions
-        super().__init__(tokenizer, chat_template=chat_template)
+        own = CHAT_TEMPLATE if IM_START in tokenizer.get_vocab() else DOCUMENT_TEMPLATE
+        super().__init__(tokenizer, chat_template=chat_template or own)
         tokenizer.padding_side = "left"  # generation goes on at the right
 
-    def __call__(self, text: str | list[str] | None = None, images=None, return_tensors: str = "pt") -> BatchFeature:
+    def __call__(
+        self, text: str | list[str] | None = None, images=None, return_tensors: str = "pt", **kwargs
+    ) -> BatchFeature:
         """input_ids and attention_mask (B, S), left-padded, and pixel_values (I, 3, h, w) in [-1, 1].
 
-        `images` is an image or a list; without text each image is a sequence of its own. ValueError where the
-        texts' `<image>`s and the images do not count the same.
+        `images` is an image (PIL, path or address), or a list, nested or not; without text each image is a sequence
+        of its own. ValueError where the texts' `<image>`s and the images do not count the same.
         """
-        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+        images = _flat(images)
         text = [IMAGE] * len(images) if text is None else [text] if isinstance(text, str) else list(text)
         marks = sum(t.count(IMAGE) for t in text)
         if marks != len(images):
@@ -44,8 +64,28 @@ class MegaDualProcessor(ProcessorMixin):
             inputs["pixel_values"] = torch.stack([to_tensor(centre_crop(image, self.image_size)) for image in images])
         return BatchFeature(dict(inputs))
 
+    def prompt(self, prompt: str | list[dict], images: list[Image.Image] | None = None) -> BatchFeature:
+        """The inputs of one text with its images, or of chat messages that the model is to answer.
+
+        Messages are {"role": ..., "content": text or parts}, a part {"type": "text", "text": ...} or
+        {"type": "image"}, whose image stands under "image" there or comes next in `images`.
+        """
+        if isinstance(prompt, str):
+            return self(text=prompt, images=images)
+        parts = [part for message in prompt if not isinstance(message["content"], str) for part in message["content"]]
+        waiting = iter(images or [])
+        shown = [part["image"] if "image" in part else next(waiting, None) for part in parts if part["type"] == "image"]
+        text = self.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        return self(text=text, images=[image for image in [*shown, *waiting] if image is not None])
+
     def decode(self, *args, **kwargs):
         return self.tokenizer.decode(*args, **kwargs)
 
     def batch_decode(self, *args, **kwargs):
         return self.tokenizer.batch_decode(*args, **kwargs)
+
+
+def _flat(images) -> list[Image.Image]:
+    if isinstance(images, (list, tuple)):
+        return [image for entry in images for image in _flat(entry)]
+    return [] if images is None else [load_image(images)]

@@ -142,6 +142,11 @@ class ResidualQuantizer(nn.Module):
         return self.codebooks[0]
 
     @property
+    def by_depth(self) -> list[Codebook]:
+        """The codebook of each depth; an exported model holds a shared one under its first name alone."""
+        return [self.codebook] * self.depth if self.shared else list(self.codebooks)
+
+    @property
     def codes(self) -> Tensor:
         """The code vectors (K, C), or (D, K, C) where each depth has its own."""
         return self.codebook.codes if self.shared else torch.stack([codebook.codes for codebook in self.codebooks])
@@ -161,7 +166,7 @@ class ResidualQuantizer(nn.Module):
             residual_MC = x_MC.detach()
             quantized_MC = torch.zeros_like(residual_MC)
             residuals, codes, commitments = [], [], []
-            for codebook in self.codebooks:
+            for codebook in self.by_depth:
                 codes_M = nearest_code(residual_MC, codebook.codes)
                 vectors_MC = codebook(codes_M)
                 residuals.append(residual_MC)
@@ -188,6 +193,6 @@ class ResidualQuantizer(nn.Module):
     def embed(self, codes: Tensor) -> Tensor:
         """Sum over depths of the code vectors: (..., D) ints -> (..., C)."""
         quantized = torch.zeros(*codes.shape[:-1], self.dim, device=codes.device)
-        for depth, codebook in enumerate(self.codebooks):  # in the order of forward: the sums are bitwise equal
+        for depth, codebook in enumerate(self.by_depth):  # in the order of forward: the sums are bitwise equal
             quantized = quantized + codebook(codes[..., depth])
         return quantized

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from checkpoints_tools import convert_to_hf
-from megadual.hf.modeling_megadual import MegaDualForCausalLM, sample
+from megadual.hf.decoding import Sampler
+from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.processing_megadual import MegaDualProcessor
 from megadual.streams import STREAMS
 from megadual.testing.models import CODEBOOK, DEPTH, IMAGE_SIZE, write_run
@@ -43,30 +44,30 @@ def random_codes(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_drawing_step_by_step_equals_one_forward_pass(model, scale):
-    """Captions of other lengths beside it (left padding), the cache and guidance change nothing."""
+    """Captions of other lengths beside it (left padding), the caches and guidance change nothing."""
     special = model.config.special
     captions = [[10, 11, 12, 13, 14], [20]]
-    forced = {stream: random_codes(2, N, seed=seed) for seed, stream in enumerate(STREAMS)}
-    seen = {stream: torch.zeros(2, N, DEPTH, CODEBOOK) for stream in STREAMS}
+    forced = torch.stack([random_codes(2, N, seed=seed) for seed in range(len(STREAMS))])
+    seen = torch.zeros(len(STREAMS), 2, N, DEPTH, CODEBOOK)
 
-    def choose(position, stream, d, logits):
-        seen[stream][:, position, d] = logits
-        return forced[stream][:, position, d]
+    def choose(position, d, logits):
+        seen[:, :, position, d] = logits
+        return forced[:, :, position, d]
 
-    drawn = model.draw_codes(captions, scale, choose)
+    drawn = model.draw_codes(captions, scale, choose=choose)
     for b, caption in enumerate(captions):
         whole = []
         for prompt in (caption, []):
             ids = torch.tensor([[*prompt, special.image_gen_start] + [special.image] * N + [special.image_gen_end]])
-            codes = {f"{stream}_codes": forced[stream][b] for stream in STREAMS}
+            codes = {f"{stream}_codes": forced[t, b] for t, stream in enumerate(STREAMS)}
             with torch.no_grad():
                 whole.append(model(input_ids=ids, **codes))
-        for stream in STREAMS:
-            assert torch.equal(drawn[stream], forced[stream])
+        for t, stream in enumerate(STREAMS):
+            assert torch.equal(drawn[stream], forced[t])
             conditional, unconditional = (getattr(output, f"{stream}_logits") for output in whole)
             expected = unconditional + scale * (conditional - unconditional)
             assert expected.shape == (N, DEPTH, CODEBOOK) and expected.std() > 0.1
-            assert (seen[stream][b] - expected).abs().max() < 1e-4
+            assert (seen[t, b] - expected).abs().max() < 1e-4
 
 
 def test_the_same_seed_draws_the_same_image(model):
@@ -136,9 +137,11 @@ def test_sampling_keeps_to_top_k_and_top_p():
     logits = probabilities.log().expand(1000, -1)
     uniform = (torch.arange(1000) + 0.5) / 1000
 
-    def shares(**limits):
-        codes = sample(logits, uniform, **{"temperature": 1.0, "top_k": 5, "top_p": 1.0, **limits})
-        return torch.bincount(codes, minlength=5) / 1000
+    def shares(temperature=1.0, top_k=5, top_p=1.0):
+        sampler = Sampler(top_k, logits.device)
+        sampler.temperature.fill_(temperature)
+        sampler.top_p.fill_(top_p)
+        return torch.bincount(sampler(logits, uniform), minlength=5) / 1000
 
     assert torch.allclose(shares(), probabilities, atol=2e-3)
     assert torch.allclose(shares(top_k=2), torch.tensor([0, 4 / 7, 0, 3 / 7, 0]), atol=2e-3)

@@ -1,0 +1,244 @@
+"""What an exported model is for: describing images, drawing them, and answering in text and images.
+
+Shape suffixes: R rows (B images, then the same without captions where guided), S positions of a prompt, N positions
+of an image, D code depth, T streams.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from megadual.hf.decoding import whole_slots
+from megadual.hf.processing_megadual import IM_END, MegaDualProcessor
+from megadual.hf.writer import Writer
+from megadual.streams import IMAGE, STREAMS
+from megadual.vision.tokenizer import to_image
+
+BATCH = 32  # images drawn at once; more are drawn in turn
+POSITIONS_AHEAD = 8  # where progress is shown, the host waits for the GPU every so many positions
+
+
+class Using:
+    """`describe`, `draw` and `interleave` of MegaDualForCausalLM. All need the model on one device."""
+
+    _kept: tuple[object, Writer | None] = (None, None)  # the last writer, whose captured graphs are worth keeping
+
+    @cached_property
+    def tokenizer(self):
+        """The text tokenizer of the folder that the model came from."""
+        return PreTrainedTokenizerFast.from_pretrained(self.config._name_or_path)
+
+    @cached_property
+    def processor(self) -> MegaDualProcessor:
+        """Makes `input_ids` and `pixel_values` of texts, images and messages."""
+        (rows, columns), size = self.dualtoken.config.grid, self.dualtoken.config.image_size
+        return MegaDualProcessor(self.tokenizer, image_size=size, image_positions=rows * columns)
+
+    @torch.no_grad()
+    def describe(
+        self,
+        images: list[Image.Image],
+        prompt: str = "",
+        max_new_tokens: int = 64,
+        min_new_tokens: int = 0,
+        temperature: float = 0.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> list[str]:
+        """A text for each image, going on from `prompt`. At temperature 0 the likeliest token is taken."""
+        inputs = self.processor(text=[IMAGE + prompt] * len(images), images=images).to(self.device)
+        slots = inputs["input_ids"].size(1) + max_new_tokens
+        writer = self._writer(len(images), 1, slots, text_top_k=top_k if temperature else 1)
+        write = writer.write
+        self._set_text(writer, temperature, top_p, seed)
+        writer.start(self.embed(inputs["input_ids"], inputs["pixel_values"]), inputs["attention_mask"].bool())
+        stops, texts = self._stops, [[] for _ in images]
+        writer.bias_V[list(stops)] = -torch.inf
+        unfinished = set(range(len(images)))
+        for step in range(max_new_tokens):
+            if step == min_new_tokens:
+                writer.bias_V[list(stops)] = 0.0
+            write()
+            for i, token in enumerate(writer.tokens_B.tolist()):
+                if i in unfinished and token not in stops:
+                    texts[i].append(token)
+                else:
+                    unfinished.discard(i)
+            if not unfinished:
+                break
+        return self.tokenizer.batch_decode(texts, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        prompt: str | list[str],
+        n: int = 1,
+        cfg_scale: float = 3.0,
+        temperature: float = 1.0,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        seed: int | None = None,
+        progress: bool = False,
+    ) -> list[Image.Image]:
+        """`n` images of a prompt, or of each of several, one prompt's after another's.
+
+        Image i comes from `seed` + i and its prompt alone: whatever else is drawn with it changes it by rounding
+        only, which in bf16 may tip a code. `progress` shows the positions drawn.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        captions = [self._ids(text) for text in prompts for _ in range(n)]
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        images = []
+        for start in range(0, len(captions), BATCH):
+            batch = captions[start : start + BATCH]
+            codes = self.draw_codes(batch, cfg_scale, temperature, top_k, top_p, seed + start, progress=progress)
+            images += self._images(codes["pixel"])
+        return images
+
+    @torch.no_grad()
+    def draw_codes(
+        self,
+        captions: list[list[int]],
+        cfg_scale: float = 3.0,
+        temperature: float = 1.0,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        seed: int = 0,
+        choose: Callable[[int, int, Tensor], Tensor] | None = None,
+        progress: bool = False,
+    ) -> dict[str, Tensor]:
+        """Codes (B, N, D) of both streams of an image for each caption (token ids).
+
+        With `cfg_scale` s != 1 the logits are u + s (c - u) at every depth, u those of the same image without its
+        caption. `choose(position, d, logits (T, B, K))`, where given, chooses the codes (T, B) of a depth.
+        """
+        special, branches = self.config.special, 2 if cfg_scale != 1 else 1
+        prompts = [[*caption, special.image_gen_start] for caption in captions]
+        prompts += [[special.image_gen_start]] * (len(captions) * (branches - 1))
+        longest = max(map(len, prompts))
+        padding = [longest - len(prompt) for prompt in prompts]
+        ids_RS = torch.tensor(
+            [[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)], device=self.device
+        )
+        kept_RS = torch.arange(longest, device=self.device) >= torch.tensor(padding, device=self.device)[:, None]
+        rows, columns = self.dualtoken.config.grid
+        slots = longest + rows * columns
+        writer = self._writer(len(captions), branches, slots, code_top_k=top_k, choose=choose)
+        draw = writer.draw
+        self._set_codes(writer, cfg_scale, temperature, top_p, seed)
+        writer.start(self.model.embed_tokens(ids_RS), kept_RS)
+        return self._draw_positions(writer, draw, progress)
+
+    @torch.no_grad()
+    def interleave(
+        self,
+        prompt: str | list[dict],
+        images: list[Image.Image] | None = None,
+        max_new_tokens: int = 256,
+        max_images: int = 4,
+        text_temperature: float = 0.0,
+        text_top_k: int = 50,
+        text_top_p: float = 1.0,
+        cfg_scale: float = 3.0,
+        temperature: float = 1.0,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        seed: int | None = None,
+        progress: bool = False,
+    ) -> list[str | Image.Image]:
+        """An answer of texts and images in the order written; an image begins where the model says so.
+
+        `prompt` is a text with `<image>` for each of `images`, or chat messages (see the processor's
+        `apply_chat_template`). Guidance is towards all that stands before an image, from nothing before it.
+        """
+        inputs = self.processor.prompt(prompt, images).to(self.device)
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        special, (rows, columns) = self.config.special, self.dualtoken.config.grid
+        branches = 2 if cfg_scale != 1 else 1
+        slots = inputs["input_ids"].size(1) + max_new_tokens + max_images * (rows * columns + 2)
+        writer = self._writer(1, branches, slots, text_top_k=text_top_k if text_temperature else 1, code_top_k=top_k)
+        write, draw = writer.write, writer.draw
+        self._set_text(writer, text_temperature, text_top_p, seed)
+        writer.bias_V[special.image_gen_start] = 0.0 if max_images else -torch.inf
+        embeds_BSH = self.embed(inputs["input_ids"], inputs.get("pixel_values"))
+        writer.start(embeds_BSH.expand(branches, -1, -1), inputs["attention_mask"].bool().expand(branches, -1))
+
+        answer, text, drawn = [], [], 0
+        for _ in range(max_new_tokens):
+            write()
+            token = int(writer.tokens_B)
+            if token in self._stops:
+                break
+            if token != special.image_gen_start:
+                text.append(token)
+                continue
+            answer += [self.tokenizer.decode(text, skip_special_tokens=True)] if text else []
+            self._set_codes(writer, cfg_scale, temperature, top_p, seed + drawn)
+            writer.llm.forget(slice(1, None))
+            answer += self._images(self._draw_positions(writer, draw, progress)["pixel"])
+            write()  # the last position is read as well
+            writer.say(special.image_gen_end)
+            text, drawn = [], drawn + 1
+            if drawn == max_images:
+                writer.bias_V[special.image_gen_start] = -torch.inf
+        return answer + ([self.tokenizer.decode(text, skip_special_tokens=True)] if text else [])
+
+    def _draw_positions(self, writer: Writer, draw: Callable[[], None], progress: bool) -> dict[str, Tensor]:
+        writer.position.zero_()
+        for position in tqdm(range(len(writer.codes_NTBD)), unit="position", disable=not progress, mininterval=0.5):
+            draw()
+            if progress and self.device.type == "cuda" and position % POSITIONS_AHEAD == 0:
+                torch.cuda.synchronize()
+        return dict(zip(STREAMS, writer.codes_NTBD.permute(1, 2, 0, 3).clone(), strict=True))
+
+    def _images(self, pixel_BND: Tensor) -> list[Image.Image]:
+        return [to_image(image) for image in self.dualtoken.decode(pixel_BND.unflatten(1, self.dualtoken.config.grid))]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    @property
+    def _stops(self) -> set[int]:
+        """Tokens that end a text."""
+        configured = self.generation_config.eos_token_id
+        configured = configured if isinstance(configured, list) else [configured]
+        ends = {self.config.special.end_of_text, self.tokenizer.get_vocab().get(IM_END), *configured}
+        return ends - {None}
+
+    def _writer(self, images: int, branches: int, slots: int, **options) -> Writer:
+        """A writer, the last one where it fits: its graphs read the weights where and as they were then."""
+        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
+        key = (images, branches, whole_slots(slots), tuple(options.items()), weights)
+        if self._kept[0] != key:
+            self._kept = (None, None)  # frees the other's cache first
+            self._kept = (key, Writer(self, images, branches, slots, **options))
+        return self._kept[1]
+
+    def _set_text(self, writer: Writer, temperature: float, top_p: float, seed: int | None) -> None:
+        special = self.config.special
+        writer.bias_V.zero_()  # images are drawn, not spelled
+        writer.bias_V[list(set(vars(special).values()) - {special.end_of_text})] = -torch.inf
+        writer.text_sampler.temperature.fill_(temperature or 1.0)
+        writer.text_sampler.top_p.fill_(top_p)
+        if temperature:
+            seed = int(torch.randint(2**31, ())) if seed is None else seed
+            length, texts = writer.text_uniform_LB.shape
+            numbers = [torch.rand(length, generator=torch.Generator().manual_seed(seed + i)) for i in range(texts)]
+            writer.text_uniform_LB.copy_(torch.stack(numbers, dim=1))
+
+    def _set_codes(self, writer: Writer, scale: float, temperature: float, top_p: float, seed: int) -> None:
+        positions, depth, streams, images = writer.code_uniform_NDTB.shape
+        numbers = [
+            torch.rand(positions, streams, depth, generator=torch.Generator().manual_seed(seed + i))
+            for i in range(images)
+        ]
+        writer.code_uniform_NDTB.copy_(torch.stack(numbers).permute(1, 3, 2, 0))
+        writer.scale.fill_(scale)
+        writer.code_sampler.temperature.fill_(temperature)
+        writer.code_sampler.top_p.fill_(top_p)

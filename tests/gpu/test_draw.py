@@ -1,0 +1,80 @@
+"""Drawing with captured graphs draws what the uncaptured steps draw, and fits one forward pass on the GPU as well."""
+
+import pytest
+import torch
+from transformers import SiglipConfig
+
+from megadual.hf import writer
+from megadual.hf.configuration_megadual import MegaDualConfig
+from megadual.hf.modeling_megadual import MegaDualForCausalLM
+from megadual.streams import STREAMS, SpecialIds
+from megadual.vision.config import DualTokenConfig
+
+N, DEPTH, CODEBOOK = 16, 3, 32
+CAPTIONS = [[10, 11, 12], [20, 21, 22, 23, 24, 25]]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def model(request):
+    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    siglip = SiglipConfig(
+        vision_config=dict(**tower, image_size=16, patch_size=4),
+        text_config=dict(**tower, vocab_size=64, bos_token_id=0, eos_token_id=0),
+    )
+    dualtoken = DualTokenConfig(
+        siglip.to_dict(), layer_shortcut=1, layer_recon=2, layer_sem=3, codebook_size=CODEBOOK, code_dim=8,
+        depth=DEPTH, decoder_latent=4, decoder_in_channels=16, decoder_channels=8, decoder_multipliers=[1, 1, 2],
+        decoder_res_blocks=1, decoder_attention=[], decoder_norm_groups=4,
+    )  # fmt: skip
+    text = dict(
+        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    head = dict(width=32, layers=2, heads=2, ffn=48)
+    torch.manual_seed(0)
+    config = MegaDualConfig(text, 1e4, head, vars(dualtoken), vars(SpecialIds(*range(6))))
+    model = MegaDualForCausalLM(config).to(request.param).cuda().eval()
+    model.dualtoken.float()
+    model.model.rotary_emb.float()
+    return model
+
+
+def drawn(model, **options) -> list[int]:
+    return model.draw_codes(CAPTIONS, seed=5, **options)["pixel"].flatten().tolist()
+
+
+def test_a_captured_graph_draws_what_the_steps_draw(model, monkeypatch):
+    captured = drawn(model)
+    colder = drawn(model, temperature=0.3)
+    assert captured == drawn(model) and captured != colder
+    monkeypatch.setattr(writer, "captured", lambda step, device: step)
+    model._kept = (None, None)
+    assert captured == drawn(model) and colder == drawn(model, temperature=0.3)
+
+
+def test_other_weights_are_not_drawn_with_an_old_graph(model):
+    before = drawn(model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.mul_(-30)
+        model.projector[2].weight.mul_(30)
+    assert drawn(model) != before
+
+
+def test_forced_steps_equal_one_forward_pass(model):
+    special = model.config.special
+    generator = torch.Generator().manual_seed(0)
+    forced = torch.randint(CODEBOOK, (len(STREAMS), 1, N, DEPTH), generator=generator).cuda()
+    seen = torch.zeros(len(STREAMS), N, DEPTH, CODEBOOK, device="cuda")
+
+    def choose(position, d, logits):
+        seen[:, position, d] = logits[:, 0]
+        return forced[:, :, position, d]
+
+    model.draw_codes(CAPTIONS[:1], cfg_scale=1.0, choose=choose)
+    ids = torch.tensor([[*CAPTIONS[0], special.image_gen_start] + [special.image] * N], device="cuda")
+    with torch.no_grad():
+        whole = model(input_ids=ids, semantic_codes=forced[0], pixel_codes=forced[1])
+    tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
+    for t, stream in enumerate(STREAMS):
+        assert (seen[t] - getattr(whole, f"{stream}_logits").float()).abs().max() < tolerance
