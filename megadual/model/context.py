@@ -6,6 +6,7 @@ would cost it nearly twice the average. Documents within a part are attended to 
 """
 
 import dataclasses
+import itertools
 
 import torch
 
@@ -31,7 +32,7 @@ def context_share(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
     queries, keys = [], []
     bounds = batch.cu_seqlens.tolist()
     for start in starts:
-        for first, end in zip(bounds[:-1], bounds[1:]):
+        for first, end in itertools.pairwise(bounds):
             begin, end = max(first, start), min(end, start + width)
             if begin < end:
                 queries.append(end - begin)

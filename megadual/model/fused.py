@@ -101,9 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream_B):
         # In place: the gradients were made for this, and a graph is walked once.
-        scaled = [
-            None if made is None else made.mul_(upstream_B[:, None, None].to(made.dtype)) for made in ctx.saved_tensors
-        ]
+        scaled = [None if made is None else made.mul_(upstream_B[:, None, None]) for made in ctx.saved_tensors]
         return *scaled, None, None, None
 
 

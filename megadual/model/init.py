@@ -31,31 +31,35 @@ def tensor_parallel_slice(name: str, full: torch.Tensor, parameter: torch.Tensor
     return full.chunk(size, dim=parameter.partition_dim)[rank]
 
 
-@torch.no_grad()
-def initialize(chunks: list[torch.nn.Module], seed: int) -> None:
-    """Fill the parameters of this rank's model chunks.
+def initial(name: str, shape: list[int], seed: int, hidden: int, layers: int) -> torch.Tensor:
+    """The full tensor that a parameter starts as, fp32.
 
     Matrices are normal with standard deviation sqrt(2 / (5 * hidden)), those that write to the residual
     stream divided by sqrt(2 * layers); norms are ones, biases zeros.
     """
+    if NORM.search(name):
+        return torch.ones(shape)
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    full = torch.empty(shape).normal_(0.0, math.sqrt(2 / (5 * hidden)), generator=generator)
+    if RESIDUAL_OUT.search(name):
+        full /= math.sqrt(2 * layers)
+    return full
+
+
+@torch.no_grad()
+def initialize(chunks: list[torch.nn.Module], seed: int) -> None:
+    """Fill the parameters of this rank's model chunks."""
     for module in chunks:
         config = module.config
-        std = math.sqrt(2 / (5 * config.hidden_size))
         for local_name, parameter in module.named_parameters():
             name = global_name(local_name, module)
             if name == "output_layer.weight" and module.share_embeddings_and_output_weights:
                 name = "embedding.word_embeddings.weight"
-            if NORM.search(name):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-                shape = list(parameter.shape)
-                if getattr(parameter, "tensor_model_parallel", False):
-                    shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
-                full = torch.empty(shape).normal_(0.0, std, generator=generator)
-                if RESIDUAL_OUT.search(name):
-                    full /= math.sqrt(2 * config.num_layers)
-                parameter.copy_(tensor_parallel_slice(name, full, parameter))
+            shape = list(parameter.shape)
+            if getattr(parameter, "tensor_model_parallel", False):
+                shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
+            full = initial(name, shape, seed, config.hidden_size, config.num_layers)
+            parameter.copy_(tensor_parallel_slice(name, full, parameter))

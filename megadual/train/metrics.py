@@ -6,7 +6,6 @@ import secrets
 import sys
 from pathlib import Path
 
-import wandb
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
@@ -34,17 +33,21 @@ class MetricsLog:
         run_id = id_file.read_text() if id_file.is_file() else secrets.token_hex(4)
         id_file.write_text(run_id)
         starts = read_starts(folder)
-        self.wandb = wandb.init(
-            project=run.run.wandb_project,
-            name=run.run.name,
-            group=run.run.name,
-            id=run_id,
-            resume="allow" if run.run.wandb == "online" else None,
-            dir=str(folder),
-            mode=run.run.wandb,
-            config=OmegaConf.to_container(OmegaConf.structured(run)) | {f"start_{len(starts)}": starts[-1]},
-            settings=wandb.Settings(silent=True),
-        )
+        self.wandb = None
+        if run.run.wandb != "disabled":
+            import wandb  # large, and not installed on every machine that trains
+
+            self.wandb = wandb.init(
+                project=run.run.wandb_project,
+                name=run.run.name,
+                group=run.run.name,
+                id=run_id,
+                resume="allow" if run.run.wandb == "online" else None,
+                dir=str(folder),
+                mode=run.run.wandb,
+                config=OmegaConf.to_container(OmegaConf.structured(run)) | {f"start_{len(starts)}": starts[-1]},
+                settings=wandb.Settings(silent=True),
+            )
         self.bar = tqdm(
             total=run.train.steps,
             initial=start_step,
@@ -55,7 +58,7 @@ class MetricsLog:
 
     def step(self, entry: dict) -> None:
         # wandb first: a step in the file has been handed over, whatever happens next.
-        if entry["step"] > self.sent:
+        if self.wandb and entry["step"] > self.sent:
             self.wandb.log(entry, step=entry["step"])
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
@@ -67,7 +70,8 @@ class MetricsLog:
     def close(self) -> None:
         self.bar.close()
         self.file.close()
-        self.wandb.finish()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def entry_of(step: int, result, **more) -> dict:

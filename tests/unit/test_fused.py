@@ -15,7 +15,8 @@ def inputs(B: int, P: int, K: int, W: int):
 
 
 def plain(x, weight, target):
-    return torch.stack([F.cross_entropy(a @ b.T, t, reduction="sum") for a, b, t in zip(x, weight, target)])
+    layers = zip(x, weight, target, strict=True)
+    return torch.stack([F.cross_entropy(a @ b.T, t, reduction="sum") for a, b, t in layers])
 
 
 @pytest.mark.parametrize("at_once", [7, 1 << 20], ids=["one position a time", "all at once"])

@@ -1,0 +1,90 @@
+"""The unified model as it is usually put together: Hugging Face's Qwen2 and plain depth heads. A baseline for timing.
+
+Every position goes through the output layer, logits are whole, and positions of one row are one document.
+Shape suffixes: T positions, P positions that are drawn, D code depth, K codebook size, C code width, H hidden width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+
+from megadual.config import ModelConfig
+from megadual.data.dataset import MicroBatch
+from megadual.model.dual_lm import Vocabulary
+from megadual.streams import IGNORE, STREAMS
+
+
+class PlainDepthHead(nn.Module):
+    """A small Qwen2 over the depths of a position."""
+
+    def __init__(self, hidden: int, head, depth: int, codebook_KC: Tensor):
+        super().__init__()
+        K, C = codebook_KC.shape
+        self.projector = nn.Sequential(nn.Linear(hidden, head.width), nn.GELU(), nn.Linear(head.width, head.width))
+        self.code_projector = nn.Linear(C, head.width)
+        self.transformer = Qwen2Model(
+            Qwen2Config(
+                vocab_size=1,
+                hidden_size=head.width,
+                intermediate_size=head.ffn,
+                num_hidden_layers=head.layers,
+                num_attention_heads=head.heads,
+                num_key_value_heads=head.heads,
+                attn_implementation="sdpa",
+            )
+        )
+        self.classifiers = nn.ModuleList(nn.Linear(head.width, K, bias=False) for _ in range(depth))
+
+    def forward(self, hidden_PH: Tensor, codes_PD: Tensor, codebook_KC: Tensor) -> Tensor:
+        """Mean cross-entropy over positions and depths."""
+        start = self.projector(hidden_PH)[:, None]
+        before = F.embedding(codes_PD[:, :-1], codebook_KC).cumsum(1).to(start.dtype)
+        inputs = torch.cat([start, self.code_projector(before)], dim=1)
+        states = self.transformer(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        losses = [
+            F.cross_entropy(classify(states[:, d]).float(), codes_PD[:, d])
+            for d, classify in enumerate(self.classifiers)
+        ]
+        return torch.stack(losses).mean()
+
+
+class PlainUnified(nn.Module):
+    """Qwen2ForCausalLM, a visual projector and two depth heads; `forward` is the loss of one row of one document."""
+
+    def __init__(self, model: ModelConfig, vocabulary: Vocabulary):
+        super().__init__()
+        self.lm = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=vocabulary.padded_text_size,
+                hidden_size=model.hidden,
+                intermediate_size=model.ffn,
+                num_hidden_layers=model.layers,
+                num_attention_heads=model.heads,
+                num_key_value_heads=model.kv_heads,
+                attn_implementation="sdpa",
+            )
+        )
+        for stream in STREAMS:
+            codebook = vocabulary.codebooks[stream]
+            self.register_buffer(f"{stream}_codebook", codebook)
+            setattr(self, f"{stream}_head", PlainDepthHead(model.hidden, model.head, vocabulary.depth, codebook))
+        width = sum(codebook.size(1) for codebook in vocabulary.codebooks.values())
+        self.projector = nn.Sequential(nn.Linear(width, model.hidden), nn.GELU(), nn.Linear(model.hidden, model.hidden))
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        embedded_TH = self.lm.model.embed_tokens(batch.tokens)
+        codebooks = [getattr(self, f"{stream}_codebook") for stream in STREAMS]
+        summed = [
+            F.embedding(getattr(batch, stream)[batch.image_positions], codebook).sum(1)
+            for stream, codebook in zip(STREAMS, codebooks, strict=True)
+        ]
+        visual = self.projector(torch.cat(summed, dim=-1).to(embedded_TH.dtype))
+        embedded_TH = embedded_TH.index_copy(0, batch.image_positions, visual.to(embedded_TH.dtype))
+        hidden_TH = self.lm.model(inputs_embeds=embedded_TH[None], use_cache=False).last_hidden_state[0]
+        logits = self.lm.lm_head(hidden_TH).float()
+        loss = F.cross_entropy(logits, batch.text_targets, ignore_index=IGNORE)
+        drawn_PH = hidden_TH[batch.draw_positions]
+        for i, (stream, codebook) in enumerate(zip(STREAMS, codebooks, strict=True)):
+            loss = loss + getattr(self, f"{stream}_head")(drawn_PH, batch.draw_targets[:, i], codebook)
+        return loss

@@ -1,0 +1,324 @@
+"""Speed of one training step on one GPU, beside the same model as it is usually put together.
+
+python benchmarks/train_step.py [--layers 4] [--seq-len 4096] [--documents 1] [--output result.json]
+
+Random weights in bf16, one micro-batch of one row of which half are image positions to be drawn. "ours" is the model
+that pretrain.py trains: alone (gradients in bf16, as the baselines'), and in the megatron engine, which adds fp32
+gradients, weights and moments. "plain" is Hugging Face's Qwen2 with plain depth heads, eager and by torch.compile,
+with bf16 weights, gradients and moments; "amp" has fp32 ones under autocast. Medians of CUDA-event times. FLOPs are
+the model's (megadual/model/flops.py) for all, so TFLOP/s and MFU compare as tokens/s do. Each contestant is run in a
+process of its own.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megadual.engine import cpu
+
+cpu.install()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from megadual.config import PretrainConfig, load_config  # noqa: E402
+from megadual.data.dataset import MicroBatch, collate  # noqa: E402
+from megadual.engine.estimate import estimate  # noqa: E402
+from megadual.engine.groups import initialize_groups  # noqa: E402
+from megadual.engine.megatron import MegatronEngine  # noqa: E402
+from megadual.engine.stages import Traffic  # noqa: E402
+from megadual.engine.topology import topology  # noqa: E402
+from megadual.errors import command  # noqa: E402
+from megadual.model import presets  # noqa: E402
+from megadual.model.attention import gpu_kernel  # noqa: E402
+from megadual.model.dual_lm import DualLM, Vocabulary  # noqa: E402
+from megadual.model.flops import peak_flops, step_flops  # noqa: E402
+from megadual.streams import STREAMS, Document, SpecialIds, to_sequence  # noqa: E402
+
+CONTESTANTS = ("plain", "plain compiled", "plain compiled amp", "ours alone", "ours in the engine")
+GIB = 2**30
+SPECIAL = SpecialIds(end_of_text=0, image=1, image_start=2, image_end=3, image_gen_start=4, image_gen_end=5)
+
+
+def milliseconds(function, repeats: int, warmup: int = 3) -> float:
+    """Median time of a call."""
+    for _ in range(warmup):
+        function()
+    times = []
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begun = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - begun))
+    return statistics.median(times)
+
+
+def setting(args) -> tuple[PretrainConfig, Vocabulary]:
+    """The run's config and vocabulary: the released sizes of 384 px, or tiny ones."""
+    config = Path(__file__).parents[1] / "pretrain/configs/7b.yaml"
+    overrides = [
+        f"model.preset={args.preset}", f"model.layers={args.layers}", "parallel.tensor=1", "parallel.pipeline=1",
+        "parallel.sequence=false", f"train.seq_len={args.seq_len}", f"train.global_batch_tokens={args.seq_len}",
+        "model.dualtoken=random", "model.text_tokenizer=random", "data.sets=[random]", "run.dir=unused",
+    ]  # fmt: skip
+    run = load_config(PretrainConfig, config, overrides)
+    run.model = presets.resolve(run.model)
+    text, classes, width, depth = (300, 64, 8, 8) if args.preset == "tiny" else (152_064, 16_384, 32, 8)
+    generator = torch.Generator().manual_seed(0)
+    codebooks = {stream: torch.randn(classes, width, generator=generator) for stream in STREAMS}
+    return run, Vocabulary(text, depth, codebooks)
+
+
+def micro_batch(run: PretrainConfig, vocabulary: Vocabulary, documents: int) -> MicroBatch:
+    """A row of `documents` equal documents, each text and then an image to draw of half of its positions."""
+    random = np.random.default_rng(0)
+    length = run.train.seq_len // documents
+    image = length // 2
+    sequences = []
+    for _ in range(documents):
+        text = random.integers(6, vocabulary.text_size, length - image - 3)
+        codes = [random.integers(0, len(book), (image, vocabulary.depth)) for book in vocabulary.codebooks.values()]
+        document = Document("", np.append(text, SPECIAL.image), *codes, np.array([[1, image]]))
+        sequences.append(to_sequence(document, SPECIAL, [True]))
+    return collate(sequences, SPECIAL, [f"{i}" for i in range(documents)])
+
+
+def flops_of(run: PretrainConfig, vocabulary: Vocabulary, batch: MicroBatch) -> float:
+    return step_flops(
+        run.model, vocabulary, batch.filled, sum(n**2 for n in batch.lengths), len(batch.image_positions),
+        len(batch.text_positions), len(batch.draw_positions),
+    )  # fmt: skip
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def peak_gib() -> float:
+    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+
+
+def forward_backward_of(model: torch.nn.Module, loss_of):
+    """One forward and backward pass of `loss_of()`, gradients made anew."""
+
+    def run():
+        for parameter in model.parameters():
+            parameter.grad = None
+        loss_of().backward()
+
+    return run
+
+
+def measure_plain(name: str, run: PretrainConfig, vocabulary: Vocabulary, batch: MicroBatch, args) -> dict:
+    from benchmarks.plain_unified import PlainUnified
+
+    amp = name.endswith("amp")
+    torch.set_default_device(device())
+    model = PlainUnified(run.model, vocabulary).to(device())
+    torch.set_default_device(None)
+    if not amp:
+        model.bfloat16()
+    called = torch.compile(model) if "compiled" in name else model
+
+    def loss():
+        with torch.autocast(device().type, torch.bfloat16, enabled=amp):
+            return called(batch)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    both = forward_backward_of(model, loss)
+
+    def step():
+        both()
+        optimizer.step()
+
+    return {"forward_backward_ms": milliseconds(both, args.repeats), "step_ms": milliseconds(step, args.repeats)}
+
+
+def measure_ours(run: PretrainConfig, vocabulary: Vocabulary, batch: MicroBatch, args) -> dict:
+    """The model alone, and where its time goes."""
+    initialize_groups(run)
+    model = DualLM(run, vocabulary)
+
+    def total(losses):
+        drawn = vocabulary.depth * len(batch.draw_positions)
+        return losses.text / len(batch.text_positions) + (losses.semantic.sum() + losses.pixel.sum()) / drawn
+
+    result = {
+        "kernel": getattr(gpu_kernel(), "func", gpu_kernel()).__name__ if torch.cuda.is_available() else "SDPA",
+        "forward_backward_ms": milliseconds(forward_backward_of(model, lambda: total(model(batch))), args.repeats),
+        "peak_gib_forward_backward": peak_gib(),
+    }
+    parts = parts_of(run, vocabulary, model, batch)
+    for name, (loss, flops) in parts.items():
+        ms = milliseconds(forward_backward_of(model, loss), args.repeats)
+        result.setdefault("parts", {})[name] = {"ms": ms, "tflops": flops / ms / 1e9}
+    result["kernels"] = kernels_of(forward_backward_of(model, lambda: total(model(batch))))
+    return result
+
+
+def parts_of(run: PretrainConfig, vocabulary: Vocabulary, model: DualLM, batch: MicroBatch) -> dict:
+    """Name -> (something to differentiate, its model FLOPs)."""
+    positions, squares = batch.filled, sum(n**2 for n in batch.lengths)
+    hidden = model.hidden_states(batch).detach().requires_grad_()
+    layers = step_flops(run.model, vocabulary, positions, squares, len(batch.image_positions), 0, 0)
+    text = step_flops(run.model, vocabulary, 0, 0, 0, len(batch.text_positions), 0)
+    drawn = step_flops(run.model, vocabulary, 0, 0, 0, 0, len(batch.draw_positions))
+    return {
+        "embedding and layers": (lambda: model.hidden_states(batch).float().sum(), layers),
+        "text output layer": (lambda: model._text_loss(hidden, batch), text),
+        "visual heads": (lambda: torch.cat(model._visual_losses(hidden, batch)).sum(), drawn),
+    }
+
+
+KINDS = {
+    "attention": ("flash", "fmha", "attention"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
+    "optimizer": ("adam",),
+    "compiled": ("triton",),
+    "copies and fills": ("memcpy", "memset", "copy", "fill", "cat"),
+}
+
+
+def kernels_of(function) -> dict:
+    """Milliseconds of one call by kind of kernel, and of its longest kernels."""
+    if not torch.cuda.is_available():
+        return {}
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        function()
+        torch.cuda.synchronize()
+    kinds: dict[str, float] = {}
+    longest = []
+    for event in profiler.key_averages():
+        ms, name = event.self_device_time_total / 1e3, event.key.lower()
+        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "elementwise")
+        kinds[kind] = kinds.get(kind, 0.0) + ms
+        longest.append((ms, event.count, event.key[:90]))
+    return {"kinds": kinds, "longest": sorted(longest, reverse=True)[:20]}
+
+
+def measure_engine(run: PretrainConfig, vocabulary: Vocabulary, batch: MicroBatch, args) -> dict:
+    """Whole steps of the engine, of one and of eight micro-batches; the plan's estimate of memory."""
+    layout = topology(run, 1)
+    run.parallel.stage_layers = [run.model.layers]
+    engine = MegatronEngine(run, layout, vocabulary)
+    batch = batch.to("cpu")
+    result = {"step_ms": milliseconds(lambda: engine.train_step([batch]), args.repeats)}
+    eight = milliseconds(lambda: engine.train_step([batch] * 8), max(1, args.repeats // 4), warmup=1)
+    result["ms_a_micro_batch_of_8"] = eight / 8
+    positions = batch.filled
+    traffic = Traffic(
+        len(batch.text_positions) / positions, len(batch.draw_positions) / positions,
+        len(batch.image_positions) / positions, sum(n**2 for n in batch.lengths) / positions,
+    )  # fmt: skip
+    (stage,) = estimate(run, layout, vocabulary, traffic)
+    result["estimate_gib"] = {
+        name: getattr(stage, name) / GIB for name in ("weights", "gradients", "optimizer", "activations", "logits")
+    } | {"total": stage.total / GIB}
+    result["kernels"] = kernels_of(lambda: engine.train_step([batch]))
+    return result
+
+
+def measure(name: str, args) -> dict:
+    """Run one contestant in this process."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    run, vocabulary = setting(args)
+    batch = micro_batch(run, vocabulary, args.documents).to(device())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(0)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    vocabulary.codebooks = {stream: book.to(device()) for stream, book in vocabulary.codebooks.items()}
+    if name.startswith("plain"):
+        result = measure_plain(name, run, vocabulary, batch, args)
+    else:
+        result = (measure_ours if name == "ours alone" else measure_engine)(run, vocabulary, batch, args)
+    flops = flops_of(run, vocabulary, batch)
+    result |= {"peak_gib": peak_gib(), "flops": flops, "tokens": batch.filled, "peak_flops": peak_flops()}
+    gc.collect()
+    dist.destroy_process_group()
+    return result
+
+
+def row(name: str, result: dict, key: str) -> str:
+    ms, flops, peak = result[key], result["flops"], result["peak_flops"]
+    mfu = f"{flops / ms * 1e3 / peak:.1%}" if peak else "-"
+    memory = result.get("peak_gib_forward_backward" if key == "forward_backward_ms" else "peak_gib", result["peak_gib"])
+    return f"| {name} | {result['tokens'] / ms * 1e3:,.0f} | {flops / ms / 1e9:.0f} | {mfu} | {memory:.1f} |"
+
+
+def report(results: dict[str, dict]) -> str:
+    head = "| | tokens/s | TFLOP/s | MFU | peak GiB |\n| --- | --- | --- | --- | --- |"
+    lines = ["forward + backward", head]
+    lines += [row(name, r, "forward_backward_ms") for name, r in results.items() if "forward_backward_ms" in r]
+    lines += ["", "with the optimizer", head]
+    lines += [row(name, r, "step_ms") for name, r in results.items() if "step_ms" in r]
+    engine, alone = results.get("ours in the engine"), results.get("ours alone")
+    if engine:
+        lines += [row("ours in the engine, 8 micro-batches a step", engine, "ms_a_micro_batch_of_8")]
+        estimates = ", ".join(f"{name} {gib:.1f}" for name, gib in engine["estimate_gib"].items())
+        lines += ["", f"memory of the engine: {engine['peak_gib']:.1f} GiB at most; the plan's estimate: {estimates}"]
+    if alone:
+        lines += ["", f"parts, forward + backward each by itself (attention: {alone['kernel']})"]
+        lines += [f"  {part:24} {v['ms']:7.2f} ms {v['tflops']:5.0f} TFLOP/s" for part, v in alone["parts"].items()]
+    for name, result in results.items():
+        if result.get("kernels"):
+            lines += ["", f"GPU time of {name}, ms"]
+            lines += [f"  {ms:8.2f}  {kind}" for kind, ms in sorted(result["kernels"]["kinds"].items())]
+            lines += [f"  {ms:8.2f} {count:5} x {kernel}" for ms, count, kernel in result["kernels"]["longest"]]
+    return "\n".join(lines)
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="7b", help="tiny tries the benchmark itself, also without a GPU")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--documents", type=int, default=1, help="in the row; the baselines attend over all of it")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--only", nargs="*", choices=CONTESTANTS, default=CONTESTANTS)
+    parser.add_argument("--here", action="store_true", help="run the one contestant in this process")
+    parser.add_argument("--output", type=Path, help="JSON of everything measured")
+    args = parser.parse_args()
+    if args.here:
+        args.output.write_text(json.dumps(measure(args.only[0], args)))
+        return
+    results = {}
+    for name in args.only:
+        print(f"== {name}", flush=True)
+        path = Path(f"/tmp/train_step_{os.getpid()}.json")
+        sizes = [
+            f"--{key.replace('_', '-')}={getattr(args, key)}" for key in ("preset", "layers", "seq_len", "documents")
+        ]
+        again = [sys.executable, __file__, *sizes, f"--repeats={args.repeats}", "--here", f"--output={path}"]
+        begun = time.perf_counter()
+        ended = subprocess.run([*again, "--only", name], check=False)
+        if ended.returncode:
+            print(f"{name} failed with exit code {ended.returncode}", flush=True)
+            continue
+        results[name] = json.loads(path.read_text())
+        path.unlink()
+        print(f"{name}: {time.perf_counter() - begun:.0f} s in all", flush=True)
+    print(report(results))
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
