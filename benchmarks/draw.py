@@ -86,6 +86,20 @@ def position_bytes(model) -> int:
     return size(model.model.layers) + size(model.projector) + heads
 
 
+def plain_state(head, hidden, codes_RD, codebook_KC) -> torch.Tensor:
+    """(R, W) normed state of the depth after `codes`, in PyTorch's eager operations."""
+    before = head.code_projector(F.embedding(codes_RD, codebook_KC).cumsum(1).to(hidden.dtype))
+    x = torch.cat([head.projector(hidden)[:, None], before], dim=1)
+    x = x + head.depth_embedding[: x.size(1)]
+    for layer in head.layers:
+        q, k, v = layer.qkv(layer.attention_norm(x)).unflatten(-1, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + layer.out(attended.transpose(1, 2).flatten(2))
+        gate, up = layer.gate_up(layer.ffn_norm(x)).chunk(2, dim=-1)
+        x = x + layer.down(F.silu(gate) * up)
+    return head.norm(x)[:, -1]
+
+
 @torch.no_grad()
 def plain_draw(model, captions: list[list[int]], positions: int) -> None:
     """The first `positions` positions of an image for each caption, the way one writes it without caches in mind."""
@@ -105,7 +119,7 @@ def plain_draw(model, captions: list[list[int]], positions: int) -> None:
             head, codebook = getattr(model, f"{stream}_head"), model.dualtoken.codebook(stream)
             codes = torch.empty(len(prompts), 0, dtype=torch.int64, device=model.device)
             for d in range(len(head.depth_embedding)):
-                state = head.states(hidden, codes.repeat(2, 1), codebook)[:, -1]
+                state = plain_state(head, hidden, codes.repeat(2, 1), codebook)
                 captioned, bare = F.linear(state, head.classifiers[d]).float().chunk(2)
                 uniform = torch.rand(len(prompts), device=model.device)
                 chosen = sampler(bare + SCALE * (captioned - bare), uniform)
