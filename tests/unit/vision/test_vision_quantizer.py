@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megadual.testing.distributed import run_distributed
 from megadual.vision import quantizer as quantizer_module
@@ -167,3 +169,26 @@ def test_residual_codes_are_those_of_the_quantiser():
     x = torch.randn(2, 50, C)
     codes = residual_codes(x.flatten(0, 1), quantizer.codebook.codes, D)
     assert torch.equal(codes, quantizer(x)[1].flatten(0, 1))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation inside gives."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("timing", ["per_depth", "per_step"])
+def test_training_never_holds_a_positions_by_codes_matrix(timing):
+    """Scaled down from 384/rvq8: there 23,328 positions by 16,384 codes would be 1.5 GB for each depth."""
+    quantizer = ResidualQuantizer(16384, 4, 2, 0.9, restart_unused_codes=True, timing=timing).train()
+    x = torch.randn(3, 1024, 4, requires_grad=True)
+    with LargestTensor() as largest:
+        quantizer(x)[0].sum().backward()
+    assert largest.numbers <= quantizer_module.SCORES_AT_ONCE < 3 * 1024 * 16384
