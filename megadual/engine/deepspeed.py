@@ -6,28 +6,41 @@ DeepSpeed's PipelineModule. Process groups are megatron-core's, which DeepSpeed'
 
 import contextlib
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 from deepspeed.ops import __compatible_ops__
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 
 from megadual.config import PretrainConfig
 from megadual.data.dataset import MicroBatch
+from megadual.engine import sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
 from megadual.engine.step import GlobalLosses, StepResult, schedule
 from megadual.engine.topology import Topology
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.init import initialize
 from megadual.model.parts import train_only
+
+_OPTIMIZER_STATE = {sharded.STATE.format("param"): None} | {sharded.STATE.format(key): key for key in sharded.MOMENTS}
+_LOADED_AT_ONCE = 1 << 28  # parameters whose state is on the host at a time
 
 
 class ModelParallelUnit:
@@ -76,8 +89,9 @@ class Stage(torch.nn.Module):
             post_process=parallel_state.is_pipeline_last_stage(),
         )
         initialize([chunk], run.train.seed)
+        if run.checkpoint.start:
+            sharded.load_weights([chunk], Path(run.checkpoint.start))
         train_only(chunk, run.train.parts)
-        _hide_extra_state(chunk)
         for parameter in chunk.parameters():
             if parameter.requires_grad and getattr(parameter, "sequence_parallel", False):
                 _sum_over_tensor_parallel(parameter)
@@ -128,23 +142,6 @@ def _sum_over_tensor_parallel(parameter: torch.nn.Parameter) -> None:
     parameter.register_hook(reduce)
 
 
-def _hide_extra_state(module: torch.nn.Module) -> None:
-    """megatron-core's linear layers put `_extra_state: None` into state dicts, which DeepSpeed's files can't hold."""
-
-    def drop(_module, state, _prefix, _metadata):
-        for name in [name for name in state if name.endswith("_extra_state") and state[name] is None]:
-            del state[name]
-
-    def restore(_module, state, prefix, *_):
-        for name, part in module.named_modules():
-            key = f"{prefix}{name}._extra_state"
-            if key not in state and type(part).get_extra_state is not torch.nn.Module.get_extra_state:
-                state[key] = None
-
-    module.register_state_dict_post_hook(drop)
-    module.register_load_state_dict_pre_hook(restore)
-
-
 class DeepSpeedEngine:
     """The same interface as MegatronEngine, on DeepSpeed."""
 
@@ -168,6 +165,11 @@ class DeepSpeedEngine:
         else:
             module = Stage(run, vocabulary, self.feed)
             self.chunks = [module.chunk]
+        # Taken now: ZeRO-3 leaves no parameter whole. Entries get their tensors when they are saved or loaded.
+        chunk = self.chunks[0]
+        entries = chunk.sharded_state_dict(metadata=dict(sharded.METADATA))
+        self.entries = {name: (entries[name], p.shape) for name, p in chunk.named_parameters()}
+        self.buffers = {name: entries[name] for name, _ in chunk.named_buffers() if name in entries}
         train = run.train
         optimizer = torch.optim.AdamW(
             _parameter_groups(module, train.weight_decay), lr=train.lr, betas=(train.beta1, train.beta2), eps=1e-8
@@ -179,10 +181,12 @@ class DeepSpeedEngine:
             mpu=None if pipelined else ModelParallelUnit(),
             dist_init_required=False,
         )
+        self._hold_moments()
         self.scheduler = schedule(run, self.optimizer)
 
-    def train_step(self, batches: list[MicroBatch]) -> StepResult:
-        """One optimizer step over this rank's micro-batches."""
+    def train_step(self, batches: list[MicroBatch], approve: Callable[[StepResult], bool] | None = None) -> StepResult:
+        """One optimizer step over this rank's micro-batches. A step can't be refused: `approve` must be None."""
+        assert approve is None
         device = torch.cuda.current_device()
         batches = [batch.to(device) for batch in batches]
         losses = GlobalLosses(self.run, batches, self.vocabulary)
@@ -199,25 +203,91 @@ class DeepSpeedEngine:
         self.scheduler.step(increment=1)
         return losses.result(self.engine.get_global_grad_norm(), lr)
 
-    def save(self, folder: Path) -> None:
-        """The weights as torch_dist shards, as the megatron engine writes them; the rest as DeepSpeed's files."""
-        self.engine.save_checkpoint(
-            str(folder / "deepspeed"), tag="state", client_state={"scheduler": self.scheduler.state_dict()}
-        )
-        with self._whole_parameters():
-            model = self.chunks[0].sharded_state_dict(metadata={"non_homogeneous_layers": True})
-            dist_checkpointing.save({"model": model}, str(folder), sharded_strategy=("torch_dist", 1))
+    @property
+    def updates(self) -> int:
+        """Optimizer steps taken."""
+        return sharded.updates(self.engine.optimizer.optimizer)
 
-    def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote under the same layout."""
-        _, state = self.engine.load_checkpoint(str(folder / "deepspeed"), tag="state")
-        self.scheduler.load_state_dict(state["scheduler"])
+    def save(self, folder: Path, copy: bool) -> sharded.ShardedWrite:
+        """Weights, fp32 weights and moments on their way to `folder`; every rank calls it.
 
-    def _whole_parameters(self):
-        """ZeRO-3 keeps a part of every parameter on each rank; within this context all are whole."""
+        Parameters are made whole one after another, and each is kept, on the host, by one data-parallel rank.
+        """
+        rank, size = parallel_state.get_data_parallel_rank(), self.topology.data
+        state = {"buffers": self.buffers}
+        for i, (name, parameter) in enumerate(self.chunks[0].named_parameters()):
+            whole = list(self._whole_tensors(parameter, mine=i % size == rank))
+            if i % size == rank:
+                state[name] = [self._entry(name, prefix, tensor, alone=True) for prefix, tensor in whole]
+        return sharded.ShardedWrite(state, folder, copy)
+
+    def _whole_tensors(self, parameter: torch.nn.Parameter, mine: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """(prefix, tensor) of a parameter and its optimizer state; None where they are not `mine` (collective)."""
+        with self._whole([parameter]):
+            yield "", parameter.detach().cpu().clone() if mine else None
+        if parameter.requires_grad:
+            for prefix, key in _OPTIMIZER_STATE.items():
+                get = safe_get_full_optimizer_state if key else safe_get_full_fp32_param
+                tensor = get(parameter, *[key] if key else [])
+                yield prefix, tensor.cpu().clone() if mine else None
+
+    def _entry(self, name: str, prefix: str, tensor: torch.Tensor, alone: bool):
+        """A sharded state's entry for this rank's whole share of a parameter or its optimizer state."""
+        entry, _ = self.entries[name]
+        values = {"key": prefix + entry.key, "data": tensor}
+        if hasattr(entry, "dtype"):
+            values["dtype"] = tensor.dtype
+        if alone:  # no other data-parallel rank offers it
+            values["replica_id"] = (*entry.replica_id[:-1], 0)
+        return replace(entry, **values)
+
+    def load(self, folder: Path, step: int, updates: int) -> None:
+        """Fill from what either engine's `save` wrote under any layout after `step` steps."""
+        parameters = dict(self.chunks[0].named_parameters())
+        parts = torch.tensor([sum(p.numel() for p in parameters.values()) // _LOADED_AT_ONCE + 1])
+        parts = parts.to(torch.cuda.current_device())
+        dist.all_reduce(parts, op=dist.ReduceOp.MAX)  # reading is collective, and stages differ in size
+        for part in range(parts.item()):
+            names = list(parameters)[part :: parts.item()]
+            state = {name: dict(self._empty_entries(name, parameters[name].requires_grad)) for name in names}
+            for name, tensors in sharded.read(state, folder).items():
+                self._fill(parameters[name], tensors)
+        sharded.set_updates(self.engine.optimizer.optimizer, updates)
+        self.scheduler.step(increment=step)
+
+    def _empty_entries(self, name: str, trained: bool) -> Iterator[tuple[str, object]]:
+        _, shape = self.entries[name]
+        yield "", self._entry(name, "", torch.empty(shape, dtype=self.chunks[0].config.params_dtype), alone=False)
+        for prefix in _OPTIMIZER_STATE if trained else ():
+            yield prefix, self._entry(name, prefix, torch.empty(shape), alone=False)
+
+    @torch.no_grad()
+    def _fill(self, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        with self._whole([parameter], modifier_rank=0):
+            parameter.copy_(tensors[""])
+        for prefix, key in _OPTIMIZER_STATE.items() if parameter.requires_grad else ():
+            tensor = tensors[prefix].to(parameter.device)
+            if key:
+                safe_set_full_optimizer_state(parameter, tensor, key)
+            else:
+                safe_set_full_fp32_param(parameter, tensor)
+
+    def _hold_moments(self) -> None:
+        """Give AdamW its state before the first step, and DeepSpeed's parameters their views of it."""
+        zero = self.engine.optimizer
+        if self.run.parallel.zero_stage == 3:
+            sharded.hold_moments(zero.optimizer, zero.fp32_partitioned_groups_flat)
+        else:
+            in_bf16 = isinstance(zero, BF16_Optimizer)  # what stage 1 is then
+            flat = zero.fp32_groups_flat_partition if in_bf16 else zero.single_partition_of_fp32_groups
+            sharded.hold_moments(zero.optimizer, flat)
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _whole(self, parameters: list[torch.nn.Parameter], modifier_rank: int | None = None):
+        """ZeRO-3 keeps a part of every parameter on each rank; within this context these are whole."""
         if self.run.parallel.zero_stage < 3:
             return contextlib.nullcontext()
-        return deepspeed.zero.GatheredParameters(list(self.chunks[0].parameters()))
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
     def shutdown(self) -> None:
         self.engine.destroy()

@@ -1,29 +1,30 @@
 """The megatron engine: tensor, pipeline and data parallel training on megatron-core's own schedules."""
 
-import queue
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from megadual.config import PretrainConfig
 from megadual.data.dataset import MicroBatch
+from megadual.engine import sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
 from megadual.engine.step import GlobalLosses, StepResult, schedule
 from megadual.engine.topology import Topology
+from megadual.model.context import context_share
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.init import initialize
 from megadual.model.parts import train_only
 
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
+_TORCH_ADAM = distrib_optimizer.Adam.__module__.startswith("torch.")  # not Apex's or Transformer Engine's
 
 
 def build_chunks(run: PretrainConfig, vocabulary: Vocabulary) -> list[DualLM]:
-    """This rank's model chunks (one, or one per virtual pipeline stage), initialised from the run's seed."""
+    """This rank's model chunks (one, or one per virtual pipeline stage), from the run's seed or `checkpoint.start`."""
     virtual = run.parallel.virtual_pipeline
     chunks = []
     for chunk in range(virtual):
@@ -38,6 +39,8 @@ def build_chunks(run: PretrainConfig, vocabulary: Vocabulary) -> list[DualLM]:
             )
         )
     initialize(chunks, run.train.seed)
+    if run.checkpoint.start:
+        sharded.load_weights(chunks, Path(run.checkpoint.start))
     return chunks
 
 
@@ -76,6 +79,10 @@ class MegatronEngine:
             ),
             self.model,
         )
+        if _TORCH_ADAM and self._adam():
+            for group in self._adam().param_groups:
+                group["fused"] = torch.cuda.is_available()  # one pass over weights, gradients and moments
+            sharded.hold_moments(self._adam(), [p for group in self._adam().param_groups for p in group["params"]])
         self.scheduler = schedule(run, self.optimizer)
         no_sync = [wrapped.no_sync for wrapped in self.model]
         for chunk in self.chunks:
@@ -85,13 +92,19 @@ class MegatronEngine:
                 chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.forward_backward = get_forward_backward_func()
 
-    def train_step(self, batches: list[MicroBatch]) -> StepResult:
-        """One optimizer step over this rank's micro-batches."""
-        batches = [batch.to(torch.cuda.current_device()) for batch in batches]
+    def train_step(self, batches: list[MicroBatch], approve: Callable[[StepResult], bool] | None = None) -> StepResult:
+        """One optimizer step over this rank's micro-batches.
+
+        Where `approve` says no to the step's losses and gradient norm, weights and optimizer stay as they were; the
+        schedule goes on.
+        """
+        losses = GlobalLosses(self.run, batches, self.vocabulary)
+        positions = batches[0].tokens.size(0)
+        context = parallel_state.get_context_parallel_rank(), self.run.parallel.context
+        batches = [context_share(batch, *context).to(torch.cuda.current_device()) for batch in batches]
         for wrapped in self.model:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = GlobalLosses(self.run, batches, self.vocabulary)
         # megatron divides by the micro-batches and averages over data-parallel ranks; the loss is global already.
         scale = len(batches) * self.topology.data
 
@@ -106,50 +119,77 @@ class MegatronEngine:
             data_iterator=[iter(batches) for _ in self.model] if len(self.model) > 1 else iter(batches),
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.size(0),
+            seq_length=positions,  # before it is cut over context- and tensor-parallel ranks
             micro_batch_size=1,
         )
-        _, grad_norm, _ = self.optimizer.step()
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.scheduler.get_lr({})
+        if approve:
+            self.optimizer.prepare_grads()
+            result = losses.result(self.optimizer.get_grad_norm(), lr)
+            if approve(result):
+                self.optimizer.step()
+        else:
+            _, grad_norm, _ = self.optimizer.step()
+            result = losses.result(grad_norm, lr)
         self.scheduler.step(increment=1)
-        return losses.result(grad_norm, lr)
+        return result
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer and schedule as torch_dist shards; every rank calls it."""
-        # megatron-core otherwise starts a manager process on every rank only to hold this queue.
-        filesystem_async._results_queue = queue.Queue()
-        state = self._sharded_state(is_loading=False) | {"scheduler": self.scheduler.state_dict()}
-        dist_checkpointing.save(state, str(folder), sharded_strategy=("torch_dist", 1))
+    @property
+    def updates(self) -> int:
+        """Optimizer steps taken; steps that were skipped don't count."""
+        return sharded.updates(self._adam()) if self._adam() else 0
 
-    def load(self, folder: Path) -> None:
-        """Fill from what `save` wrote under any layout."""
-        torch_adam = distrib_optimizer.Adam.__module__.startswith("torch.")
-        if torch_adam:
+    def save(self, folder: Path, copy: bool) -> sharded.ShardedWrite:
+        """Weights, fp32 weights and moments on their way to `folder`; every rank calls it."""
+        state = self._sharded_model()
+        if self._adam():
+            state["optimizer"] = self._sharded_optimizer(state, is_loading=False)["param_state"]
+        return sharded.ShardedWrite(state, folder, copy)
+
+    def load(self, folder: Path, step: int, updates: int) -> None:
+        """Fill from what either engine's `save` wrote under any layout after `step` steps."""
+        if _TORCH_ADAM:
             _keep_step_out_of_sharded_state()
-            for optimizer in self.optimizer.chained_optimizers:
-                optimizer._init_optimizer_states_with_dummy_values()
-        state = dist_checkpointing.load(self._sharded_state(is_loading=True) | {"scheduler": None}, str(folder))
-        for name, chunk in zip(self._chunk_names(), self.chunks):
-            chunk.load_state_dict(state[name])
-        with torch.no_grad():
-            self.optimizer.load_state_dict(state["optimizer"])
-        if torch_adam:
-            for optimizer in self.optimizer.chained_optimizers:
-                for moments in optimizer.optimizer.state.values():
-                    # The loaded state shares one step tensor, which AdamW would advance once per parameter.
-                    moments["step"] = moments["step"].clone()
-        self.scheduler.load_state_dict(state["scheduler"])
+        state, optimizer = self._sharded_model(), None
+        if self._adam():
+            optimizer = self._sharded_optimizer(state, is_loading=True)
+            state["optimizer"] = optimizer["param_state"]
+        loaded = sharded.read(state, folder)
+        for name, chunk in zip(self._chunk_names(), self.chunks, strict=True):
+            missing, unexpected = chunk.load_state_dict(loaded[name], strict=False)
+            assert not unexpected and all(
+                key.endswith("._extra_state") for key in missing
+            )  # these are always None here
+        if optimizer:
+            optimizer["param_state"] = loaded["optimizer"]
+            for group in optimizer["optimizer"]["param_groups"]:
+                group["step"] = updates
+            with torch.no_grad():
+                self.optimizer.load_state_dict(optimizer)
+            if _TORCH_ADAM:
+                # The loaded state shares one step tensor, which AdamW would advance once per parameter.
+                sharded.set_updates(self._adam(), updates)
+        self.scheduler.step(increment=step)
+
+    def _adam(self) -> torch.optim.Optimizer | None:
+        """The optimizer inside megatron's, None on a rank where nothing is trained."""
+        return None if self.optimizer.is_stub_optimizer else self.optimizer.optimizer
 
     def _chunk_names(self) -> list[str]:
         return ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
 
-    def _sharded_state(self, is_loading: bool) -> dict:
-        model = {
-            name: chunk.sharded_state_dict(metadata=dict(_SHARDING))
-            for name, chunk in zip(self._chunk_names(), self.chunks)
+    def _sharded_model(self) -> dict:
+        return {
+            name: {
+                key: entry
+                for key, entry in chunk.sharded_state_dict(metadata=dict(sharded.METADATA)).items()
+                if not key.endswith("._extra_state")
+            }
+            for name, chunk in zip(self._chunk_names(), self.chunks, strict=True)
         }
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_SHARDING))
-        return {**model, "optimizer": optimizer}
+
+    def _sharded_optimizer(self, model: dict, is_loading: bool) -> dict:
+        return self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(sharded.METADATA))
 
     def shutdown(self) -> None:
         destroy_groups()

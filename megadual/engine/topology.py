@@ -129,6 +129,6 @@ def _check_engine(run: PretrainConfig) -> None:
         )
     if run.engine == "deepspeed" and parallel.pipeline > 1 and run.model.tie_embeddings:
         raise UserError(
-            "model.tie_embeddings=true does not go with a DeepSpeed pipeline, which counts the shared table twice in the "
-            "gradient norm; use engine=megatron, or parallel.pipeline=1"
+            "model.tie_embeddings=true does not go with a DeepSpeed pipeline, which counts the shared table twice in "
+            "the gradient norm; use engine=megatron, or parallel.pipeline=1"
         )

@@ -1,65 +1,153 @@
-"""Checkpoints of a pretraining run: sharded, atomic, loadable under another layout.
+"""Checkpoints of a pretraining run: sharded, atomic, loadable under another layout and by the other engine.
 
-RUN/checkpoints/00000100/ holds megatron-core's torch_dist shards and the run's config.yaml; RUN/checkpoints/latest
-names the newest complete one and moves only after every rank has written.
+RUN/checkpoints/00000100/ holds torch_dist shards (megadual/engine/sharded.py) and the run's config.yaml;
+RUN/checkpoints/latest names the newest complete one and moves only after every rank has written.
 """
 
 import json
 import os
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import xxhash
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megadual.config import PretrainConfig, load_config, to_yaml
+from megadual.engine.sharded import ShardedWrite, checksum
 from megadual.errors import UserError
 
 LATEST = "latest"
 CONFIG = "config.yaml"
 PROGRESS = "progress.json"
 CHECKSUMS = "checksums.json"
+PARTIAL = ".partial-"
+
+
+class _Saving(threading.Thread):
+    """One checkpoint on its way to disk."""
+
+    def __init__(self, write: ShardedWrite, partial: Path, final: Path, progress: dict):
+        super().__init__(name="checkpoint", daemon=True)
+        self.write, self.partial, self.final, self.progress = write, partial, final, progress
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self.write.write()
+        except Exception as error:  # whatever it is, every rank has to hear of it
+            self.error = error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The disk's own words, where an error of torch's archive writer hides them."""
+    while error.__context__ and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 class Checkpointer:
-    """Writes and reads a run's checkpoints."""
+    """Writes and reads a run's checkpoints. Every rank calls its methods, `latest` excepted."""
 
     def __init__(self, run: PretrainConfig):
         self.run = run
         self.folder = Path(run.run.dir) / "checkpoints"
+        self.saving: _Saving | None = None
 
-    def save(self, engine, step: int) -> Path:
-        """Write the state after `step` optimizer steps; every rank calls it. Prunes the oldest checkpoints."""
-        final = self.folder / f"{step:08d}"
-        partial = self.folder / f".partial-{step:08d}"
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        engine.save(partial)
-        dist.barrier()
-        checksums = _checksums(partial)
-        if dist.get_rank() == 0:
-            (partial / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
-            (partial / CONFIG).write_text(to_yaml(self.run))
-            (partial / PROGRESS).write_text(json.dumps({"step": step}))
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            pointer = self.folder / f".{LATEST}"
-            pointer.write_text(final.name)
-            os.replace(pointer, self.folder / LATEST)
-            self._prune(final)
-        dist.barrier()
-        return final
+    def save(self, engine, step: int) -> None:
+        """Write the state after `step` steps, with `checkpoint.background` while training goes on.
 
-    def _prune(self, newest: Path) -> None:
-        complete = sorted(p for p in self.folder.iterdir() if p.name.isdigit())
+        `poll` and `finish` complete it and prune the oldest ones. UserError on every rank where it can't be written;
+        `latest` is then as it was.
+        """
+        self.finish()
+        final, partial = self.folder / f"{step:08d}", self.folder / f"{PARTIAL}{step:08d}"
+        self._on_first_rank(final, lambda: (self.clean(), partial.mkdir(parents=True)))
+        background = self.run.checkpoint.background
+        try:
+            write = engine.save(partial, copy=background)
+        except OSError as error:
+            raise self._unwritable(final, error) from error
+        self.saving = _Saving(write, partial, final, {"step": step, "updates": engine.updates})
+        if background:
+            self.saving.start()
+        else:
+            self.saving.run()
+            self.finish()
+
+    def poll(self) -> None:
+        """Complete the checkpoint that is being written, if all ranks have written their part."""
+        if self.saving:
+            busy = torch.tensor([float(self.saving.is_alive())], device=torch.cuda.current_device())
+            dist.all_reduce(busy, op=dist.ReduceOp.MAX)
+            if not busy.item():
+                self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and complete it."""
+        if self.saving is None:
+            return
+        saving, self.saving = self.saving, None
+        if saving.is_alive():
+            saving.join()
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, str(_cause(saving.error)) if saving.error else None)
+        for rank, error in enumerate(errors):
+            if error:
+                raise self._unwritable(saving.final, f"rank {rank}: {error}")
+        try:
+            saving.write.finish()
+        except (OSError, CheckpointException) as error:
+            raise self._unwritable(saving.final, error) from error
+        parts: list[dict[str, str]] = [{} for _ in errors]
+        dist.all_gather_object(parts, saving.write.checksums)
+        checksums = {name: value for part in parts for name, value in part.items()}
+        self._on_first_rank(saving.final, lambda: self._complete(saving, checksums))
+
+    def _complete(self, saving: _Saving, checksums: dict[str, str]) -> None:
+        partial, final = saving.partial, saving.final
+        others = [path.name for path in partial.iterdir() if path.name not in checksums]
+        checksums |= {name: checksum(partial / name) for name in others}
+        _describe(partial, self.run, saving.progress, checksums)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        pointer = self.folder / f".{LATEST}"
+        pointer.write_text(final.name)
+        os.replace(pointer, self.folder / LATEST)
+        complete = sorted(path for path in self.folder.iterdir() if path.name.isdigit())
         for old in complete[: -self.run.checkpoint.keep]:
-            if old != newest:
+            if old != final:
                 shutil.rmtree(old)
+
+    def _on_first_rank(self, final: Path, action: Callable[[], object]) -> None:
+        """Do something to the files on rank 0; every rank hears whether it worked."""
+        error: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                action()
+            except OSError as failure:
+                error = [str(failure)]
+        dist.broadcast_object_list(error, src=0)
+        if error[0]:
+            raise self._unwritable(final, error[0])
+
+    def _unwritable(self, final: Path, error: object) -> UserError:
+        latest = self.latest()
+        kept = f"the last good one is '{latest}'" if latest else "the run has none yet"
+        return UserError(
+            f"checkpoint '{final}' could not be written ({error}); {kept}; make room there, or give another run.dir, "
+            "and start again"
+        )
+
+    def clean(self) -> None:
+        """Remove what a save that was cut short has left behind (rank 0)."""
+        for partial in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(partial)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, None where the run has none."""
@@ -71,30 +159,52 @@ class Checkpointer:
 
         UserError names the files that are not what was written.
         """
-        written, found = json.loads((checkpoint / CHECKSUMS).read_text()), _checksums(checkpoint)
-        damaged = sorted(name for name in written if found.get(name) != written[name])
-        if damaged:
-            raise UserError(
-                f"checkpoint '{checkpoint}' is damaged: {', '.join(damaged)}; remove the folder and write the name of "
-                f"an older one to '{self.folder / LATEST}'"
-            )
-        engine.load(checkpoint)
-        return json.loads((checkpoint / PROGRESS).read_text())["step"]
+        verify(checkpoint)
+        progress = json.loads((checkpoint / PROGRESS).read_text())
+        engine.load(checkpoint, **progress)
+        return progress["step"]
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    """xxh3 of the engine's files by name; ranks share the files out (collective)."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    mine = {}
-    for name in [n for n in names if n not in (CONFIG, PROGRESS, CHECKSUMS)][dist.get_rank() :: dist.get_world_size()]:
-        digest = xxhash.xxh3_128()
-        with open(folder / name, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-        mine[name] = digest.hexdigest()
-    parts: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, mine)
-    return {name: digest for part in parts for name, digest in part.items()}
+def verify(checkpoint: Path) -> None:
+    """UserError if a file is not what was written; ranks share the files out (collective)."""
+    written = json.loads((checkpoint / CHECKSUMS).read_text())
+    names = sorted(written)[dist.get_rank() :: dist.get_world_size()]
+    wrong = [n for n in names if not (checkpoint / n).is_file() or checksum(checkpoint / n) != written[n]]
+    parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, wrong)
+    if damaged := sorted(name for part in parts for name in part):
+        raise UserError(
+            f"checkpoint '{checkpoint}' is damaged: {', '.join(damaged)}; remove the folder and write the name of "
+            f"an older one to '{checkpoint.parent / LATEST}'"
+        )
+
+
+def _describe(folder: Path, run: PretrainConfig, progress: dict, checksums: dict[str, str]) -> None:
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
+    (folder / CONFIG).write_text(to_yaml(run))
+    (folder / PROGRESS).write_text(json.dumps(progress))
+
+
+def seal_weights(folder: Path, run: PretrainConfig) -> None:
+    """Make a checkpoint for `checkpoint.start` of a folder with torch.distributed.checkpoint's files of the weights.
+
+    Their entries have the names that `load_full_state` returns. For tools: needs no process group.
+    """
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    torch.save({}, folder / "common.pt")  # megatron-core before 0.17 looks for it
+    _describe(folder, run, {"step": 0, "updates": 0}, {path.name: checksum(path) for path in folder.iterdir()})
+
+
+def starting_weights(run: PretrainConfig) -> Path | None:
+    """The checkpoint whose weights the run starts from; None to start from its own latest, or from its seed.
+
+    Verified (collective).
+    """
+    if not run.checkpoint.start or (run.checkpoint.resume and Checkpointer(run).latest()):
+        return None
+    checkpoint = resolve_checkpoint(run.checkpoint.start)
+    verify(checkpoint)
+    return checkpoint
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -11,22 +12,25 @@ from megadual.data.dataset import PackedDataset
 from megadual.model.flops import peak_flops
 from megadual.train.checkpoint import Checkpointer
 from megadual.train.metrics import MetricsLog, entry_of
-from megadual.train.stop import EXIT_BAD_LOSS, EXIT_STOPPED, LossWatch, StopSignal, all_keys
+from megadual.train.stop import EXIT_BAD_LOSS, EXIT_STOPPED, LossWatch, StopSignal, all_keys, record_bad_step
 
 
 def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], None]) -> None:
     """Run the configured steps, from the run folder's latest checkpoint where there is one.
 
-    `beat` is called after everything that is done. Exits with EXIT_STOPPED after SIGTERM or SIGUSR1, once a
-    checkpoint is written, and with EXIT_BAD_LOSS where a step's loss is not finite or spikes.
+    `beat` is called after everything that is done. Exits with EXIT_STOPPED after SIGTERM or SIGUSR1, once a checkpoint
+    is written, and with EXIT_BAD_LOSS where a step's loss is not finite or spikes and is not to be skipped, or too
+    many were.
     """
     checkpointer = Checkpointer(run)
+    if dist.get_rank() == 0:
+        checkpointer.clean()
     latest = checkpointer.latest() if run.checkpoint.resume else None
     start = checkpointer.load(engine, latest) if latest else 0
     log = MetricsLog(run, start) if dist.get_rank() == 0 else None
     if log and latest:
         log.bar.write(f"resumed from {latest}")
-    stop, watch = StopSignal(), LossWatch(run.train)
+    stop, watch, skips = StopSignal(), LossWatch(run.train), run.train.bad_loss == "skip"
     world, peak = dist.get_world_size(), peak_flops()
 
     batches = data.iterate(start)
@@ -34,7 +38,7 @@ def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], N
         waited = time.perf_counter()
         microbatches = next(batches)
         begun = time.perf_counter()
-        result = engine.train_step(microbatches)
+        result = engine.train_step(microbatches, watch.approve if skips else None)
         seconds = time.perf_counter() - begun
         beat()
         if log:
@@ -50,20 +54,33 @@ def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], N
                     data_wait_s=begun - waited,
                 )
             )
-        if complaint := watch.complaint(result):
+        if not skips:
+            watch.approve(result)
+        checkpointer.poll()
+        if watch.complaint:
             keys = all_keys([key for batch in microbatches for key in batch.keys])
+            stops = not skips or watch.in_a_row >= run.train.max_skipped
+            if stops:
+                checkpointer.finish()
             if log:
-                log.close()
-                print(f"error: step {step}: {complaint}; its documents: {', '.join(keys)}", file=sys.stderr, flush=True)
-            sys.exit(EXIT_BAD_LOSS)
+                record_bad_step(Path(run.run.dir), step, watch.complaint, keys, skipped=skips)
+                level = "error" if stops else "warning: skipped"
+                log.bar.write(f"{level}: step {step}: {watch.complaint}; its documents: {', '.join(keys)}", sys.stderr)
+            if stops:
+                if log:
+                    log.close()
+                sys.exit(EXIT_BAD_LOSS)
         stopping = stop.agreed()
-        if stopping or step % run.checkpoint.every == 0 or step == run.train.steps:
+        every = run.checkpoint.every
+        if stopping or (every and (step % every == 0 or step == run.train.steps)):
             checkpointer.save(engine, step)
             beat()
         if stopping and step < run.train.steps:
+            checkpointer.finish()
             if log:
                 log.bar.write(f"stopped by a signal after step {step}; start again to go on")
                 log.close()
             sys.exit(EXIT_STOPPED)
+    checkpointer.finish()
     if log:
         log.close()

@@ -12,6 +12,7 @@ from megadual.errors import UserError
 from megadual.model.dual_lm import Vocabulary
 from megadual.streams import STREAMS, SpecialIds
 from megadual.text import fingerprint, load_text_tokenizer
+from megadual.train.checkpoint import starting_weights
 from megadual.vision import read_codebooks
 
 
@@ -55,7 +56,9 @@ def resolve_stages(run: PretrainConfig, inputs: Inputs) -> None:
 
 
 def engine(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary):
-    """The run's engine, over the initialised default process group."""
+    """The run's engine, over the initialised default process group, with the weights that it starts from."""
+    start = starting_weights(run)
+    run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, start=start and str(start)))
     if run.engine == "deepspeed":
         from megadual.engine.deepspeed import DeepSpeedEngine
 

@@ -1,14 +1,27 @@
 """Resuming goes on as if nothing had happened, under the same layout and others."""
 
 import dataclasses
+import os
+import resource
+import signal
+import threading
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
 
 from megadual.errors import UserError
 from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
-from megadual.train.checkpoint import Checkpointer, load_full_state, load_run_config, resolve_checkpoint
+from megadual.train.checkpoint import (
+    Checkpointer,
+    load_full_state,
+    load_run_config,
+    resolve_checkpoint,
+    seal_weights,
+)
 
 STEPS = 6
 LAYOUTS = {
@@ -18,6 +31,8 @@ LAYOUTS = {
     "PP2xVPP2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
     "DP2": (2, []),
     "DeepSpeed ZeRO-3 DP2": (2, ["engine=deepspeed", "parallel.zero_stage=3"]),
+    "DeepSpeed ZeRO-1 DP2": (2, ["engine=deepspeed", "parallel.zero_stage=1"]),
+    "DeepSpeed ZeRO-3 TP2": (2, ["engine=deepspeed", "parallel.zero_stage=3", "parallel.tensor=2"]),
     "DeepSpeed PP2": (2, ["engine=deepspeed", "parallel.pipeline=2"]),
 }
 
@@ -31,6 +46,7 @@ def train_part(run, start: int, stop: int, save: bool):
     results = [dataclasses.asdict(engine.train_step(data.step(s))) for s in range(start, stop)]
     if save:
         checkpointer.save(engine, stop)
+        checkpointer.finish()
     weights = {name: p.detach().clone() for name, p in engine.chunks[0].named_parameters()}
     engine.shutdown()
     return results, weights
@@ -55,19 +71,167 @@ def uninterrupted(run_in, tmp_path_factory):
 
 
 @pytest.mark.parametrize("saved, loaded", [
-    ("one", "one"), ("one", "TP2xPP2+SP"), ("TP2xPP2+SP", "one"), ("TP2xPP2+SP", "PP2xVPP2"), ("PP2", "DP2"),
-    ("DeepSpeed ZeRO-3 DP2", "DeepSpeed ZeRO-3 DP2"), ("DeepSpeed PP2", "DeepSpeed PP2"),
+    ("one", "TP2xPP2+SP"), ("TP2xPP2+SP", "PP2xVPP2"), ("PP2", "DP2"), ("TP2xPP2+SP", "DeepSpeed ZeRO-3 DP2"),
+    ("DeepSpeed ZeRO-3 TP2", "DeepSpeed ZeRO-1 DP2"), ("DeepSpeed PP2", "DeepSpeed ZeRO-3 DP2"),
+    ("DeepSpeed PP2", "one"),
 ])  # fmt: skip
-def test_resume(run_in, uninterrupted, tmp_path, saved, loaded):
+def test_resume_under_another_layout(run_in, uninterrupted, tmp_path, saved, loaded):
     (processes, layout), (other_processes, other_layout) = LAYOUTS[saved], LAYOUTS[loaded]
     run_distributed(train_part, processes, run_in(tmp_path, *layout), 0, 3, True)
     got, _ = run_distributed(train_part, other_processes, run_in(tmp_path, *other_layout), 3, STEPS, False)[0]
-    expected = uninterrupted[0][3:]
-    for a, b in zip(got, expected, strict=True):
-        if saved == loaded == "one":
-            assert a == b
+    for a, b in zip(got, uninterrupted[0][3:], strict=True):
         for name in ("loss", "loss_text", "loss_semantic", "loss_pixel", "grad_norm"):
             assert a[name] == pytest.approx(b[name], abs=1e-5)
+
+
+def train_through(run, save_at: int):
+    """All steps, with a checkpoint written in the background after one of them; the results."""
+    engine, data = tiny.build(run)
+    checkpointer, results = Checkpointer(run), []
+    for s in range(STEPS):
+        results.append(dataclasses.asdict(engine.train_step(data.step(s))))
+        checkpointer.poll()
+        if s + 1 == save_at:
+            checkpointer.save(engine, save_at)
+    checkpointer.finish()
+    engine.shutdown()
+    return results
+
+
+@pytest.mark.parametrize("layout, precision", [
+    ("one", "fp32"), ("TP2xPP2+SP", "bf16"), ("DP2", "fp32"), ("DeepSpeed ZeRO-1 DP2", "bf16"),
+    ("DeepSpeed ZeRO-3 DP2", "fp32"), ("DeepSpeed PP2", "bf16"),
+])  # fmt: skip
+def test_resume_is_bitwise_and_background_writing_sees_no_later_step(run_in, tmp_path, layout, precision):
+    processes, overrides = LAYOUTS[layout]
+    run = run_in(tmp_path, *overrides, f"train.precision={precision}")
+    straight = run_distributed(train_through, processes, run, 3)[0]
+    resumed, _ = run_distributed(train_part, processes, run, 3, STEPS, False)[0]
+    assert resumed == straight[3:]
+
+
+def die_in_second_save(run):
+    """Rank 1 is killed when its part of the second checkpoint has been opened."""
+    engine, data = tiny.build(run)
+    checkpointer = Checkpointer(run)
+    for s in range(4):
+        engine.train_step(data.step(s))
+        if s == 1:
+            checkpointer.save(engine, 2)
+            checkpointer.finish()
+    if dist.get_rank() == 1:
+        part = checkpointer.folder / ".partial-00000004" / "__1_0.distcp"
+        threading.Thread(target=_die_once_there, args=(part,)).start()
+    checkpointer.save(engine, 4)
+    checkpointer.finish()
+
+
+def _die_once_there(path):
+    while not path.exists():
+        time.sleep(1e-4)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_kill_during_a_save(run_in, tmp_path, background):
+    run = run_in(tmp_path, "parallel.pipeline=2", f"checkpoint.background={background}")
+    straight, _ = run_distributed(train_part, 2, run, 0, STEPS, False)[0]
+    with pytest.raises(RuntimeError):
+        run_distributed(die_in_second_save, 2, run)
+    assert Checkpointer(run).latest().name == "00000002"
+    assert (tmp_path / "checkpoints" / ".partial-00000004").exists()
+    resumed, _ = run_distributed(train_part, 2, run, 2, STEPS, True)[0]
+    assert resumed == straight[2:]
+    assert [path.name for path in (tmp_path / "checkpoints").glob(".partial-*")] == []
+
+
+def fill_the_disk(run):
+    """The second checkpoint meets files that may not grow."""
+    engine, data = tiny.build(run)
+    checkpointer = Checkpointer(run)
+    engine.train_step(data.step(0))
+    checkpointer.save(engine, 1)
+    checkpointer.finish()
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    checkpointer.save(engine, 2)
+    with pytest.raises(
+        UserError, match=r"00000002' could not be written \(rank 1: .*too large.*good one is .*00000001'"
+    ):
+        checkpointer.finish()
+    assert checkpointer.latest().name == "00000001"
+    engine.shutdown()
+
+
+def test_full_disk_is_told_on_every_rank_and_keeps_the_last_good(run_in, tmp_path):
+    run_distributed(fill_the_disk, 2, run_in(tmp_path, "parallel.pipeline=2"))
+
+
+def test_folder_that_cannot_be_made_is_told_on_every_rank(run_in, tmp_path):
+    (tmp_path / "checkpoints").write_text("a file, not a folder")
+    with pytest.raises(RuntimeError, match="UserError: .*00000001' could not be written .*the run has none yet"):
+        run_distributed(train_part, 2, run_in(tmp_path, "parallel.pipeline=2"), 0, 1, True)
+
+
+def first_loss(run, step: int):
+    engine, data = tiny.build(run)
+    result = engine.train_step(data.step(step))
+    engine.shutdown()
+    return result.loss, result.lr
+
+
+@pytest.fixture(scope="module")
+def weights_only(run_in, tmp_path_factory):
+    """The weights after one step, in a folder as a tool would write it."""
+    folder = tmp_path_factory.mktemp("weights")
+    run = run_in(folder / "run")
+    run_distributed(train_part, 1, run, 0, 1, True)
+    state = load_full_state(resolve_checkpoint(folder / "run"))
+    torch.distributed.checkpoint.save(state, storage_writer=FileSystemWriter(folder / "start"), no_dist=True)
+    seal_weights(folder / "start", run)
+    return folder / "start"
+
+
+@pytest.mark.parametrize("layout", ["TP2xPP2+SP", "DeepSpeed ZeRO-3 DP2", "DeepSpeed PP2"])
+def test_start_from_weights(run_in, uninterrupted, weights_only, tmp_path, layout):
+    processes, overrides = LAYOUTS[layout]
+    run = run_in(tmp_path, *overrides, f"checkpoint.start={weights_only}")
+    loss, lr = run_distributed(first_loss, processes, run, 1)[0]
+    assert loss == pytest.approx(uninterrupted[0][1]["loss"], abs=1e-5)
+    assert lr == uninterrupted[0][0]["lr"]  # the schedule starts anew
+
+
+def test_start_of_another_size_is_refused(run_in, weights_only, tmp_path):
+    run = run_in(tmp_path, f"checkpoint.start={weights_only}", "model.ffn=96")
+    with pytest.raises(RuntimeError, match=r"UserError: .*linear_fc1.weight is \(256, 64\), the run's is \(192, 64\)"):
+        run_distributed(first_loss, 1, run, 0)
+
+
+def skip_one(run):
+    """Step 1 is refused; did weights and optimizer stay, and what came after."""
+    engine, data = tiny.build(run)
+    engine.train_step(data.step(0))
+    before = [tensor.clone() for tensor in _all_tensors(engine)]
+    refused = engine.train_step(data.step(1), approve=lambda result: False)
+    same = all(torch.equal(a, b) for a, b in zip(before, _all_tensors(engine), strict=True))
+    after = engine.train_step(data.step(2), approve=lambda result: True)
+    updates = engine.updates
+    engine.shutdown()
+    return same, refused, after, updates
+
+
+def _all_tensors(engine):
+    yield from engine.chunks[0].parameters()
+    for state in engine.optimizer.optimizer.state.values():
+        yield from state.values()
+
+
+def test_refused_step_changes_nothing_but_the_schedule(run_in, uninterrupted, tmp_path):
+    same, refused, after, updates = run_distributed(skip_one, 2, run_in(tmp_path))[0]
+    assert same and updates == 2
+    assert refused.loss == pytest.approx(uninterrupted[0][1]["loss"], abs=1e-5)
+    assert refused.grad_norm == pytest.approx(uninterrupted[0][1]["grad_norm"], abs=1e-5)
+    assert after.lr == uninterrupted[0][2]["lr"] and after.loss != pytest.approx(uninterrupted[0][2]["loss"], abs=1e-5)
 
 
 def test_full_state_and_pruning(run_in, tmp_path):

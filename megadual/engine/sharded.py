@@ -1,0 +1,146 @@
+"""Sharded state on disk, the same for both engines and every layout: torch_dist files by megatron-core.
+
+Entries have the names of the whole model: `decoder.layers.3.mlp.linear_fc2.weight` is a weight, and with
+`optimizer.state.` and `param`, `exp_avg` or `exp_avg_sq` before it, its fp32 copy or one of AdamW's moments.
+"""
+
+import inspect
+import logging
+import queue
+from pathlib import Path
+
+import torch
+import xxhash
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megadual.errors import UserError
+
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
+STATE = "optimizer.state.{}."  # of an AdamW state's entries
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ShardedWrite:
+    """One checkpoint's files on their way to disk, in three steps.
+
+    Making it plans the files and brings this rank's tensors to the host (collective); `write` writes them, in any
+    thread, while training goes on; `finish` completes the checkpoint once all ranks have written (collective).
+    """
+
+    def __init__(self, state: dict, folder: Path, copy: bool):
+        """`copy`: the tensors change before `write` has run, so those that are on the host already are copied."""
+        filesystem_async._results_queue = queue.Queue()  # otherwise a manager process on every rank holds it
+        logging.getLogger(torch_strategy.__name__).setLevel(
+            logging.ERROR
+        )  # 0.19 deprecates all but one vendor's writer
+        options = {"sharded_strategy": ("torch_dist", 1), "async_sharded_save": True}
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # since 0.17
+            options["async_strategy"] = "mcore"
+        self.request = dist_checkpointing.save(state, str(folder), **options)
+        self.files = self.request.preload_fn() if self.request.async_fn else []
+        self.checksums: dict[str, str] = {}
+        if copy and not torch.cuda.is_available():
+            self.files = [
+                (path, key, (texts, [(item, tensor.clone()) for item, tensor in tensors]))
+                for path, key, (texts, tensors) in self.files
+            ]
+
+    def write(self) -> None:
+        """Write this rank's files and note their checksums. OSError where the disk refuses."""
+        written = {}
+        for i, file in enumerate(self.files):
+            # megatron-core's own driver of this starts a process per file, which is not safe beside CUDA and threads.
+            results, count = queue.Queue(), queue.Queue()
+            count.put(i)
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+                self.request.async_fn.args[0], i, file, results, count, use_fsync=True
+            )
+            _, written[i] = results.get()
+            if isinstance(written[i], Exception):
+                raise written[i]
+            self.checksums[Path(file[0]).name] = checksum(file[0])
+        if self.files:
+            self.request.async_fn_args[2].put(written)
+
+    def finish(self) -> None:
+        """Write the index of all ranks' files (collective)."""
+        for finalize in self.request.finalize_fns:
+            finalize()
+
+
+def checksum(path: str | Path) -> str:
+    """xxh3 of a file, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read(state: dict, folder: Path) -> dict:
+    """`state` with its sharded tensors read from `folder` (collective)."""
+    return dist_checkpointing.load(state, str(folder))
+
+
+@torch.no_grad()
+def load_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
+    """Fill the parameters of this rank's model chunks from a checkpoint of any layout and precision (collective).
+
+    UserError names the parameters that the checkpoint does not have, or has in another size.
+    """
+    wanted = [_parameters(chunk) for chunk in chunks]
+    metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    sizes = {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    faults = [
+        f"{part.key} is {sizes.get(part.key, 'missing')}, the run's is {tuple(part.global_shape)}"
+        for entries in wanted
+        for entry in entries.values()
+        for part in nested_values(entry.build() if isinstance(entry, ShardedTensorFactory) else [entry])
+        if sizes.get(part.key) != tuple(part.global_shape)
+    ]
+    if faults:
+        raise UserError(f"checkpoint '{folder}' does not fit the run's model: {'; '.join(faults[:4])}")
+    loaded = read({str(i): entries for i, entries in enumerate(wanted)}, folder)
+    for i, chunk in enumerate(chunks):
+        parameters = dict(chunk.named_parameters())
+        for name, tensor in loaded[str(i)].items():
+            parameters[name].copy_(tensor)
+
+
+def _parameters(chunk: torch.nn.Module) -> dict:
+    """The chunk's parameters by local name, as entries of a sharded state."""
+    state = chunk.sharded_state_dict(metadata=dict(METADATA))
+    return {name: state[name] for name, _ in chunk.named_parameters()}
+
+
+def hold_moments(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> None:
+    """Give torch's AdamW the state that it makes at its first step, so that it can be saved and loaded before."""
+    for parameter in parameters:
+        if parameter.numel() and not optimizer.state[parameter]:
+            optimizer.state[parameter] = {
+                "step": _step(optimizer, parameter, 0),
+                **{name: torch.zeros_like(parameter) for name in MOMENTS},
+            }
+
+
+def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Set how many updates torch's AdamW has made."""
+    for parameter, state in optimizer.state.items():
+        state["step"] = _step(optimizer, parameter, updates)
+
+
+def _step(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, updates: int) -> torch.Tensor:
+    """AdamW's count, where its kernel reads it."""
+    fused = optimizer.param_groups[0].get("fused")
+    return torch.tensor(float(updates), device=parameter.device if fused else "cpu")
+
+
+def updates(optimizer: torch.optim.Optimizer) -> int:
+    """How many updates torch's AdamW has made."""
+    return int(next(iter(optimizer.state.values()))["step"])
