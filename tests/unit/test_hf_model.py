@@ -1,14 +1,16 @@
 """The exported model by itself: prompts with images, drawing step by step, sampling."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from checkpoints_tools import convert_to_hf
-from megadual.hf.decoding import Sampler
+from megadual.hf.decoding import Sampler, StaticLLM
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
-from megadual.hf.processing_megadual import MegaDualProcessor
+from megadual.hf.processing_megadual import IM_END, IM_START, MegaDualProcessor
 from megadual.streams import STREAMS
 from megadual.testing.models import CODEBOOK, DEPTH, IMAGE_SIZE, write_run
 from megadual.text import load_text_tokenizer
@@ -70,6 +72,39 @@ def test_drawing_step_by_step_equals_one_forward_pass(model, scale):
             assert (seen[t, b] - expected).abs().max() < 1e-4
 
 
+def test_drawing_with_caches_equals_every_position_without(model):
+    """Each position by a forward pass of its own over all before it, nothing kept."""
+    special, caption = model.config.special, [10, 11, 12]
+    forced = torch.stack([random_codes(N, seed=seed) for seed in range(len(STREAMS))])
+    seen = torch.zeros(len(STREAMS), N, DEPTH, CODEBOOK)
+
+    def choose(position, d, logits):
+        seen[:, position, d] = logits[:, 0]
+        return forced[:, position, None, d]
+
+    model.draw_codes([caption], cfg_scale=1.0, choose=choose)
+    for position in range(N):
+        ids = torch.tensor([[*caption, special.image_gen_start] + [special.image] * (position + 1)])
+        semantic, pixel = forced[:, : position + 1]
+        with torch.no_grad():
+            output = model(input_ids=ids, semantic_codes=semantic, pixel_codes=pixel, use_cache=False)
+        for t, stream in enumerate(STREAMS):
+            assert (seen[t, position] - getattr(output, f"{stream}_logits")[-1]).abs().max() < 1e-4
+
+
+def test_text_step_by_step_equals_one_forward_pass(model, pictures):
+    """Two texts with images in them, of different lengths; the longer one starts in the prompt that is read at once."""
+    texts = ["a <image> of two cats", "<image> a small tree above three large cars"]
+    inputs = model.processor(text=texts, images=pictures[:2])
+    embeds, kept = model.embed(inputs["input_ids"], inputs["pixel_values"]), inputs["attention_mask"].bool()
+    llm, prompt = StaticLLM(model.model, 2, embeds.size(1)), embeds.size(1) // 2
+    with torch.no_grad():
+        whole = model(**inputs, position_ids=(kept.cumsum(1) - 1).clamp(min=0)).logits
+        llm.prefill(embeds[:, :prompt], kept[:, :prompt])
+        steps = [model.lm_head(llm.step(embeds[:, i])) for i in range(prompt, embeds.size(1))]
+    assert whole.std() > 0.1 and (torch.stack(steps, dim=1) - whole[:, prompt:]).abs().max() < 1e-4
+
+
 def test_the_same_seed_draws_the_same_image(model):
     first, second = model.draw(["two cats", "a tree on blue"], seed=5)
     again, _ = model.draw(["two cats", "a tree on blue"], seed=5)
@@ -80,37 +115,142 @@ def test_the_same_seed_draws_the_same_image(model):
         assert np.abs(np.asarray(alone, dtype=int) - np.asarray(picture, dtype=int)).max() <= 1
     assert model.draw(["two cats"], seed=6)[0].tobytes() != first.tobytes()
     assert model.draw(["a dog"], seed=5)[0].tobytes() != first.tobytes()
+    two = model.draw("two cats", n=2, seed=5)
+    assert two[0].tobytes() == first.tobytes() and two[1].tobytes() != first.tobytes()
+
+
+def test_changed_weights_are_drawn_with(model):
+    before = model.draw("two cats", seed=5)[0].tobytes()
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    with torch.no_grad():
+        weight.neg_()
+        changed = model.draw("two cats", seed=5)[0].tobytes()
+        weight.neg_()
+    assert changed != before and model.draw("two cats", seed=5)[0].tobytes() == before
 
 
 def test_describing_equals_a_loop_without_cache(model, pictures):
-    texts = model.describe(pictures, prompt="a", max_new_tokens=6)
-    processor = MegaDualProcessor(model.tokenizer, image_size=IMAGE_SIZE, image_positions=N)
+    texts = model.describe(pictures, prompt="a", max_new_tokens=6, min_new_tokens=6)
+    special = vars(model.config.special).values()
     for text, picture in zip(texts, pictures, strict=True):
-        inputs = processor(text="<image>a", images=picture)
+        inputs = model.processor(text="<image>a", images=picture)
         ids, start = inputs["input_ids"], inputs["input_ids"].size(1)
         for _ in range(6):
             with torch.no_grad():
-                logits = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits
-            ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-        assert text == model.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+                logits = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[:, -1]
+            logits[:, list(special)] = -torch.inf
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+        assert text == model.tokenizer.decode(ids[0, start:])
     assert len(set(texts)) > 1
 
 
+def test_describing_by_sampling_repeats_with_its_seed(model, pictures):
+    sampled = lambda seed: model.describe(pictures, max_new_tokens=8, temperature=1.0, seed=seed)
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
 def test_generate_with_prompts_of_different_lengths(model, pictures):
-    processor = MegaDualProcessor(model.tokenizer, image_size=IMAGE_SIZE, image_positions=N)
     prompts = ["a <image> and <image>: two", "<image>"]
-    batch = processor(text=prompts, images=pictures)
+    batch = model.processor(text=prompts, images=pictures)
     assert batch["attention_mask"][1, 0] == 0 and batch["pixel_values"].shape == (3, 3, IMAGE_SIZE, IMAGE_SIZE)
     together = model.generate(**batch, max_new_tokens=5, min_new_tokens=5)[:, -5:]
     alone = [
-        model.generate(**processor(text=prompt, images=images), max_new_tokens=5, min_new_tokens=5)[0, -5:]
+        model.generate(**model.processor(text=prompt, images=images), max_new_tokens=5, min_new_tokens=5)[0, -5:]
         for prompt, images in zip(prompts, (pictures[:2], pictures[2:]), strict=True)
     ]
     assert torch.equal(together, torch.stack(alone))
 
 
+def messages(*images) -> list[dict]:
+    shown = [{"type": "image", "image": image} for image in images]
+    return [
+        {"role": "user", "content": [*shown, {"type": "text", "text": "two cats"}]},
+        {"role": "assistant", "content": "a tree"},
+        {"role": "user", "content": [{"type": "text", "text": "and"}]},
+    ]
+
+
+def test_messages_of_a_model_that_has_seen_documents_only(model, pictures):
+    options = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = model.processor.apply_chat_template(messages(*pictures[:2]), **options)
+    written = model.processor(text="<image><image>two catsa treeand", images=pictures[:2])
+    assert torch.equal(inputs["input_ids"], written["input_ids"])
+    assert torch.equal(inputs["pixel_values"], written["pixel_values"])
+    assert model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).size(1) == inputs["input_ids"].size(1) + 3
+
+
+def test_messages_of_a_chat_model_stand_between_its_marks(model):
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.add_tokens([IM_START, IM_END], special_tokens=True)
+    processor = MegaDualProcessor(tokenizer, image_size=IMAGE_SIZE, image_positions=N)
+    assert processor.apply_chat_template(messages(None), add_generation_prompt=True, tokenize=False) == (
+        "<|im_start|>user\n<image>two cats<|im_end|>\n<|im_start|>assistant\na tree<|im_end|>\n"
+        "<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.fixture
+def prescribe(monkeypatch):
+    """prescribe(tokens) makes texts be those tokens, and gives the list that the logits of every step come to."""
+    sample = Sampler.__call__
+
+    def prescribe(tokens: list[int]) -> list[torch.Tensor]:
+        script, seen = iter(tokens), []
+
+        def choose(self, logits, uniform):
+            if logits.dim() == 3:  # codes
+                return sample(self, logits, uniform)
+            seen.append(logits[0])
+            return torch.tensor([next(script)])
+
+        monkeypatch.setattr(Sampler, "__call__", choose)
+        return seen
+
+    return prescribe
+
+
+def test_an_answer_of_text_and_an_image(model, pictures, prescribe):
+    """The logits that its text is chosen from are those of one forward pass over all of it, drawn codes included."""
+    special, words, after = model.config.special, [10, 11], [12, 13]
+    seen = prescribe([*words, special.image_gen_start, special.image_gen_end, *after, special.end_of_text])
+    prompt = [{"role": "user", "content": [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "two"}]}]
+    before, drawing, behind = model.interleave(prompt, seed=7)
+    assert [before, behind] == [model.tokenizer.decode(part) for part in (words, after)]
+    assert drawing.size == (IMAGE_SIZE, IMAGE_SIZE)
+
+    inputs = model.processor(text="<image>two", images=pictures[0])
+    shown, drawn = model.dualtoken.encode(inputs["pixel_values"]), model._kept[1].codes_NTBD[:, :, 0]
+    semantic, pixel = (torch.cat([x.flatten(0, -2), drawn[:, t]]) for t, x in enumerate((shown.semantic, shown.pixel)))
+    image = [special.image_gen_start] + [special.image] * N + [special.image_gen_end]
+    ids = torch.tensor([[*inputs["input_ids"][0].tolist(), *words, *image, *after]])
+    with torch.no_grad():
+        whole = model(input_ids=ids, semantic_codes=semantic, pixel_codes=pixel).logits[0]
+    start = inputs["input_ids"].size(1) - 1
+    image_end = start + len(words) + len(image)
+    places = [start, start + 1, start + 2, image_end - 1, image_end, image_end + 1, image_end + 2]
+    for logits, place in zip(seen, places, strict=True):
+        finite = logits.isfinite()
+        assert finite[special.image_gen_start] and not finite[special.image_start]
+        assert (logits - whole[place])[finite].abs().max() < 1e-4
+
+
+def test_an_image_in_an_answer_is_drawn_as_draw_draws_it(model, prescribe):
+    special, words = model.config.special, [10, 11]
+    prescribe([*words, special.image_gen_start, 0, special.image_gen_start, 0, special.end_of_text])
+    _, first, second = model.interleave("two", seed=7)
+    (alone,) = model._images(model.draw_codes([[*model._ids("two"), *words]], seed=7)["pixel"])
+    assert first.tobytes() == alone.tobytes() != second.tobytes()
+
+
+def test_an_answer_has_no_more_images_than_asked_for(model, prescribe):
+    special = model.config.special
+    seen = prescribe([special.image_gen_start, 0, 10, special.end_of_text])
+    assert len(model.interleave("two", max_images=1)) == 2
+    assert seen[0][special.image_gen_start].isfinite() and not seen[2][special.image_gen_start].isfinite()
+
+
 def test_images_come_as_pixels_or_as_codes(model, pictures):
-    processor = MegaDualProcessor(model.tokenizer, image_size=IMAGE_SIZE, image_positions=N)
+    processor = model.processor
     inputs = processor(images=pictures[:2])
     encoded = model.dualtoken.encode(inputs["pixel_values"])
     with torch.no_grad():
@@ -122,7 +262,7 @@ def test_images_come_as_pixels_or_as_codes(model, pictures):
 
 
 def test_images_that_do_not_count_are_refused(model, pictures):
-    processor = MegaDualProcessor(model.tokenizer, image_size=IMAGE_SIZE, image_positions=N)
+    processor = model.processor
     with pytest.raises(ValueError, match="2 <image> marks for 1 images"):
         processor(text="<image><image>", images=pictures[0])
     ids = processor(images=pictures[0])["input_ids"]
