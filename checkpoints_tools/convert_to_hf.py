@@ -2,26 +2,30 @@
 
 `python checkpoints_tools/convert_to_hf.py --checkpoint RUN --output DIR`
 
-The checkpoint may have been written under any layout; it is read in one process, without a GPU.
+The checkpoint may have been written by either engine under any layout. It is read in one process, without a GPU, one
+tensor at a time: the largest tensor decides the memory that is needed, not the model's size.
 """
 
 import argparse
 import json
-import re
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
+from tqdm import tqdm
 from transformers import GenerationConfig
 
 from megadual.engine import cpu
 
 cpu.install()
 
-import megadual  # noqa: E402
+from checkpoints_tools.carried_code import AUTO_MAP, write_code  # noqa: E402
 from checkpoints_tools.mapping import CODEBOOKS, Sizes, to_hf  # noqa: E402
+from checkpoints_tools.model_card import model_card  # noqa: E402
+from checkpoints_tools.tensors import CheckpointTensors, FolderTensors, write_folder  # noqa: E402
 from megadual.config import PretrainConfig  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
 from megadual.hf.configuration_megadual import MegaDualConfig  # noqa: E402
@@ -30,36 +34,24 @@ from megadual.hf.processing_megadual import MegaDualProcessor  # noqa: E402
 from megadual.model import presets  # noqa: E402
 from megadual.streams import SPECIAL_TOKENS, SpecialIds  # noqa: E402
 from megadual.text import load_text_tokenizer, save_text_tokenizer  # noqa: E402
-from megadual.train.checkpoint import load_full_state, load_run_config, resolve_checkpoint  # noqa: E402
-from megadual.vision import DualToken  # noqa: E402
-
-# The modules that an exported folder carries, and the file that each becomes.
-MODULES = {
-    "megadual.hf.configuration_megadual": "configuration_megadual",
-    "megadual.hf.modeling_megadual": "modeling_megadual",
-    "megadual.hf.processing_megadual": "processing_megadual",
-    "megadual.model.depth_head": "depth_head",
-    "megadual.model.fused": "fused",
-    "megadual.streams": "streams",
-    "megadual.vision.config": "dualtoken_config",
-    "megadual.vision.decoder": "dualtoken_decoder",
-    "megadual.vision.projection": "dualtoken_projection",
-    "megadual.vision.quantizer": "dualtoken_quantizer",
-    "megadual.vision.tokenizer": "dualtoken_tokenizer",
-}
-AUTO_MAP = {
-    "AutoConfig": "configuration_megadual.MegaDualConfig",
-    "AutoModelForCausalLM": "modeling_megadual.MegaDualForCausalLM",
-    "AutoProcessor": "processing_megadual.MegaDualProcessor",
-}
+from megadual.train.checkpoint import load_run_config, resolve_checkpoint  # noqa: E402
+from megadual.vision import DualTokenConfig  # noqa: E402
 
 
-def model_sizes(run: PretrainConfig, state: dict[str, Tensor], text_size: int) -> Sizes:
+def read_dualtoken(run: PretrainConfig) -> DualTokenConfig:
+    """The config of the run's DualToken; UserError where it can't be read."""
+    try:
+        return DualTokenConfig.load(run.model.dualtoken)
+    except ValueError as error:
+        raise UserError(f"model.dualtoken: {error}") from error
+
+
+def model_sizes(run: PretrainConfig, meta: dict[str, Tensor], text_size: int) -> Sizes:
     """What the mapping table needs to know of a run."""
-    return Sizes(run.model.heads, run.model.kv_heads, text_size, len(state["embedding.word_embeddings.weight"]))
+    return Sizes(run.model.heads, run.model.kv_heads, text_size, len(meta["embedding.word_embeddings.weight"]))
 
 
-def model_config(run: PretrainConfig, tokenizer, dualtoken: DualToken, dtype: torch.dtype) -> MegaDualConfig:
+def model_config(run: PretrainConfig, tokenizer, dualtoken: DualTokenConfig, dtype: torch.dtype) -> MegaDualConfig:
     """The exported model's config from the run's."""
     model, special = run.model, SpecialIds.of(tokenizer)
     text_config = dict(
@@ -77,7 +69,7 @@ def model_config(run: PretrainConfig, tokenizer, dualtoken: DualToken, dtype: to
         text_config=text_config,
         rope_base=model.rope_base,
         head=vars(model.head),
-        dualtoken=vars(dualtoken.config),
+        dualtoken=vars(dualtoken),
         special_ids=vars(special),
         architectures=["MegaDualForCausalLM"],
         auto_map=AUTO_MAP,
@@ -85,110 +77,62 @@ def model_config(run: PretrainConfig, tokenizer, dualtoken: DualToken, dtype: to
     )
 
 
-def full_state(trainer: dict[str, Tensor], dualtoken: DualToken, sizes: Sizes, folder: str) -> dict[str, Tensor]:
-    """All weights of the exported model; UserError if `dualtoken`, read from `folder`, has not the trained codes."""
-    state = to_hf(trainer, sizes)
-    for name, tensor in dualtoken.state_dict().items():
-        if not re.search(r"\.codebooks\.[1-9]", name):  # the same tensor again
-            state[f"dualtoken.{name}"] = tensor
-    for left, right in CODEBOOKS.items():
-        if not torch.equal(trainer[left], state[right][:-1]):
-            raise UserError(f"the checkpoint's {left} are not the code vectors of the DualToken in '{folder}'")
-    return state
-
-
-def flat_code(module: str) -> str:
-    """A module's source, its imports of MODULES made relative to the folder."""
-
-    def relative(match: re.Match) -> str:
-        imported = module.rpartition(".")[0] + match[1] if match[1].startswith(".") else match[1]
-        return f"from .{MODULES[imported]} import"
-
-    code = (Path(megadual.__file__).parents[1] / f"{module.replace('.', '/')}.py").read_text()
-    return re.sub(r"^from (megadual[\w.]*|\.[\w.]+) import", relative, code, flags=re.MULTILINE)
-
-
-def write_code(folder: Path) -> None:
-    """Write MODULES as files that need nothing of megadual's."""
-    code = {file: flat_code(module) for module, file in MODULES.items()}
-    imports = {file: re.findall(r"^from \.(\w+) import", text, flags=re.MULTILINE) for file, text in code.items()}
-    for entry in AUTO_MAP.values():
-        file, needed = entry.partition(".")[0], []
-        waiting = list(imports[file])
-        while waiting:
-            if (name := waiting.pop()) not in needed:
-                needed.append(name)
-                waiting += imports[name]
-        named = "".join(f"    from .{name} import *  # noqa: F403\n" for name in sorted(set(needed) - {*imports[file]}))
-        if named:
-            code[file] += f"\n\nif False:  # transformers 4 brings only the files that this one names\n{named}"
-    for file, text in code.items():
-        (folder / f"{file}.py").write_text(text)
-
-
-def model_card(run: PretrainConfig, checkpoint: str, state: dict[str, Tensor]) -> str:
-    llm = sum(tensor.numel() for name, tensor in state.items() if not name.startswith("dualtoken."))
-    data = "\n".join(f"- `{shard_set}`" for shard_set in run.data.sets)
-    return f"""---
-library_name: transformers
-pipeline_tag: any-to-any
-tags: [megadual, multimodal, image-generation, image-to-text]
----
-# {run.run.name}
-
-A MegaDual model: one autoregressive transformer that reads and writes text and images. Every image position
-carries a semantic and a pixel code of its DualToken, which is in this folder too.
-{llm:,} parameters without the DualToken; {run.model.layers} layers, hidden size {run.model.hidden}.
-
-```python
-from PIL import Image
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/of/this/folder", trust_remote_code=True)
-print(model.describe([Image.open("picture.png")])[0])
-model.draw(["two red apples to the left of a cat, on blue"], cfg_scale=3.0, seed=0)[0].save("drawing.png")
-```
-
-`AutoProcessor` makes the inputs of `generate` for texts with `<image>` in them.
-
-## Training
-Checkpoint `{checkpoint}` of {run.train.steps} steps of {run.train.global_batch_tokens:,} positions, sequences of
-{run.train.seq_len}, {run.train.precision}, peak learning rate {run.train.lr}, seed {run.train.seed}; images drawn with
-probability {run.data.draw_probability}, captions dropped with probability {run.data.caption_dropout}.
-
-Data (see each set's `manifest.json` for its origin and license):
-{data}
-"""
-
-
-def read_dualtoken(run: PretrainConfig) -> DualToken:
-    try:
-        return DualToken.from_pretrained(run.model.dualtoken)
-    except ValueError as error:
-        raise UserError(f"model.dualtoken: {error}") from error
-
-
-def export(run: PretrainConfig, trainer: dict[str, Tensor], name: str, output: Path) -> None:
-    """Write the folder `output` for a run's full tensors, of checkpoint `name`; it appears only when it is whole."""
-    tokenizer, dualtoken = load_text_tokenizer(run.model.text_tokenizer), read_dualtoken(run)
-    sizes = model_sizes(run, trainer, len(tokenizer))
-    state = full_state(trainer, dualtoken, sizes, run.model.dualtoken)
-    config = model_config(run, tokenizer, dualtoken, trainer["decoder.final_layernorm.weight"].dtype)
-
+def exported_shapes(config: MegaDualConfig) -> dict[str, Tensor]:
+    """The tensors that an exported folder holds, on the meta device."""
     with torch.device("meta"):
         model = MegaDualForCausalLM(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if run.model.tie_embeddings:
-        del expected["lm_head.weight"]
-    assert {name: tensor.shape for name, tensor in state.items()} == expected, "weights do not fit the exported model"
+    shapes = model.state_dict()
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+class Exported:
+    """The tensors of an export by Hugging Face's names: the checkpoint's through the table, and its DualToken's."""
+
+    def __init__(self, run: PretrainConfig, trainer: CheckpointTensors, text_size: int):
+        self.trainer, self.dualtoken = trainer, FolderTensors(Path(run.model.dualtoken))
+        self.sizes = model_sizes(run, trainer.meta, text_size)
+        self.meta: dict[str, Tensor] = {}
+        for name, tensor in trainer.meta.items():
+            self.meta |= to_hf(name, tensor, self.sizes)
+        self.meta |= {f"dualtoken.{name}": tensor for name, tensor in self.dualtoken.meta.items()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.trainer.meta:
+            if name not in CODEBOOKS:
+                yield from to_hf(name, self.trainer.read(name), self.sizes).items()
+        for name in self.dualtoken.meta:
+            yield f"dualtoken.{name}", self.dualtoken.read(name)
+
+    def check_codebooks(self) -> None:
+        """UserError if the model was trained on other codes than its DualToken's."""
+        for left in CODEBOOKS.keys() & self.trainer.meta.keys():  # one of the two copies may be left out
+            right = CODEBOOKS[left]
+            codebook = self.dualtoken.read(right.removeprefix("dualtoken."))[:-1].float()
+            if not torch.equal(self.trainer.read(left), codebook):
+                folder = self.dualtoken.folder
+                raise UserError(f"the checkpoint's {left} are not the code vectors of the DualToken in '{folder}'")
+
+
+def export(run: PretrainConfig, checkpoint: Path, output: Path, max_shard_size: str) -> None:
+    """Write the folder `output`; it appears only when it is whole."""
+    tokenizer, dualtoken = load_text_tokenizer(run.model.text_tokenizer), read_dualtoken(run)
+    exported = Exported(run, CheckpointTensors(checkpoint), len(tokenizer))
+    exported.check_codebooks()
+    config = model_config(run, tokenizer, dualtoken, exported.meta["model.norm.weight"].dtype)
+    shapes = exported_shapes(config)
+    found = {name: tensor.shape for name, tensor in exported.meta.items()}
+    assert found == {name: tensor.shape for name, tensor in shapes.items()}, "weights do not fit the exported model"
+    meta = {name: exported.meta[name] for name in shapes}  # in the model's order, whatever the layout's was
 
     partial = output.with_name(f".partial-{output.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_torch_state_dict(state, str(partial), max_shard_size="5GB")
+    interval = 1 if sys.stderr.isatty() else 10
+    with tqdm(exported.tensors(), total=len(meta), unit="tensor", mininterval=interval) as bar:
+        write_folder(partial, meta, bar, max_shard_size)
     config.save_pretrained(partial)
-    for weights in partial.glob("*.safetensors"):
-        shutil.copymode(partial / "config.json", weights)  # they are written for their owner alone
     write_code(partial)
     generation = GenerationConfig(
         eos_token_id=config.special.end_of_text,
@@ -196,12 +140,12 @@ def export(run: PretrainConfig, trainer: dict[str, Tensor], name: str, output: P
         suppress_tokens=tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS[1:])),  # images are drawn, not spelled
     )
     generation.save_pretrained(partial)
-    rows, columns = dualtoken.config.grid
-    processor = MegaDualProcessor(tokenizer, image_size=dualtoken.config.image_size, image_positions=rows * columns)
+    rows, columns = dualtoken.grid
+    processor = MegaDualProcessor(tokenizer, image_size=dualtoken.image_size, image_positions=rows * columns)
     save_text_tokenizer(processor.tokenizer, partial)
     described = processor.to_dict() | {"processor_class": "MegaDualProcessor", "auto_map": AUTO_MAP}
     (partial / "processor_config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-    (partial / "README.md").write_text(model_card(run, name, state))
+    (partial / "README.md").write_text(model_card(run, checkpoint, meta))
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
 
@@ -218,12 +162,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Export a pretraining checkpoint to a Hugging Face folder.")
     parser.add_argument("--checkpoint", required=True, help="RUN, RUN/checkpoints or RUN/checkpoints/STEP")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument("--max-shard-size", default="5GB", help="of a file of weights, such as 500MB (default: 5GB)")
     args = parser.parse_args(argv)
     check_output(args.output)
     checkpoint = resolve_checkpoint(args.checkpoint)
     run = load_run_config(checkpoint)
     run.model = presets.resolve(run.model)
-    export(run, load_full_state(checkpoint), checkpoint.name, args.output)
+    export(run, checkpoint, args.output, args.max_shard_size)
     size = sum(path.stat().st_size for path in args.output.iterdir())
     print(f"{checkpoint} -> {args.output} ({size / 1e6:,.1f} MB)")
 

@@ -4,7 +4,7 @@ Both directions read it. `*` stands for the same text on both sides.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tensor of the trainer becomes the tensors of an entry, and back."""
+    """How one tensor of the trainer becomes the tensors of an entry, as views where it can be, and back."""
 
     split: Callable[[Tensor, Sizes], list[Tensor]]
     merge: Callable[[list[Tensor], Sizes], Tensor]
@@ -78,6 +78,9 @@ TABLE: list[tuple[str, list[str], Layout]] = [
     ("pixel_head.*", ["pixel_head.*"], SAME),
 ]
 
+# The last row of a DualToken's codebook is padding.
+CODE_VECTORS = Layout(lambda tensor, _: [], lambda parts, _: parts[0][:-1])
+
 # The trainer's copies of the DualToken's code vectors; an exported model has them in its DualToken.
 CODEBOOKS = {
     f"{place}.{stream}": f"dualtoken.{QUANTIZERS[stream]}.codebooks.0.weight"
@@ -97,38 +100,46 @@ def _fill(pattern: str, texts: tuple[str, ...]) -> str:
     return pattern
 
 
-def to_hf(trainer: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-    """The trainer's full tensors under Hugging Face's names, without the codebooks. ValueError for an unknown name."""
-    found = {}
-    for name, tensor in trainer.items():
-        if name in CODEBOOKS:
-            continue
-        for left, rights, layout in TABLE:
-            if (texts := _match(left, name)) is not None:
-                for right, part in zip(rights, layout.split(tensor, sizes), strict=True):
-                    found[_fill(right, texts)] = part if layout is SAME else part.clone()  # parts are views
-                break
-        else:
-            raise ValueError(f"the trainer's tensor '{name}' has no entry in the mapping table")
-    return found
+def to_hf(name: str, tensor: Tensor, sizes: Sizes) -> dict[str, Tensor]:
+    """One of the trainer's full tensors under Hugging Face's names; nothing for a codebook.
 
-
-def to_trainer(hf: dict[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-    """An exported model's tensors under the trainer's names, the codebooks from its DualToken.
-
-    The other tensors of the DualToken have no place in the trainer and are left out. ValueError for an unknown
-    name, KeyError where one of an entry's tensors is missing.
+    On the meta device it gives the shapes. ValueError for an unknown name.
     """
-    found = {left: hf[right][:-1] for left, right in CODEBOOKS.items()}  # the last row is padding
-    firsts = {right: entry for entry in TABLE for right in entry[1]}
-    for name in hf:
+    if name in CODEBOOKS:
+        return {}
+    for left, rights, layout in TABLE:
+        if (texts := _match(left, name)) is not None:
+            parts = layout.split(tensor, sizes)
+            return {_fill(right, texts): part for right, part in zip(rights, parts, strict=True)}
+    raise ValueError(f"the trainer's tensor '{name}' has no entry in the mapping table")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The tensors of Hugging Face's that make one of the trainer's, and how."""
+
+    names: list[str]
+    layout: Layout
+
+    def merge(self, read: Callable[[str], Tensor], sizes: Sizes) -> Tensor:
+        """The trainer's tensor; `read` gives those of `names`, or their shapes on the meta device."""
+        return self.layout.merge([read(name) for name in self.names], sizes)
+
+
+def origins(hf_names: Iterable[str]) -> dict[str, Origin]:
+    """For each of the trainer's tensors, those of an exported model that it comes from.
+
+    The DualToken gives its codebooks; its other tensors have no place in the trainer. ValueError for an unknown name.
+    """
+    found = {left: Origin([right], CODE_VECTORS) for left, right in CODEBOOKS.items()}
+    entries = {right: entry for entry in TABLE for right in entry[1]}
+    for name in hf_names:
         if name.startswith("dualtoken."):
             continue
-        for right, (left, rights, layout) in firsts.items():
+        for right, (left, rights, layout) in entries.items():
             if (texts := _match(right, name)) is not None:
-                if right == rights[0]:
-                    found[_fill(left, texts)] = layout.merge([hf[_fill(r, texts)] for r in rights], sizes)
+                found[_fill(left, texts)] = Origin([_fill(r, texts) for r in rights], layout)
                 break
         else:
-            raise ValueError(f"the exported tensor '{name}' has no entry in the mapping table")
+            raise ValueError(f"the tensor '{name}' has no entry in the mapping table")
     return found

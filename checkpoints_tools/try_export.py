@@ -69,11 +69,9 @@ def main(argv: list[str] | None = None) -> None:
             batch = drawn[start : start + BATCH]
             captions = [caption for _, _, caption in batch]
             images = model.draw(captions, cfg_scale=args.cfg_scale, seed=args.seed + start)
-            for i, ((key, _, caption), image) in enumerate(zip(batch, images), start):
+            for i, ((key, _, caption), image) in enumerate(zip(batch, images, strict=True), start):
                 image.save(args.output / f"drawing-{i:03d}.png")
-                drawings.append(
-                    {"key": key, "file": f"drawing-{i:03d}.png", "caption": caption, "seed": args.seed + i}
-                )
+                drawings.append({"key": key, "file": f"drawing-{i:03d}.png", "caption": caption, "seed": args.seed + i})
             bar.update(len(batch))
     for name, records in (("descriptions", descriptions), ("drawings", drawings)):
         (args.output / f"{name}.json").write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")

@@ -2,8 +2,9 @@
 
 `python checkpoints_tools/verify.py --checkpoint RUN --model DIR --output REPORT.json`
 
-The trainer's model runs here, on packed samples of the run's shard set; the exported one in a process of its own
-that cannot import megadual. Both compute in fp32. Exit code 1 where they differ.
+Tensors are compared one at a time, in both directions of the mapping table. For the logits the trainer's model runs
+here, on packed samples of a shard set, then the exported one in a process of its own that cannot import megadual; both
+in fp32, which needs 4 bytes a parameter (`--samples 0` leaves it out). Exit code 1 where they differ.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from megadual.engine import cpu
 
@@ -25,8 +27,9 @@ cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
 
-from checkpoints_tools.convert_to_hf import full_state, model_sizes, read_dualtoken  # noqa: E402
-from checkpoints_tools.mapping import Sizes, to_trainer  # noqa: E402
+from checkpoints_tools.convert_to_hf import Exported  # noqa: E402
+from checkpoints_tools.mapping import origins, to_hf  # noqa: E402
+from checkpoints_tools.tensors import CheckpointTensors, FolderTensors  # noqa: E402
 from megadual.config import ParallelConfig, PretrainConfig  # noqa: E402
 from megadual.data.dataset import MicroBatch, collate  # noqa: E402
 from megadual.engine.groups import initialize_groups  # noqa: E402
@@ -34,22 +37,39 @@ from megadual.engine.megatron import build_chunks  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
 from megadual.model import presets  # noqa: E402
 from megadual.streams import STREAMS, Sequence, sequence_length, to_sequence  # noqa: E402
-from megadual.train.checkpoint import load_full_state, load_run_config, resolve_checkpoint  # noqa: E402
+from megadual.text import load_text_tokenizer  # noqa: E402
+from megadual.train.checkpoint import load_run_config, resolve_checkpoint  # noqa: E402
 from megadual.train.setup import Inputs, read_inputs  # noqa: E402
 
 TOLERANCE = 1e-4
 DIRECTIONS = ((True, False), (False, False), (True, True))  # (drawn, without caption): samples take them in turn
 
 
-def compare_tensors(trainer: dict[str, Tensor], exported: dict[str, Tensor], expected: dict[str, Tensor], sizes: Sizes):
-    """Names that differ: the export against `expected`, and the way back through the table against the trainer's."""
-    different = sorted(exported.keys() ^ expected.keys())
-    different += [name for name in exported.keys() & expected.keys() if not torch.equal(exported[name], expected[name])]
-    back = to_trainer(exported, sizes)
-    for name, tensor in trainer.items():
+def same(left: Tensor, right: Tensor) -> bool:
+    """Bitwise, in shape and dtype too."""
+    if (left.shape, left.dtype) != (right.shape, right.dtype):
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right)))
+
+
+def compare_tensors(expected: Exported, folder: FolderTensors) -> list[str]:
+    """Names that differ: the folder's tensors against what the table makes of the checkpoint's, and back."""
+    trainer, sizes = expected.trainer, expected.sizes
+    common = expected.meta.keys() & folder.meta.keys()
+    different = sorted(expected.meta.keys() ^ folder.meta.keys())
+    back = {name: origin for name, origin in origins(common).items() if common.issuperset(origin.names)}
+    for name in tqdm(trainer.meta, unit="tensor", mininterval=1 if sys.stderr.isatty() else 10):
+        tensor = trainer.read(name)
+        for hf_name, part in to_hf(name, tensor, sizes).items():
+            if hf_name in common and not same(folder.read(hf_name), part):
+                different.append(hf_name)
         rows = sizes.text_size if len(tensor) == sizes.padded_text_size else None  # padding is not exported
-        if name not in back or not torch.equal(back[name][:rows], tensor[:rows]):
+        if name not in back or not same(back[name].merge(folder.read, sizes)[:rows], tensor[:rows]):
             different.append(name)
+    for name in expected.dualtoken.meta:
+        hf_name = f"dualtoken.{name}"
+        if hf_name in common and not same(folder.read(hf_name), expected.dualtoken.read(name)):
+            different.append(hf_name)
     return different
 
 
@@ -67,18 +87,16 @@ def read_samples(inputs: Inputs, run: PretrainConfig, count: int) -> list[Sequen
 
 @torch.no_grad()
 def trainer_logits(
-    run: PretrainConfig, trainer: dict[str, Tensor], inputs: Inputs, batch: MicroBatch
+    run: PretrainConfig, trainer: CheckpointTensors, inputs: Inputs, batch: MicroBatch
 ) -> dict[str, Tensor]:
     """The trainer's model on packed samples: text (T, padded vocabulary), semantic and pixel (P, D, K)."""
-    run.parallel, run.train.precision = ParallelConfig(), "fp32"
+    run.parallel, run.train.precision, run.checkpoint.start = ParallelConfig(), "fp32", None
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         initialize_groups(run)
         (model,) = build_chunks(run, inputs.vocabulary)
-        own = model.state_dict()
-        model.load_state_dict({name: trainer[name].float() for name in own if name in trainer}, strict=False)
-        missing = [name for name, tensor in own.items() if tensor is not None and name not in trainer]
-        assert not [name for name in missing if not name.endswith("_extra_state")], missing
+        for name, parameter in model.named_parameters():
+            parameter.copy_(trainer.read(name))
         hidden_TH = model.hidden_states(batch).squeeze(1)
         logits = {"text": hidden_TH @ model.output_weight().T}
         at = batch.draw_positions
@@ -111,37 +129,47 @@ def exported_logits(folder: Path, samples: list[Sequence], image: int) -> dict[s
     return {key: torch.cat([found[f"{i}.{key}"] for i in range(len(samples))]) for key in ("text", *STREAMS)}
 
 
-def verify(checkpoint: Path, folder: Path, count: int) -> dict:
-    """The report: tensors compared and different, and the largest difference of the logits of each stream."""
-    run = load_run_config(checkpoint)
-    run.model = presets.resolve(run.model)
-    trainer, inputs, dualtoken = load_full_state(checkpoint), read_inputs(run), read_dualtoken(run)
-    sizes = model_sizes(run, trainer, inputs.vocabulary.text_size)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"--model '{folder}' holds no *.safetensors; make it with checkpoints_tools/convert_to_hf.py")
-    exported = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    expected = full_state(trainer, dualtoken, sizes, run.model.dualtoken)
-    different = compare_tensors(trainer, exported, expected, sizes)
-
+def compare_logits(run: PretrainConfig, trainer: CheckpointTensors, folder: Path, text_size: int, count: int) -> dict:
+    """The report's part on logits."""
+    inputs = read_inputs(run)
     samples = read_samples(inputs, run, count)
     batch = collate(samples, inputs.special, keys=[str(i) for i in range(len(samples))])
     ours = trainer_logits(run, trainer, inputs, batch)
-    ours["text"] = ours["text"][:, : sizes.text_size]
+    ours["text"] = ours["text"][:, :text_size]
     theirs = exported_logits(folder, samples, inputs.special.image)
     differences = {stream: (ours[stream] - theirs[stream]).abs().max().item() for stream in ours}
     return {
-        "checkpoint": checkpoint.name,
-        "tensors_compared": len(exported),
-        "tensors_different": different,
         "samples": len(samples),
         "logits_compared": {stream: logits.numel() for stream, logits in ours.items()},
         "logit_std": {stream: logits.std().item() for stream, logits in ours.items()},
         "max_abs_logit_diff_per_stream": differences,
         "max_abs_logit_diff": max(differences.values()),
         "tolerance": TOLERANCE,
-        "equal": not different and max(differences.values()) <= TOLERANCE,
     }
+
+
+def verify(checkpoint: Path, folder: Path, count: int, data: str | None = None) -> dict:
+    """The report: tensors compared and different, and the largest difference of the logits of each stream.
+
+    `data`: the shard set of the samples; None: the run's first.
+    """
+    run = load_run_config(checkpoint)
+    run.model = presets.resolve(run.model)
+    if data:
+        run.data.sets, run.data.weights = [data], None
+    if count and not run.data.sets:
+        raise UserError(f"checkpoint '{checkpoint}' was made without data; give --data SET, or --samples 0")
+    text_size = len(load_text_tokenizer(run.model.text_tokenizer))
+    trainer, exported = CheckpointTensors(checkpoint), FolderTensors(folder)
+    different = compare_tensors(Exported(run, trainer, text_size), exported)
+    report = {
+        "checkpoint": checkpoint.name,
+        "tensors_compared": len(exported.meta),
+        "tensors_different": different,
+    }
+    report |= compare_logits(run, trainer, folder, text_size, count) if count else {}
+    report["equal"] = not different and report.get("max_abs_logit_diff", 0.0) <= TOLERANCE
+    return report
 
 
 @command
@@ -149,10 +177,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Compare an exported folder with the checkpoint it was made from.")
     parser.add_argument("--checkpoint", required=True, help="RUN, RUN/checkpoints or RUN/checkpoints/STEP")
     parser.add_argument("--model", required=True, type=Path, help="folder that convert_to_hf.py wrote")
-    parser.add_argument("--samples", type=int, default=8, help="documents of the run's first shard set to compare on")
+    parser.add_argument("--samples", type=int, default=8, help="documents to compare logits on; 0: tensors only")
+    parser.add_argument("--data", help="shard set of the samples (default: the run's first)")
     parser.add_argument("--output", type=Path, help="file for the report as JSON")
     args = parser.parse_args(argv)
-    report = json.dumps(verify(resolve_checkpoint(args.checkpoint), args.model, args.samples), indent=2)
+    report = json.dumps(verify(resolve_checkpoint(args.checkpoint), args.model, args.samples, args.data), indent=2)
     print(report)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,9 @@ class SpecialIds:
     def of(cls, tokenizer) -> "SpecialIds":
         """Look the tokens up in a HF tokenizer; ValueError names the ones it lacks."""
         ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
-        unknown = [token for token, i in zip(SPECIAL_TOKENS, ids) if i is None or i == tokenizer.unk_token_id]
+        found = dict(zip(SPECIAL_TOKENS, ids, strict=True))
+        unknown_id, unknown_token = tokenizer.unk_token_id, tokenizer.unk_token  # Qwen's own is END_OF_TEXT
+        unknown = [t for t, i in found.items() if i is None or (i == unknown_id and t != unknown_token)]
         if unknown:
             raise ValueError(f"the text tokenizer lacks the special tokens {unknown}")
         return cls(*ids)

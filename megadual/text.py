@@ -22,7 +22,8 @@ from megadual.streams import END_OF_TEXT, SPECIAL_TOKENS
 def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """A HF tokenizer from a local folder or hub id, with SPECIAL_TOKENS added where it lacks them."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        # An exported folder has code of its own, but not of its tokenizer; otherwise transformers asks on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"no text tokenizer in '{folder}': {str(error).splitlines()[0]}") from error
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})

@@ -1,4 +1,4 @@
-"""From a trained checkpoint of any layout to a Hugging Face folder that works by itself, and its verification."""
+"""From a trained checkpoint of any layout to a Hugging Face folder that works by itself, its verification, and back."""
 
 import json
 import os
@@ -13,47 +13,66 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from checkpoints_tools import convert_to_hf, verify
-from megadual.engine.megatron import MegatronEngine
+from checkpoints_tools import convert_from_hf, convert_to_hf, verify
+from checkpoints_tools.tensors import CheckpointTensors
 from megadual.engine.topology import topology
 from megadual.errors import UserError
 from megadual.testing.corpus import make_corpus
 from megadual.testing.distributed import run_distributed
 from megadual.testing.models import write_dualtoken, write_run
 from megadual.train import setup
-from megadual.train.checkpoint import Checkpointer, load_full_state, resolve_checkpoint
+from megadual.train.checkpoint import Checkpointer, resolve_checkpoint
 from megadual.vision import DualToken
 
 ROOT = Path(__file__).parents[2]
+LAYOUTS = {
+    "one": (1, []),
+    "TP2": (2, ["parallel.tensor=2"]),
+    "PP2": (2, ["parallel.pipeline=2"]),
+    "TP2xPP2+SP": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
+    "DeepSpeed ZeRO-3": (2, ["engine=deepspeed", "parallel.zero_stage=3"]),
+    "DeepSpeed PP2": (2, ["engine=deepspeed", "parallel.pipeline=2"]),
+    "tied bf16 PP2": (
+        2,
+        ["parallel.pipeline=2", "model.tie_embeddings=true", "train.precision=bf16", "model.kv_heads=1"],
+    ),
+}
 
 
 def train_and_save(run):
     layout, inputs = topology(run, dist.get_world_size()), setup.read_inputs(run)
-    engine = MegatronEngine(run, layout, inputs.vocabulary)
+    engine = setup.engine(run, layout, inputs.vocabulary)
     data = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank)
     for step in range(run.train.steps):
         engine.train_step(data.step(step))
-    Checkpointer(run).save(engine, run.train.steps)
+    checkpointer = Checkpointer(run)
+    checkpointer.save(engine, run.train.steps)
+    checkpointer.finish()
+    checkpointer.finish()
     engine.shutdown()
 
 
-def export(tmp_path_factory, processes: int, *overrides: str):
-    """(run, exported folder) of a run of two steps under a layout."""
-    folder = tmp_path_factory.mktemp("convert")
-    run = write_run(folder, *overrides)
-    run_distributed(train_and_save, processes, run)
-    convert_to_hf.main(["--checkpoint", run.run.dir, "--output", str(folder / "hf")])
-    return run, folder / "hf"
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Gives (run, exported folder) of a run of two steps under one of LAYOUTS; each is made once."""
+    made = {}
+
+    def export(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("convert")
+            processes, overrides = LAYOUTS[name]
+            run = write_run(folder, *overrides)
+            run_distributed(train_and_save, processes, run)
+            convert_to_hf.main(["--checkpoint", run.run.dir, "--output", str(folder / "hf")])
+            made[name] = run, folder / "hf"
+        return made[name]
+
+    return export
 
 
 @pytest.fixture(scope="module")
-def layout_4(tmp_path_factory):
-    return export(tmp_path_factory, 4, "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")
-
-
-@pytest.fixture(scope="module")
-def tied_bf16(tmp_path_factory):
-    return export(tmp_path_factory, 1, "model.tie_embeddings=true", "train.precision=bf16", "model.kv_heads=1")
+def layout_4(exported):
+    return exported("TP2xPP2+SP")
 
 
 def run_verify(run, folder, capsys, *args) -> tuple[int, dict]:
@@ -67,14 +86,27 @@ def run_verify(run, folder, capsys, *args) -> tuple[int, dict]:
     return code, json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["layout_4", "tied_bf16"])
-def test_the_export_is_the_checkpoint(name, request, tmp_path, capsys):
-    run, folder = request.getfixturevalue(name)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_export_is_the_checkpoint(name, exported, tmp_path, capsys):
+    run, folder = exported(name)
     code, report = run_verify(run, folder, capsys, "--output", tmp_path / "report.json")
     assert code == 0 and report["equal"] and report["tensors_compared"] > 100
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert set(report["max_abs_logit_diff_per_stream"]) == {"text", "semantic", "pixel"}
     assert min(report["logits_compared"].values()) > 1000 and min(report["logit_std"].values()) > 0.01
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_export_import_export_is_bitwise(name, exported, tmp_path):
+    """Also in several files, whose order and names do not depend on the layout."""
+    run, folder = exported(name)
+    convert_from_hf.main(["--model", str(folder), "--output", str(tmp_path / "start")])
+    convert_to_hf.main(["--checkpoint", str(tmp_path / "start"), "--output", str(tmp_path / "again")])
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "processor_config.json"} < names
+    assert {path.name for path in (tmp_path / "again").iterdir()} == names
+    for file in names - {"README.md"}:  # which tells what the checkpoint is
+        assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
 
 
 def test_a_changed_weight_is_found(layout_4, tmp_path, capsys):
@@ -128,10 +160,10 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize("name", ["layout_4", "tied_bf16"])
-def test_the_folder_works_without_megadual(name, request, tmp_path):
+@pytest.mark.parametrize("name", ["TP2xPP2+SP", "tied bf16 PP2"])
+def test_the_folder_works_without_megadual(name, exported, tmp_path):
     """Also under the meta device that loading uses: buffers that are in no file must hold their values."""
-    run, folder = request.getfixturevalue(name)
+    run, folder = exported(name)
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-I", "-c", USE, str(folder)]
     pipes = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -188,7 +220,8 @@ def test_wrong_input_is_named(layout_4, tmp_path, capsys):
 
 def test_another_dualtoken_is_refused(layout_4, tmp_path):
     run, _ = layout_4
-    trainer = load_full_state(resolve_checkpoint(run.run.dir))
-    other = write_dualtoken(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match="not the code vectors of the DualToken in 'runs/other'"):
-        convert_to_hf.full_state(trainer, other, convert_to_hf.model_sizes(run, trainer, 300), "runs/other")
+    write_dualtoken(tmp_path / "other", seed=1)
+    run.model.dualtoken = str(tmp_path / "other")
+    trainer = CheckpointTensors(resolve_checkpoint(run.run.dir))
+    with pytest.raises(UserError, match="not the code vectors of the DualToken in '.*/other'"):
+        convert_to_hf.Exported(run, trainer, 300).check_codebooks()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from checkpoints_tools.mapping import CODEBOOKS, Sizes, to_hf, to_trainer
+from checkpoints_tools.mapping import CODEBOOKS, Sizes, origins, to_hf
 
 SIZES = Sizes(heads=6, kv_heads=2, text_size=300, padded_text_size=384)
 H, HEAD, FFN = 24, 4, 40
@@ -36,21 +36,36 @@ def trainer_state() -> dict[str, torch.Tensor]:
     return state
 
 
+def exported(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {hf: part for name, tensor in state.items() for hf, part in to_hf(name, tensor, SIZES).items()}
+
+
 def test_round_trip_is_bitwise():
     state = trainer_state()
-    hf = to_hf(state, SIZES)
-    hf |= {name: torch.randn(33, 8) for name in CODEBOOKS.values()}
-    back = to_trainer(hf | {"dualtoken.decoder.conv_in.weight": torch.ones(1)}, SIZES)
+    hf = exported(state) | {name: torch.randn(33, 8) for name in CODEBOOKS.values()}
+    hf |= {"dualtoken.decoder.conv_in.weight": torch.ones(1)}
+    back = {name: origin.merge(hf.__getitem__, SIZES) for name, origin in origins(hf).items()}
     assert set(back) == set(state) | set(CODEBOOKS)
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
     assert all(torch.equal(back[left], hf[right][:-1]) for left, right in CODEBOOKS.items())
+    assert all(to_hf(name, back[name], SIZES) == {} for name in CODEBOOKS)
+
+
+def test_shapes_are_known_without_data():
+    state = trainer_state()
+    hf = exported(state)
+    shapes = exported({name: tensor.to("meta") for name, tensor in state.items()})
+    assert {name: tensor.shape for name, tensor in shapes.items()} == {name: t.shape for name, t in hf.items()}
+    for name, origin in origins(shapes).items():
+        if name not in CODEBOOKS:
+            assert origin.merge(shapes.__getitem__, SIZES).shape == state[name].shape
 
 
 def test_qkv_rows_go_where_they_belong():
     """Row by row, against the layout's definition: for each KV group its 3 query heads, its key, its value."""
     name = "decoder.layers.11.self_attention.linear_qkv.weight"
     packed = trainer_state()[name]
-    hf = to_hf({name: packed}, SIZES)
+    hf = to_hf(name, packed, SIZES)
     q, k, v = (hf[f"model.layers.11.self_attn.{x}_proj.weight"] for x in "qkv")
     assert q.shape == (6 * HEAD, H) and k.shape == v.shape == (2 * HEAD, H)
     for group in range(2):
@@ -64,7 +79,7 @@ def test_qkv_rows_go_where_they_belong():
 
 def test_gate_comes_before_up_and_padding_goes():
     state = trainer_state()
-    hf = to_hf(state, SIZES)
+    hf = exported(state)
     packed = state["decoder.layers.0.mlp.linear_fc1.weight"]
     assert torch.equal(hf["model.layers.0.mlp.gate_proj.weight"], packed[:FFN])
     assert torch.equal(hf["model.layers.0.mlp.up_proj.weight"], packed[FFN:])
@@ -73,9 +88,9 @@ def test_gate_comes_before_up_and_padding_goes():
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="decoder.layers.0.experts.weight.*no entry"):
-        to_hf({"decoder.layers.0.experts.weight": torch.ones(1)}, SIZES)
-    hf = {name: torch.ones(2, 2) for name in CODEBOOKS.values()}
+        to_hf("decoder.layers.0.experts.weight", torch.ones(1), SIZES)
     with pytest.raises(ValueError, match="model.layers.0.router.weight.*no entry"):
-        to_trainer(hf | {"model.layers.0.router.weight": torch.ones(1)}, SIZES)
+        origins(["model.layers.0.router.weight"])
+    merged = origins(["model.layers.0.mlp.gate_proj.weight"])["decoder.layers.0.mlp.linear_fc1.weight"]
     with pytest.raises(KeyError, match="up_proj"):
-        to_trainer(hf | {"model.layers.0.mlp.gate_proj.weight": torch.ones(2, 2)}, SIZES)
+        merged.merge({"model.layers.0.mlp.gate_proj.weight": torch.ones(2, 2)}.__getitem__, SIZES)

@@ -1,0 +1,66 @@
+"""The README.md of an exported folder: what the model is, how it is used, what it was trained on and how."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from megadual.config import PretrainConfig
+from megadual.train.checkpoint import PROGRESS
+
+_TRAINED_BY = ("engine", "model", "data", "parallel", "train")  # the sections of a run's config that are shown
+
+
+def model_card(run: PretrainConfig, checkpoint: Path, meta: dict[str, Tensor]) -> str:
+    llm = sum(tensor.numel() for name, tensor in meta.items() if not name.startswith("dualtoken."))
+    step = json.loads((checkpoint / PROGRESS).read_text())["step"]
+    return f"""---
+library_name: transformers
+pipeline_tag: any-to-any
+tags: [megadual, multimodal, image-generation, image-to-text]
+---
+# {run.run.name}
+
+A MegaDual model: one autoregressive transformer that reads and writes text and images. Every image position
+carries a semantic and a pixel code of its DualToken, which is in this folder too.
+{llm:,} parameters without the DualToken; {run.model.layers} layers, hidden size {run.model.hidden}.
+
+```python
+from PIL import Image
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/folder", trust_remote_code=True)
+print(model.describe([Image.open("picture.png")])[0])
+model.draw(["two red apples to the left of a cat, on blue"], cfg_scale=3.0, seed=0)[0].save("drawing.png")
+```
+
+`AutoProcessor` makes the inputs of `generate` for texts with `<image>` in them.
+
+## Training
+{_training(run, step) if step else "Weights to start a run from; not trained by this project."}
+"""
+
+
+def _training(run: PretrainConfig, step: int) -> str:
+    config = dataclasses.asdict(run)
+    config = OmegaConf.to_yaml({name: config[name] for name in _TRAINED_BY})
+    sets = "\n".join(f"| `{shard_set}` | {_counts(shard_set)} |" for shard_set in run.data.sets)
+    return f"""{step:,} steps of {run.train.steps:,}, each of {run.train.global_batch_tokens:,} positions.
+
+| data (its `manifest.json` names origin and license) | documents | images | positions |
+| --- | --- | --- | --- |
+{sets}
+
+```yaml
+{config}```"""
+
+
+def _counts(shard_set: str) -> str:
+    """Documents, images and image positions of a set as table cells, empty where it is not to be read from here."""
+    try:
+        manifest = json.loads((Path(shard_set) / "manifest.json").read_text())
+    except OSError:
+        return " | | "
+    return " | ".join(f"{manifest[name]:,}" for name in ("documents", "images", "positions"))
