@@ -101,7 +101,7 @@ def topology(run: PretrainConfig, world: int) -> Topology:
 
 
 def _check_engine(run: PretrainConfig) -> None:
-    parallel, stage = run.parallel, run.parallel.zero_stage
+    parallel, stage, trained = run.parallel, run.parallel.zero_stage, set(run.train.parts)
     if stage not in (1, 2, 3):
         raise UserError(f"parallel.zero_stage={stage} is unknown; known: 1, 2, 3")
     if run.engine == "megatron" and stage != 1:
@@ -121,6 +121,12 @@ def _check_engine(run: PretrainConfig) -> None:
         raise UserError(
             f"parallel.context={parallel.context} needs engine=megatron: DeepSpeed's data-parallel group would have to "
             "hold the context-parallel ranks for gradients but not for data"
+        )
+    on_every_stage = "llm" in trained or parallel.pipeline == 2 and trained == {"projector", "heads"}
+    if run.engine == "deepspeed" and parallel.pipeline > 1 and not on_every_stage:
+        raise UserError(
+            f"train.parts={run.train.parts} leave a stage of parallel.pipeline={parallel.pipeline} with nothing to "
+            "train, which DeepSpeed does not allow; use engine=megatron, or parallel.pipeline=1"
         )
     if stage > 1 and parallel.pipeline > 1:
         raise UserError(

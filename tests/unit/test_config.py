@@ -41,13 +41,23 @@ def test_missing_value():
 def test_yaml_with_base(tmp_path):
     (tmp_path / "base.yaml").write_text("train: {steps: 5, seq_len: 32}\n")
     (tmp_path / "child.yaml").write_text("base: base.yaml\ntrain: {steps: 7}\n")
-    run = load_config(PretrainConfig, tmp_path / "child.yaml", [r for r in REQUIRED if "steps" not in r and "seq" not in r])
+    run = load_config(
+        PretrainConfig, tmp_path / "child.yaml", [r for r in REQUIRED if "steps" not in r and "seq" not in r]
+    )
     assert (run.train.steps, run.train.seq_len) == (7, 32)
     (tmp_path / "bad.yaml").write_text("train: {stepz: 7}\n")
     with pytest.raises(UserError, match="bad.yaml: unknown config key 'train.stepz'"):
         load_config(PretrainConfig, tmp_path / "bad.yaml")
     with pytest.raises(UserError, match="does not exist"):
         load_config(PretrainConfig, tmp_path / "none.yaml")
+
+
+def test_a_later_yaml_adds_to_the_ones_before(tmp_path):
+    (tmp_path / "model.yaml").write_text("train: {steps: 5, seq_len: 32, lr: 1.0}\n")
+    (tmp_path / "stage.yaml").write_text("train: {lr: 2.0}\n")
+    paths = [tmp_path / "model.yaml", tmp_path / "stage.yaml"]
+    run = load_config(PretrainConfig, paths, [r for r in REQUIRED if "steps" not in r and "seq" not in r])
+    assert (run.train.steps, run.train.lr) == (5, 2.0)
 
 
 def test_yaml_round_trip(tmp_path):
@@ -69,6 +79,10 @@ def test_presets_fill_only_what_is_null():
     (2, ["parallel.pipeline=2", "parallel.stage_layers=[3,2]"], "2 numbers that add up to model.layers=4"),
     (8, ["parallel.tensor=8"], "model.heads=4 does not divide by parallel.tensor=8"),
     (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=4"], "= 8 chunks"),
+    (2, ["model.heads=6", "model.kv_heads=3", "model.hidden=96", "parallel.tensor=2"], "one must divide the other"),
+    (2, ["parallel.context=4"], r"x parallel.context\(4\) = 4 does not divide the world of 2"),
+    (2, ["parallel.context=2", "train.seq_len=62", "train.global_batch_tokens=62"], "the 4 equal shares"),
+    (2, ["engine=deepspeed", "parallel.context=2"], "parallel.context=2 needs engine=megatron"),
     (1, ["parallel.sequence=true"], "needs parallel.tensor > 1"),
     (1, ["train.global_batch_tokens=500"], r"is not a multiple of train.seq_len\(64\).* = 64"),
     (1, ["train.precision=fp8"], "train.precision 'fp8' is unknown"),
@@ -88,3 +102,5 @@ def test_layout_that_does_not_divide(world, overrides, message):
 def test_topology_sizes():
     layout = topology(config("parallel.tensor=2", "parallel.pipeline=2"), 8)
     assert (layout.data, layout.rows_per_step, layout.microbatches) == (2, 8, 4)
+    run = config("parallel.tensor=2", "parallel.context=2")
+    assert topology(run, 8).data == 2 and "context=2" in topology(run, 8).describe(run)

@@ -1,0 +1,69 @@
+"""Context parallelism without processes: the shares make up the micro-batch, and attend to what they should."""
+
+import numpy as np
+import pytest
+import torch
+
+from megadual.data.dataset import collate
+from megadual.model.attention import PackedDocuments, attend_each
+from megadual.model.context import context_share
+from megadual.streams import SpecialIds, to_sequence
+from megadual.testing.shards import random_documents
+
+SPECIAL = SpecialIds(end_of_text=0, image=1, image_start=2, image_end=3, image_gen_start=4, image_gen_end=5)
+
+
+@pytest.fixture
+def batch():
+    """96 positions: three documents with images to draw, the last one cut to fit."""
+    documents = random_documents(12, grid=(3, 4), depth=2, images=(0, 2), caption=(5, 20))
+    sequences, total = [], 0
+    for document in documents:
+        sequence = to_sequence(document, SPECIAL, [True] * len(document.grids))
+        if total + len(sequence) <= 96:
+            sequences.append(sequence)
+            total += len(sequence)
+    rest = to_sequence(random_documents(1, images=(0, 0), caption=(95 - total, 95 - total))[0], SPECIAL, [])
+    return collate([*sequences, rest], SPECIAL, [str(i) for i in range(len(sequences) + 1)])
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_shares_make_up_the_batch(batch, size):
+    shares = [context_share(batch, rank, size) for rank in range(size)]
+    assert [len(share.tokens) for share in shares] == [96 // size] * size
+    for name in ("tokens", "positions", "text_targets"):
+        together = torch.cat([getattr(share, name) for share in shares])
+        assert sorted(together.tolist()) == sorted(getattr(batch, name).tolist())
+    for name in ("image_positions", "text_positions", "draw_positions"):
+        assert sum(len(getattr(share, name)) for share in shares) == len(getattr(batch, name)) > 0
+    for share in shares:
+        assert (share.text_targets[share.text_positions] >= 0).all()
+        assert (share.tokens[share.image_positions] == SPECIAL.image).all()
+        assert len(share.draw_targets) == len(share.draw_positions)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_attention_of_the_shares_is_that_of_the_batch(batch, size):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 96, 2, 8, generator=generator)
+    whole = attend_each(q, k, v, PackedDocuments(cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens), 0.3)
+    width = 96 // (2 * size)
+    parts = [[r, 2 * size - 1 - r] for r in range(size)]
+    held = [torch.cat([torch.arange(p * width, (p + 1) * width) for p in pair]) for pair in parts]
+    joined = torch.cat(held)  # the order in which ranks' keys are gathered
+    for rank in range(size):
+        share = context_share(batch, rank, size)
+        documents = PackedDocuments(cu_seqlens_q=share.cu_seqlens, cu_seqlens_kv=share.key_seqlens)
+        got = attend_each(q[held[rank]], k[joined][share.keys_at], v[joined][share.keys_at], documents, 0.3)
+        torch.testing.assert_close(got, whole[held[rank]])
+
+
+def test_one_long_document_costs_every_rank_the_same():
+    document = random_documents(1, images=(0, 0), caption=(127, 127))[0]
+    batch = collate([to_sequence(document, SPECIAL, [])], SPECIAL, ["long"])
+    work = []
+    for rank in range(4):
+        share = context_share(batch, rank, 4)
+        queries, keys = np.diff(share.cu_seqlens), np.diff(share.key_seqlens)
+        work.append(int((queries * keys - queries * (queries - 1) // 2).sum()))
+    assert work == [128 * 129 // 2 // 4] * 4
