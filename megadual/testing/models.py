@@ -1,44 +1,22 @@
-"""A tiny DualToken and text tokenizer with random weights, and a run that uses them, for tests."""
+"""A tiny DualToken and text tokenizer, saved, and a run that uses them, for tests."""
 
 from pathlib import Path
-
-import torch
-from transformers import SiglipConfig
 
 from megadual.config import PretrainConfig, load_config
 from megadual.model import presets
 from megadual.streams import SpecialIds
 from megadual.testing.shards import random_documents, write_shard_set
+from megadual.testing.vision import tiny_dualtoken
 from megadual.text import fingerprint, load_text_tokenizer, save_text_tokenizer, train_text_tokenizer
-from megadual.vision import DualToken, DualTokenConfig
+from megadual.vision import DualToken
 
-IMAGE_SIZE, PATCH, DEPTH, CODEBOOK = 16, 4, 3, 32
+IMAGE_SIZE, DEPTH, CODEBOOK = 16, 3, 32  # tiny_dualtoken's
 CAPTIONS = ["two red apples to the left of a cat, on blue", "a small tree above three large cars, on white"]
 
 
 def write_dualtoken(folder: Path, seed: int = 0) -> DualToken:
-    """A DualToken of 4 x 4 positions for 16 px images, saved in `folder`."""
-    torch.manual_seed(seed)
-    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
-    vision = dict(**tower, image_size=IMAGE_SIZE, patch_size=PATCH)
-    text = dict(**tower, vocab_size=64, bos_token_id=0, eos_token_id=0)
-    config = DualTokenConfig(
-        siglip=SiglipConfig(vision_config=vision, text_config=text).to_dict(),
-        layer_shortcut=1,
-        layer_recon=2,
-        layer_sem=3,
-        codebook_size=CODEBOOK,
-        code_dim=8,
-        depth=DEPTH,
-        decoder_latent=4,
-        decoder_in_channels=16,
-        decoder_channels=8,
-        decoder_multipliers=[1, 1, 2],
-        decoder_res_blocks=1,
-        decoder_attention=[],
-        decoder_norm_groups=4,
-    )
-    dualtoken = DualToken(config).eval()
+    """The tiny DualToken of 4 x 4 positions for 16 px images, saved in `folder`."""
+    dualtoken = tiny_dualtoken(seed)
     dualtoken.save_pretrained(folder)
     return dualtoken
 

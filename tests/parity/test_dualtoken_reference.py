@@ -51,8 +51,8 @@ def write(folder, backbone, config, state):
     return [word for option, name in names.items() for word in (f"--{option}", str(folder / name))]
 
 
-def close(a, b):
-    return (a - b).norm() / b.norm() < 1e-4
+def distance(a, b):
+    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -65,13 +65,15 @@ def test_imported_weights_compute_what_the_reference_does(case, tmp_path):
     images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
     expected = Reference(config, backbone, state)(images)
 
-    for one in (model, FastDualToken(model, torch.float32)):
+    # A norm's epsilon ten times too large moves the pooled output by 3e-6 and the decoded one by 2e-5. The fast path
+    # sums in another order.
+    for one, tolerance in ((model, (2e-6, 1.5e-5)), (FastDualToken(model, torch.float32), (1e-4, 1e-4))):
         encoded = one.encode(images)
         for stream in ("semantic", "pixel"):
             ours, theirs = getattr(encoded, stream), getattr(expected, stream)
             assert len(theirs.unique()) > 20, "the case tells little: few codes are used"
             assert (ours[..., 0] == theirs[..., 0]).float().mean() >= 0.999
             assert (ours == theirs).float().mean() >= 0.99
-        assert close(encoded.pooled, expected.pooled)
+        assert distance(encoded.pooled, expected.pooled) < tolerance[0]
         decoded = one.decode(expected.pixel)
-        assert decoded.std() > 0.05 and close(decoded, expected.reconstruction.clamp(-1, 1))
+        assert decoded.std() > 0.05 and distance(decoded, expected.reconstruction.clamp(-1, 1)) < tolerance[1]
