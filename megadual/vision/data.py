@@ -115,7 +115,9 @@ def _skip(sample: dict, error: Exception) -> None:
     warnings.warn(f"skipped '{sample['__url__']}' sample '{sample['__key__']}': {error}", stacklevel=2)
 
 
-def _samples(shards: list[str]) -> Iterator[dict]:
+def shard_samples(shards: list[str]) -> Iterator[dict]:
+    """The samples of shards, in order: {"__key__", "__url__", member's suffix: its bytes}."""
+
     def opened() -> Iterator[dict]:
         for url in shards:
             with _open_shard(url) as stream:
@@ -190,7 +192,7 @@ class TrainingImages(IterableDataset):
         shards = list(self.shards)
         random.Random(f"{self.seed}/{epoch}").shuffle(shards)
         by_shard = len(shards) >= streams
-        samples = _samples(shards[stream::streams] if by_shard else shards)
+        samples = shard_samples(shards[stream::streams] if by_shard else shards)
         if not by_shard:
             samples = (sample for i, sample in enumerate(samples) if i % streams == stream)
         digest = hashlib.sha256(f"{self.seed}/{epoch}/{stream}".encode()).digest()
@@ -216,7 +218,7 @@ def read_pairs(pattern: str, size: int, limit: int | None = None) -> tuple[Tenso
     Unreadable images are skipped with a warning; UserError if none is left.
     """
     images, captions = [], []
-    for sample in _samples(list_shards(pattern)):
+    for sample in shard_samples(list_shards(pattern)):
         if limit is not None and len(images) >= limit:
             break
         try:

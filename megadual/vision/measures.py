@@ -1,0 +1,179 @@
+"""What `evaluate.py` measures. A measure sees the data batch by batch and gives its figures at the end.
+
+Shape suffixes: B batch, P pooled width, D code depth, K codebook size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import STREAMS
+from .frechet import FeatureStatistics, frechet_distance
+from .image_features import through_files
+from .metrics import perplexity, psnr, retrieval_r1, ssim
+from .samples import Samples
+from .siglip import text_embeddings
+from .tokenizer import DualToken, Encoded
+from .zero_shot import Classes, class_logits
+
+
+@dataclass
+class Seen:
+    """A batch, what the DualToken made of it, and the teacher's pooled embeddings (B, P) where there is a teacher."""
+
+    samples: Samples
+    codes: Encoded
+    reconstructions: Tensor
+    teacher_BP: Tensor | None
+
+    @property
+    def pooled(self) -> dict[str, Tensor]:
+        """Embeddings that images are understood by: the quantised path's and, beside it, the teacher's."""
+        return {"quantized": self.codes.pooled} | ({} if self.teacher_BP is None else {"teacher": self.teacher_BP})
+
+
+class Reconstruction:
+    """PSNR, SSIM and LPIPS of each image. Keeps a few numbers an image."""
+
+    def __init__(self, lpips: Callable[[Tensor, Tensor], Tensor] | None):
+        self.functions = {"psnr": psnr, "ssim": ssim} | ({} if lpips is None else {"lpips": lpips})
+        self.values: dict[str, list[float]] = {name: [] for name in self.functions}
+        self.definitions = {
+            "psnr": "dB, per image in [0, 1], mean over the n held-out images",
+            "ssim": "Gaussian window of 11, per image in [0, 1], mean over the images",
+        }
+        if lpips is not None:
+            self.definitions["lpips"] = "VGG16, v0.1, mean over the images"
+
+    def update(self, seen: Seen) -> dict[str, list[float]]:
+        """The batch's values by name."""
+        batch = {name: f(seen.reconstructions, seen.samples.images).tolist() for name, f in self.functions.items()}
+        for name, values in batch.items():
+            self.values[name] += values
+        return batch
+
+    def result(self) -> dict[str, float]:
+        return {name: sum(values) / len(values) for name, values in self.values.items()}
+
+
+class MeanImage:
+    """What PSNR comes to when the training images' mean is predicted for every image."""
+
+    definitions = {"psnr_mean_image": "psnr of predicting the training images' mean for every image"}
+
+    def __init__(self, mean: Tensor):
+        self.mean, self.sum, self.count = mean, 0.0, 0
+
+    def update(self, seen: Seen) -> None:
+        images = seen.samples.images
+        self.sum += psnr(self.mean.to(images.device).expand_as(images), images).sum().item()
+        self.count += len(images)
+
+    def result(self) -> dict[str, float]:
+        return {"psnr_mean_image": self.sum / self.count}
+
+
+class Frechet:
+    """Distance between the sets of originals and of reconstructions. Keeps the features' covariances only."""
+
+    def __init__(self, network, format: str, crop: str):
+        self.network, self.format = network, format
+        self.sets = {"originals": FeatureStatistics(network.width), "reconstructions": FeatureStatistics(network.width)}
+        self.definitions = {network.key: f"{network.about}; images: {crop}, both sets as {format} files"}
+
+    def update(self, seen: Seen) -> None:
+        self.sets["originals"].update(self.network(through_files(seen.samples.images, self.format)))
+        self.sets["reconstructions"].update(self.network(through_files(seen.reconstructions, self.format)))
+
+    def result(self) -> dict[str, float]:
+        return {self.network.key: frechet_distance(*self.sets.values())}
+
+
+class CodeUsage:
+    def __init__(self, model: DualToken):
+        shape = (model.config.depth, model.config.codebook_size)
+        self.counts_DK = {stream: torch.zeros(shape, dtype=torch.int64) for stream in STREAMS}
+        self.definitions = {
+            "code_usage": "share of the codebook's entries used at least once, at any depth, over all held-out images",
+            "perplexity": "exp of the entropy of the codes, all depths together",
+        }
+
+    def update(self, seen: Seen) -> None:
+        for stream, counts_DK in self.counts_DK.items():
+            for depth, codes in enumerate(getattr(seen.codes, stream).flatten(0, 2).unbind(dim=-1)):
+                counts_DK[depth] += torch.bincount(codes, minlength=counts_DK.shape[1]).cpu()
+
+    def result(self) -> dict[str, float]:
+        report = {}
+        for stream, counts_DK in self.counts_DK.items():
+            counts_K = counts_DK.sum(dim=0)
+            report[f"code_usage_{stream}"] = (counts_K > 0).float().mean().item()
+            report[f"perplexity_{stream}"] = perplexity(counts_K.double())
+        report["codes_per_stream"] = counts_DK.sum().item()
+        return report
+
+
+class Retrieval:
+    """R@1 between images and captions, among the images that have one. Keeps the embeddings: 4 P bytes each."""
+
+    definitions = {
+        "retrieval_r1": "image to caption among all captions; teacher: SigLIP, quantized: through semantic codes",
+        "retrieval_r1_text_to_image": "caption to image among all images with a caption",
+        "chance": "R@1 of guessing",
+    }
+
+    def __init__(self, siglip, tokenizer):
+        self.siglip, self.tokenizer = siglip, tokenizer
+        self.captions: list[str] = []
+        self.embeddings: dict[str, list[Tensor]] = {"texts": []}
+
+    def update(self, seen: Seen) -> None:
+        captions = seen.samples.captions
+        with_caption = [i for i, caption in enumerate(captions) if caption]
+        if not with_caption:
+            return
+        captions = [captions[i] for i in with_caption]
+        self.captions += captions
+        self.embeddings["texts"].append(text_embeddings(self.siglip, self.tokenizer, captions).cpu())
+        for name, pooled_BP in seen.pooled.items():
+            self.embeddings.setdefault(name, []).append(pooled_BP[with_caption].cpu())
+
+    def result(self) -> dict[str, float]:
+        """Empty where no image has a caption."""
+        if not self.captions:
+            return {}
+        embeddings = {name: torch.cat(parts) for name, parts in self.embeddings.items()}
+        texts, report = embeddings.pop("texts"), {}
+        for name, images in embeddings.items():
+            report[f"retrieval_r1_{name}"] = retrieval_r1(images, texts, self.captions)
+            report[f"retrieval_r1_text_to_image_{name}"] = retrieval_r1(texts, images, self.captions)
+        return report | {"captions": len(self.captions), "chance": 1 / len(self.captions)}
+
+
+class ZeroShot:
+    """Accuracy of classification by prompts."""
+
+    def __init__(self, classes: Classes, classes_KP: Tensor, templates: list[str]):
+        self.classes, self.classes_KP = classes, classes_KP
+        self.correct: dict[str, int] = {}
+        self.count = 0
+        self.definitions = {
+            "zero_shot": f"share of images whose class has the largest 100 cos, {len(classes.names)} classes, "
+            f"{len(templates)} prompts each; top5: among the five largest"
+        }
+
+    def update(self, seen: Seen) -> None:
+        samples = seen.samples
+        wanted = [self.classes.number(*pair) for pair in zip(samples.labels, samples.names, strict=True)]
+        wanted_B1 = torch.tensor(wanted, device=self.classes_KP.device)[:, None]
+        self.count += len(wanted)
+        for name, pooled_BP in seen.pooled.items():
+            best = class_logits(pooled_BP, self.classes_KP).topk(min(5, len(self.classes.names))).indices
+            for key, hits in {"top1": best[:, :1] == wanted_B1, "top5": best == wanted_B1}.items():
+                key = f"zero_shot_{key}_{name}"
+                self.correct[key] = self.correct.get(key, 0) + hits.any(dim=1).sum().item()
+
+    def result(self) -> dict[str, float]:
+        return {name: correct / self.count for name, correct in self.correct.items()}

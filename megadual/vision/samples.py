@@ -1,0 +1,113 @@
+"""Held-out images for evaluation, one pass, out of a folder of image files or out of webdataset tars."""
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from megadual.errors import UserError
+
+from .data import IMAGES, list_shards, shard_samples
+from .tokenizer import centre_crop, to_tensor
+
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+@dataclass
+class Samples:
+    """images (B, 3, h, w) in [-1, 1]; each one's name, caption and label, "" where there is none."""
+
+    images: Tensor
+    names: list[str]
+    captions: list[str]
+    labels: list[str]
+
+
+class SampleReader(IterableDataset):
+    """Decoded samples of `source`; each loading process decodes every so-manieth one.
+
+    A folder is read recursively: a label is the name of the folder that an image lies in, a caption stands in a .txt
+    file beside it. In tars a label is the .cls member or the `label` of the .json member, a caption the .txt member.
+    """
+
+    def __init__(self, source: str, size: int, limit: int | None = None):
+        self.source, self.size, self.limit = source, size, limit
+        self.folder = Path(source) if Path(source).is_dir() else None
+        if self.folder:
+            self.files = sorted(p for p in self.folder.rglob("*") if p.suffix[1:].lower() in IMAGES)
+            if not self.files:
+                raise UserError(f"the folder '{source}' holds no image ({', '.join(IMAGES)}); give one that does")
+        else:
+            self.shards = list_shards(source)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, str, str, str] | str]:
+        """(image, name, caption, label) of each sample, or the error of one that can't be read."""
+        worker = get_worker_info()
+        number, of = (worker.id, worker.num_workers) if worker else (0, 1)
+        for i, (name, image, caption, label) in enumerate(self._files() if self.folder else self._members()):
+            if self.limit is not None and i >= self.limit:
+                return
+            if i % of != number:
+                continue
+            try:
+                data = image.read_bytes() if isinstance(image, Path) else image
+                yield to_tensor(centre_crop(Image.open(io.BytesIO(data)), self.size)), name, caption, label
+            except UnidentifiedImageError:
+                yield f"{name}: {'no image' if not data else 'not an image'}"
+            except UNREADABLE as error:
+                yield f"{name}: {error}"
+
+    def _files(self) -> Iterator[tuple[str, Path, str, str]]:
+        for path in self.files:
+            caption = path.with_suffix(".txt")
+            label = path.parent.name if path.parent != self.folder else ""
+            text = caption.read_text().strip() if caption.is_file() else ""
+            yield str(path.relative_to(self.folder)), path, text, label
+
+    def _members(self) -> Iterator[tuple[str, bytes, str, str]]:
+        for sample in shard_samples(self.shards):
+            image = next((sample[extension] for extension in IMAGES if extension in sample), b"")
+            label = (
+                sample["cls"].decode() if "cls" in sample else json.loads(sample.get("json", b"{}")).get("label", "")
+            )
+            yield sample["__key__"], image, sample.get("txt", b"").decode(errors="replace").strip(), str(label).strip()
+
+
+def _label(sample: dict) -> str:
+    if "cls" in sample:
+        return sample["cls"].decode(errors="replace").strip()
+    try:
+        fields = json.loads(sample.get("json", b"{}"))
+    except ValueError:
+        return ""
+    return str(fields.get("label", "")) if isinstance(fields, dict) else ""
+
+
+def _collate(samples: list) -> tuple[Samples | None, list[str]]:
+    """(the readable samples as one batch, the others' errors)."""
+    good, bad = [s for s in samples if not isinstance(s, str)], [s for s in samples if isinstance(s, str)]
+    if not good:
+        return None, bad
+    images, names, captions, labels = zip(*good, strict=True)
+    return Samples(torch.stack(images), list(names), list(captions), list(labels)), bad
+
+
+def batches(
+    source: str, size: int, batch_size: int, workers: int = 0, limit: int | None = None, progress: str = "images"
+) -> Iterator[tuple[Samples | None, list[str]]]:
+    """Batches of the samples with the errors of unreadable ones; UserError where there is nothing to read.
+
+    source: a folder, or the glob pattern of tars. workers: decoding processes. limit: samples that are read at most.
+    """
+    loader = DataLoader(SampleReader(source, size, limit), batch_size, num_workers=workers, collate_fn=_collate)
+    with tqdm(desc=progress, unit="image", mininterval=1) as bar:
+        for samples, bad in loader:
+            yield samples, bad
+            bar.update(len(samples.names) if samples else 0)
