@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megadual.model.fused import linear_cross_entropy, swiglu
 from megadual.testing.distributed import run_distributed
@@ -33,6 +34,29 @@ def test_weights_alone_have_a_gradient():
     x, weight, target, _ = inputs(1, 20, 33, 8)
     linear_cross_entropy(x.detach(), weight, target).sum().backward()
     torch.testing.assert_close(weight.grad, torch.autograd.grad(plain(x, weight, target).sum(), weight)[0])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements of a tensor that an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+def test_no_more_logits_than_at_once():
+    """Forward and backward; a plain cross-entropy makes all of them."""
+    x, weight, target, _ = inputs(1, 600, 1000, 8)
+    for loss_of, most in ((linear_cross_entropy, 200 * 1000), (plain, 600 * 1000)):
+        with LargestTensor() as largest:
+            more = (200 * 1000,) if loss_of is linear_cross_entropy else ()
+            loss_of(x, weight, target, *more).sum().backward()
+        assert largest.elements == most
 
 
 def split_classes():
