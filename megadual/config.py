@@ -38,14 +38,15 @@ def _check_keys(given: Any, schema: type, place: str, prefix: str = "") -> None:
             _check_keys(value, fields[key].type, place, f"{name}.")
 
 
-def load_config(schema: type, path: str | Path | None = None, overrides: list[str] = ()):
-    """Build a `schema` dataclass from its defaults, then the YAML at `path`, then `overrides`.
+def load_config(schema: type, path: str | Path | list[str] | None = None, overrides: list[str] = ()):
+    """Build a `schema` dataclass from its defaults, then the YAML at `path` (or several, in order), then `overrides`.
 
     A YAML file may name another one to start from, relative to itself, under `base`.
     Unknown keys and values of the wrong type raise UserError.
     """
     merged = OmegaConf.structured(schema)
-    layers = _read_yaml_chain(Path(path)) if path is not None else []
+    paths = [path] if isinstance(path, (str, Path)) else path or []
+    layers = [layer for path in paths for layer in _read_yaml_chain(Path(path))]
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override '{override}' is not of the form key=value")
@@ -90,7 +91,7 @@ def parse_command_line(schema: type, description: str, argv: list[str] | None = 
         description=description,
         epilog="keys that can be overridden: " + ", ".join(_leaves(schema)),
     )
-    parser.add_argument("--config", help="YAML file with this run's keys")
+    parser.add_argument("--config", action="append", help="YAML file with this run's keys; a later one adds to it")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and plan, then stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override config keys, dotted")
     args = parser.parse_intermixed_args(argv)
@@ -195,7 +196,7 @@ class RunFolderConfig:
 
 @dataclasses.dataclass
 class CheckpointConfig:
-    every: int = 1000  # steps between checkpoints; the last step is always saved
+    every: int | None = 1000  # steps between checkpoints; the last step is saved too; null: none but at a signal
     keep: int = 2  # newest checkpoints kept
     resume: bool = True  # go on from run.dir's latest checkpoint, where there is one
     start: str | None = None  # else take the weights of this checkpoint, run or conversion; the optimizer starts anew

@@ -173,7 +173,8 @@ class MegatronEngine:
 
     def _adam(self) -> torch.optim.Optimizer | None:
         """The optimizer inside megatron's, None on a rank where nothing is trained."""
-        return None if self.optimizer.is_stub_optimizer else self.optimizer.optimizer
+        trained = any(parameter.requires_grad for chunk in self.chunks for parameter in chunk.parameters())
+        return self.optimizer.optimizer if trained else None
 
     def _chunk_names(self) -> list[str]:
         return ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]

@@ -73,7 +73,9 @@ class Checkpointer:
             write = engine.save(partial, copy=background)
         except OSError as error:
             raise self._unwritable(final, error) from error
-        self.saving = _Saving(write, partial, final, {"step": step, "updates": engine.updates})
+        updates = torch.tensor([engine.updates], device=torch.cuda.current_device())
+        dist.all_reduce(updates, op=dist.ReduceOp.MAX)  # a stage without trained parts has made none
+        self.saving = _Saving(write, partial, final, {"step": step, "updates": updates.item()})
         if background:
             self.saving.start()
         else:

@@ -207,6 +207,20 @@ def test_start_of_another_size_is_refused(run_in, weights_only, tmp_path):
         run_distributed(first_loss, 1, run, 0)
 
 
+@pytest.mark.parametrize("parts, then", [("projector", "llm,projector"), ("heads", "projector,llm,heads")])
+def test_stages_follow_each_other_where_a_pipeline_stage_trains_nothing(run_in, tmp_path, parts, then):
+    """A rank without an optimizer saves and resumes; the next training stage starts from what the first has learned."""
+    run = run_in(tmp_path / "first", "parallel.pipeline=2", f"train.parts=[{parts}]")
+    straight = run_distributed(train_through, 2, run, 3)[0]
+    resumed, _ = run_distributed(train_part, 2, run, 3, STEPS, True)[0]
+    assert resumed == straight[3:]
+    start = [f"checkpoint.start={tmp_path / 'first'}", f"train.parts=[{then}]"]
+    one, _ = run_distributed(first_loss, 1, run_in(tmp_path / "second", *start), 0)[0]
+    assert one < straight[0]["loss"] - 0.01
+    two, _ = run_distributed(first_loss, 2, run_in(tmp_path / "third", *start, "parallel.tensor=2"), 0)[0]
+    assert two == pytest.approx(one, abs=1e-5)
+
+
 def skip_one(run):
     """Step 1 is refused; did weights and optimizer stay, and what came after."""
     engine, data = tiny.build(run)

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from megadual.config import to_yaml
 from megadual.testing.models import write_dualtoken, write_run
 from megadual.train.stop import EXIT_BAD_LOSS, EXIT_STOPPED
+from pretrain.pretrain import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +61,29 @@ def test_dry_run_prints_config_and_plan(inputs, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("model", ["3b", "7b", "3b_384", "7b_384"])
+@pytest.mark.parametrize("stage, parts, draws, lr, rows", [
+    ("1_projector", ["projector"], 0.0, 1e-3, 64),
+    ("2_projector_llm", ["projector", "llm"], 0.0, 2e-5, 256),
+    ("3_heads", ["heads"], 1.0, 1e-4, 128),
+    ("4_all", ["projector", "llm", "heads"], 0.5, 1e-5, 512),
+])  # fmt: skip
+def test_stages_of_the_paper(inputs, monkeypatch, capsys, model, stage, parts, draws, lr, rows):
+    configs = [f"--config=pretrain/configs/{name}.yaml" for name in (model, f"stages/{stage}")]
+    given = OmegaConf.load(inputs[1])
+    own = [f"model.{key}={given.model[key]}" for key in ("dualtoken", "text_tokenizer")]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(
+        sys, "argv", ["", *configs, *own, f"data.sets={given.data.sets}", "run.dir=nowhere", "--dry-run"]
+    )
+    main()
+    config, _, plan = capsys.readouterr().out.partition("\n\n")
+    run = OmegaConf.create(config)
+    assert (list(run.train.parts), run.data.draw_probability, run.train.lr) == (parts, draws, lr)
+    assert run.train.global_batch_tokens == rows * 4096
+    assert f"model: {36 if model.startswith('3b') else 28} layers" in plan
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["train.stepz=3"], "did you mean 'train.steps'"),
     (["parallel.tensor=3"], "model.heads=4 does not divide by parallel.tensor=3"),
@@ -96,6 +121,17 @@ def test_signal_saves_and_stops(inputs, tmp_path):
         process.kill()
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == f"{last:08d}"
+
+
+def test_spikes_are_skipped_and_named_until_there_are_too_many(inputs, tmp_path):
+    spikes = ["train.bad_loss=skip", "train.spike_factor=0.5", "train.spike_window=2", "train.max_skipped=3"]
+    done = pretrain(*inputs, f"run.dir={tmp_path}", "train.steps=9", "checkpoint.every=3", *spikes, ok=False)
+    assert done.returncode == EXIT_BAD_LOSS
+    assert "warning: skipped: step 3: loss" in done.stderr and "error: step 5: loss" in done.stderr
+    bad = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in bad] == [3, 4, 5] and all(step["documents"] for step in bad)
+    progress = json.loads((tmp_path / "checkpoints" / "00000003" / "progress.json").read_text())
+    assert progress == {"step": 3, "updates": 2}
 
 
 def test_loss_that_is_not_finite_stops_and_names_documents(inputs, tmp_path):
