@@ -3,6 +3,8 @@
 Feature maps are (B, channels, rows, columns).
 """
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,7 +75,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, attend: bool, upsample: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(blocks if attend else 0))
         self.upsample = Upsample(out_channels) if upsample else nn.Identity()
 

@@ -1,5 +1,7 @@
 """The PatchGAN discriminator (paper section A4)."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +27,7 @@ class Discriminator(nn.Module):
     def __init__(self, channels: list[int], groups: int):
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels[0], 3, stride=2, padding=1)
-        pairs = list(zip(channels, channels[1:], strict=False))
+        pairs = list(pairwise(channels))
         self.blocks = nn.ModuleList(
             DownBlock(a, b, stride=1 if i == len(pairs) - 1 else 2, groups=groups) for i, (a, b) in enumerate(pairs)
         )

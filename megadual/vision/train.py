@@ -118,10 +118,14 @@ class TokenizerTrainer:
             images = self._next_images()
             images_seen += len(images)
             last = i == config.accumulate - 1
-            with contextlib.nullcontext() if last or self.ranks.size == 1 else self.train_model.no_sync():
+            with self._synchronised(self.train_model, last):
                 with self._autocast():
                     total, terms, output = self.losses(images)
                 (total / config.accumulate).backward()
+            if with_gan:
+                with self._synchronised(self.train_discriminator, last):
+                    terms["discriminator"] = self._discriminator_loss(images, output.reconstruction.detach())
+                    (terms["discriminator"] / config.accumulate).backward()
             for name, value in {"loss": total, **terms}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / config.accumulate
         if config.optim.clip_norm is not None:
@@ -129,7 +133,7 @@ class TokenizerTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if with_gan:
-            sums["discriminator"] = self._discriminator_step(images, output.reconstruction.detach())
+            self._step_discriminator()
         self.steps_done += 1
         metrics = {**sums, "lr": lr, **self._code_metrics(output)}
         for stream in STREAMS:  # equal on all ranks
@@ -138,18 +142,22 @@ class TokenizerTrainer:
         metrics["images_per_s"] = images_seen * self.ranks.size / (time.perf_counter() - start)
         return metrics
 
-    def _discriminator_step(self, images: Tensor, fake: Tensor) -> float:
-        config = self.config.gan
-        lr = learning_rate(config.optim, self.steps_done - config.start_step, self.config.steps - config.start_step)
-        set_learning_rate(self.gan_optimizer, lr)
-        some = slice(config.images)
+    def _synchronised(self, module: nn.Module, last: bool):
+        """DistributedDataParallel averages gradients over ranks once, at the last batch that is accumulated."""
+        return contextlib.nullcontext() if last or self.ranks.size == 1 else module.no_sync()
+
+    def _discriminator_loss(self, images: Tensor, fake: Tensor) -> Tensor:
+        some = slice(self.config.gan.images)
         with self._autocast():
-            real_scores, fake_scores = self.train_discriminator(torch.cat([images[some], fake[some]])).chunk(2)
-            loss = discriminator_loss(real_scores, fake_scores)
-        self.gan_optimizer.zero_grad()
-        loss.backward()
+            return discriminator_loss(*self.train_discriminator(torch.cat([images[some], fake[some]])).chunk(2))
+
+    def _step_discriminator(self) -> None:
+        start, steps = self.config.gan.start_step, self.config.steps
+        set_learning_rate(
+            self.gan_optimizer, learning_rate(self.config.gan.optim, self.steps_done - start, steps - start)
+        )
         self.gan_optimizer.step()
-        return loss.item()
+        self.gan_optimizer.zero_grad()
 
     def _code_metrics(self, output: DualTokenOutput) -> dict[str, float]:
         """Share of the codebook that this batch uses on all ranks, and the perplexity: per stream and depth."""

@@ -30,7 +30,7 @@ class SlowCodebook:
 
     def update(self, rows, indices):
         for k in range(len(self.codes)):
-            mine = [row for row, index in zip(rows, indices) if index == k]
+            mine = [row for row, index in zip(rows, indices, strict=True) if index == k]
             total = sum(mine, torch.zeros(C).double())
             self.counts[k] = self.decay * self.counts[k] + (1 - self.decay) * len(mine)
             self.sums[k] = self.decay * self.sums[k] + (1 - self.decay) * total
@@ -51,11 +51,11 @@ def slow_forward(x, codebook, timing):
             codebook.update(residuals, indices)
         seen_rows += residuals
         seen_codes += indices
-        residuals = [row - vector for row, vector in zip(residuals, vectors)]
-        quantized = [q + vector for q, vector in zip(quantized, vectors)]
-        for code, k in zip(codes, indices):
+        residuals = [row - vector for row, vector in zip(residuals, vectors, strict=True)]
+        quantized = [q + vector for q, vector in zip(quantized, vectors, strict=True)]
+        for code, k in zip(codes, indices, strict=True):
             code.append(k)
-        losses.append(sum(((row - q) ** 2).mean() for row, q in zip(x, quantized)) / len(x))
+        losses.append(sum(((row - q) ** 2).mean() for row, q in zip(x, quantized, strict=True)) / len(x))
     if timing == "per_step":
         codebook.update(seen_rows, seen_codes)
     return torch.tensor(codes), torch.stack(quantized), sum(losses) / D

@@ -69,7 +69,7 @@ def test_state_dict_has_the_published_layout():
         *(f"quantizer_{s}.codebooks.{d}.{x}" for s in ("sem", "pix") for d in range(3)
           for x in ("weight", "cluster_size_ema", "embed_ema")),
         *(f"postquant_sem.{x}" for x in ("norm1.weight", "attn.qkv.weight", "attn.proj.bias", "proj.weight")),
-        *(f"postquant_pix.{x}" for x in ("norm3.bias", "norm2.bias", "mlp.norm.weight", "mlp.w0.weight", "mlp.w2.bias")),
+        *(f"postquant_pix.{x}" for x in ("norm3.bias", "norm2.bias", "mlp.norm.weight", "mlp.w0.weight")),
         "post_quant_conv.nin_shortcut.weight",
         "decoder.mid.attn_1.proj_out.weight",
         "decoder.up.2.attn.0.q.weight",
