@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--pictures", type=int, default=512, help="images that are shown, those of the lowest PSNR")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     report = evaluate(Options(**vars(parser.parse_args(argv))))
-    print(", ".join(f"{name} {value:.4g}" for name, value in report.items() if isinstance(value, int | float)))
+    print(", ".join(f"{name} {value:.6g}" for name, value in report.items() if isinstance(value, int | float)))
     for name, reason in report["left_out"].items():
         print(f"left out: {name}: {reason}")
 

@@ -84,7 +84,7 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fro
 </style>
 <h1>DualToken on held-out images</h1>
 <table>{% for name, value in figures.items() %}
-<tr><td>{{ name }}</td><td class="n">{{ "%.4g"|format(value) }}</td></tr>{% endfor %}
+<tr><td>{{ name }}</td><td class="n">{{ value if value is integer else "%.4g"|format(value) }}</td></tr>{% endfor %}
 </table>
 <h2>What they mean</h2>
 <table>{% for name, text in report.definitions.items() %}

@@ -12,7 +12,7 @@ from torch import Tensor
 from .config import STREAMS
 from .frechet import FeatureStatistics, frechet_distance
 from .image_features import through_files
-from .metrics import perplexity, psnr, retrieval_r1, ssim
+from .metrics import nearest, perplexity, psnr, ssim
 from .samples import Samples
 from .siglip import text_embeddings
 from .tokenizer import DualToken, Encoded
@@ -116,40 +116,44 @@ class CodeUsage:
 
 
 class Retrieval:
-    """R@1 between images and captions, among the images that have one. Keeps the embeddings: 4 P bytes each."""
+    """R@1 between images and captions, among the images that have any. Keeps the embeddings: 4 P bytes each."""
 
     definitions = {
-        "retrieval_r1": "image to caption among all captions; teacher: SigLIP, quantized: through semantic codes",
-        "retrieval_r1_text_to_image": "caption to image among all images with a caption",
-        "chance": "R@1 of guessing",
+        "retrieval_r1": "images whose nearest caption, among all, is one of theirs; quantized: through semantic codes, "
+        "teacher: SigLIP itself",
+        "retrieval_r1_text_to_image": "captions whose nearest image, among all with a caption, is theirs",
+        "chance": "R@1 of guessing a caption, where each image has one",
     }
 
     def __init__(self, siglip, tokenizer):
         self.siglip, self.tokenizer = siglip, tokenizer
-        self.captions: list[str] = []
+        self.captions: list[list[str]] = []  # of each image
         self.embeddings: dict[str, list[Tensor]] = {"texts": []}
 
     def update(self, seen: Seen) -> None:
-        captions = seen.samples.captions
-        with_caption = [i for i, caption in enumerate(captions) if caption]
+        captions = [caption.splitlines() for caption in seen.samples.captions]
+        with_caption = [i for i, lines in enumerate(captions) if lines]
         if not with_caption:
             return
-        captions = [captions[i] for i in with_caption]
-        self.captions += captions
-        self.embeddings["texts"].append(text_embeddings(self.siglip, self.tokenizer, captions).cpu())
+        self.captions += [captions[i] for i in with_caption]
+        texts = [line for i in with_caption for line in captions[i]]
+        self.embeddings["texts"].append(text_embeddings(self.siglip, self.tokenizer, texts).cpu())
         for name, pooled_BP in seen.pooled.items():
             self.embeddings.setdefault(name, []).append(pooled_BP[with_caption].cpu())
 
     def result(self) -> dict[str, float]:
-        """Empty where no image has a caption."""
+        """Empty where no image has a caption. Captions that read the same count as one."""
         if not self.captions:
             return {}
         embeddings = {name: torch.cat(parts) for name, parts in self.embeddings.items()}
-        texts, report = embeddings.pop("texts"), {}
-        for name, images in embeddings.items():
-            report[f"retrieval_r1_{name}"] = retrieval_r1(images, texts, self.captions)
-            report[f"retrieval_r1_text_to_image_{name}"] = retrieval_r1(texts, images, self.captions)
-        return report | {"captions": len(self.captions), "chance": 1 / len(self.captions)}
+        texts_MP, texts = embeddings.pop("texts"), [line for lines in self.captions for line in lines]
+        report = {}
+        for name, images_NP in embeddings.items():
+            found = [texts[i] in lines for lines, i in zip(self.captions, nearest(images_NP, texts_MP), strict=True)]
+            report[f"retrieval_r1_{name}"] = sum(found) / len(found)
+            found = [text in self.captions[i] for text, i in zip(texts, nearest(texts_MP, images_NP), strict=True)]
+            report[f"retrieval_r1_text_to_image_{name}"] = sum(found) / len(found)
+        return report | {"captions": len(texts), "chance": 1 / len(texts)}
 
 
 class ZeroShot:

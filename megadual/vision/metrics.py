@@ -29,14 +29,20 @@ def ssim(x: Tensor, y: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
     return score.flatten(1).mean(dim=1)
 
 
-def retrieval_r1(queries_NP: Tensor, candidates_NP: Tensor, captions: list[str], rows: int = 1024) -> float:
-    """Share of queries whose nearest candidate (cosine), among all N, is of their pair or of one captioned alike.
+def nearest(queries_NP: Tensor, candidates_MP: Tensor, rows: int = 1024) -> list[int]:
+    """The candidate of largest cosine for each query; never holds more than `rows` x M cosines."""
+    candidates_MP = F.normalize(candidates_MP, dim=-1)
+    best = [(F.normalize(some, dim=-1) @ candidates_MP.T).argmax(dim=1) for some in queries_NP.split(rows)]
+    return torch.cat(best).tolist()
 
-    Images and texts, or texts and images, in the order of `captions`. Never holds more than `rows` x N similarities.
+
+def retrieval_r1(queries_NP: Tensor, candidates_NP: Tensor, captions: list[str]) -> float:
+    """Share of queries whose nearest candidate, among all N, is of their pair or of one captioned alike.
+
+    Images and texts, or texts and images, in the order of `captions`.
     """
-    candidates_NP = F.normalize(candidates_NP, dim=-1)
-    best = [(F.normalize(some, dim=-1) @ candidates_NP.T).argmax(dim=1) for some in queries_NP.split(rows)]
-    return sum(captions[i] == captions[j] for i, j in enumerate(torch.cat(best).tolist())) / len(captions)
+    best = nearest(queries_NP, candidates_NP)
+    return sum(captions[i] == captions[j] for i, j in enumerate(best)) / len(captions)
 
 
 def code_usage(codes: Tensor, codebook_size: int) -> float:

@@ -22,7 +22,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 @dataclass
 class Samples:
-    """images (B, 3, h, w) in [-1, 1]; each one's name, caption and label, "" where there is none."""
+    """images (B, 3, h, w) in [-1, 1]; each one's name, captions (one a line) and label, "" where there is none."""
 
     images: Tensor
     names: list[str]
@@ -33,8 +33,8 @@ class Samples:
 class SampleReader(IterableDataset):
     """Decoded samples of `source`; each loading process decodes every so-manieth one.
 
-    A folder is read recursively: a label is the name of the folder that an image lies in, a caption stands in a .txt
-    file beside it. In tars a label is the .cls member or the `label` of the .json member, a caption the .txt member.
+    A folder is read recursively: a label is the name of the folder that an image lies in, captions stand in a .txt
+    file beside it. In tars a label is the .cls member or the .json member's `label`, captions are the .txt member.
     """
 
     def __init__(self, source: str, size: int, limit: int | None = None):

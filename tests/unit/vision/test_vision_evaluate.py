@@ -124,6 +124,29 @@ def test_classes_are_found_by_key_name_or_number_and_templates_are_checked(model
     torch.testing.assert_close(logits.diagonal(), torch.full((2,), 100.0))
 
 
+def test_an_image_may_have_several_captions(models, tmp_path):
+    """Five captions of four images; the tables of hits are those of similarities computed one by one."""
+    generator, written = torch.Generator().manual_seed(0), {"a": "red\nblue\n", "b": "green", "c": "yellow", "d": "red"}
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, captions in written.items():
+        pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text(captions)
+    report = evaluate(Options(**models, data=str(images), output=tmp_path / "out", batch_size=3))
+    siglip, tokenizer = load_siglip(models["siglip"]), load_tokenizer(models["siglip"])
+    texts = ["red", "blue", "green", "yellow", "red"]
+    ((samples, _),) = batches(str(images), 16, 8)
+    cosines = torch.nn.functional.cosine_similarity(
+        image_embeddings(siglip, samples.images)[:, None], text_embeddings(siglip, tokenizer, texts)[None], dim=-1
+    )
+    own = [set(captions.split()) for captions in written.values()]
+    found = [texts[i] in own[n] for n, i in enumerate(cosines.argmax(dim=1).tolist())]
+    assert report["retrieval_r1_teacher"] == sum(found) / 4 and report["captions"] == 5
+    found = [text in own[n] for text, n in zip(texts, cosines.argmax(dim=0).tolist(), strict=True)]
+    assert report["retrieval_r1_text_to_image_teacher"] == sum(found) / 5
+
+
 def test_labels_of_tars_and_captions_of_folders(tmp_path):
     image = io.BytesIO()
     Image.new("RGB", (20, 16), "red").save(image, "PNG")
