@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +27,8 @@ cpu.install()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from gpu_timing import kernels_of, milliseconds  # noqa: E402
+from plain_unified import PlainUnified  # noqa: E402
 
 from megadual.config import PretrainConfig, load_config  # noqa: E402
 from megadual.data.dataset import MicroBatch, collate  # noqa: E402
@@ -43,29 +44,9 @@ from megadual.model.dual_lm import DualLM, Vocabulary  # noqa: E402
 from megadual.model.flops import peak_flops, step_flops  # noqa: E402
 from megadual.streams import STREAMS, Document, SpecialIds, to_sequence  # noqa: E402
 
-CONTESTANTS = ("plain", "plain compiled", "plain compiled amp", "ours alone", "ours in the engine")
+CONTESTANTS = ("ours alone", "plain compiled", "ours in the engine", "plain", "plain compiled amp")
 GIB = 2**30
 SPECIAL = SpecialIds(end_of_text=0, image=1, image_start=2, image_end=3, image_gen_start=4, image_gen_end=5)
-
-
-def milliseconds(function, repeats: int, warmup: int = 3) -> float:
-    """Median time of a call."""
-    for _ in range(warmup):
-        function()
-    times = []
-    for _ in range(repeats):
-        if torch.cuda.is_available():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            begun = time.perf_counter()
-            function()
-            times.append(1e3 * (time.perf_counter() - begun))
-    return statistics.median(times)
 
 
 def setting(args) -> tuple[PretrainConfig, Vocabulary]:
@@ -125,8 +106,6 @@ def forward_backward_of(model: torch.nn.Module, loss_of):
 
 
 def measure_plain(name: str, run: PretrainConfig, vocabulary: Vocabulary, batch: MicroBatch, args) -> dict:
-    from benchmarks.plain_unified import PlainUnified
-
     amp = name.endswith("amp")
     torch.set_default_device(device())
     model = PlainUnified(run.model, vocabulary).to(device())
@@ -185,34 +164,6 @@ def parts_of(run: PretrainConfig, vocabulary: Vocabulary, model: DualLM, batch: 
     }
 
 
-KINDS = {
-    "attention": ("flash", "fmha", "attention"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
-    "optimizer": ("adam",),
-    "compiled": ("triton",),
-    "copies and fills": ("memcpy", "memset", "copy", "fill", "cat"),
-}
-
-
-def kernels_of(function) -> dict:
-    """Milliseconds of one call by kind of kernel, and of its longest kernels."""
-    if not torch.cuda.is_available():
-        return {}
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        function()
-        torch.cuda.synchronize()
-    kinds: dict[str, float] = {}
-    longest = []
-    for event in profiler.key_averages():
-        ms, name = event.self_device_time_total / 1e3, event.key.lower()
-        kind = next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "elementwise")
-        kinds[kind] = kinds.get(kind, 0.0) + ms
-        longest.append((ms, event.count, event.key[:90]))
-    return {"kinds": kinds, "longest": sorted(longest, reverse=True)[:20]}
-
-
 def measure_engine(run: PretrainConfig, vocabulary: Vocabulary, batch: MicroBatch, args) -> dict:
     """Whole steps of the engine, of one and of eight micro-batches; the plan's estimate of memory."""
     layout = topology(run, 1)
@@ -262,25 +213,32 @@ def row(name: str, result: dict, key: str) -> str:
     return f"| {name} | {result['tokens'] / ms * 1e3:,.0f} | {flops / ms / 1e9:.0f} | {mfu} | {memory:.1f} |"
 
 
-def report(results: dict[str, dict]) -> str:
-    head = "| | tokens/s | TFLOP/s | MFU | peak GiB |\n| --- | --- | --- | --- | --- |"
-    lines = ["forward + backward", head]
-    lines += [row(name, r, "forward_backward_ms") for name, r in results.items() if "forward_backward_ms" in r]
-    lines += ["", "with the optimizer", head]
-    lines += [row(name, r, "step_ms") for name, r in results.items() if "step_ms" in r]
-    engine, alone = results.get("ours in the engine"), results.get("ours alone")
-    if engine:
-        lines += [row("ours in the engine, 8 micro-batches a step", engine, "ms_a_micro_batch_of_8")]
-        estimates = ", ".join(f"{name} {gib:.1f}" for name, gib in engine["estimate_gib"].items())
-        lines += ["", f"memory of the engine: {engine['peak_gib']:.1f} GiB at most; the plan's estimate: {estimates}"]
-    if alone:
-        lines += ["", f"parts, forward + backward each by itself (attention: {alone['kernel']})"]
-        lines += [f"  {part:24} {v['ms']:7.2f} ms {v['tflops']:5.0f} TFLOP/s" for part, v in alone["parts"].items()]
-    for name, result in results.items():
-        if result.get("kernels"):
-            lines += ["", f"GPU time of {name}, ms"]
-            lines += [f"  {ms:8.2f}  {kind}" for kind, ms in sorted(result["kernels"]["kinds"].items())]
-            lines += [f"  {ms:8.2f} {count:5} x {kernel}" for ms, count, kernel in result["kernels"]["longest"]]
+TIMES = {
+    "forward_backward_ms": "forward + backward",
+    "step_ms": "with the optimizer",
+    "ms_a_micro_batch_of_8": "with the optimizer, 8 micro-batches a step",
+}
+
+
+def table(results: dict[str, dict]) -> str:
+    lines = ["| | tokens/s | TFLOP/s | MFU | peak GiB |", "| --- | --- | --- | --- | --- |"]
+    lines += [row(f"{name}: {what}", r, key) for key, what in TIMES.items() for name, r in results.items() if key in r]
+    return "\n".join(lines)
+
+
+def details(name: str, result: dict) -> str:
+    """What only one contestant has: its memory beside the plan's, its parts, its kernels."""
+    lines = []
+    if "estimate_gib" in result:
+        estimates = ", ".join(f"{part} {gib:.1f}" for part, gib in result["estimate_gib"].items())
+        lines += [f"memory: {result['peak_gib']:.1f} GiB at most; the plan's estimate: {estimates}"]
+    if "parts" in result:
+        lines += [f"parts, forward + backward each by itself (attention: {result['kernel']})"]
+        lines += [f"  {part:24} {v['ms']:7.2f} ms {v['tflops']:5.0f} TFLOP/s" for part, v in result["parts"].items()]
+    if result.get("kernels"):
+        lines += [f"GPU time of {name}, ms"]
+        lines += [f"  {ms:8.2f}  {kind}" for kind, ms in sorted(result["kernels"]["kinds"].items())]
+        lines += [f"  {ms:8.2f} {count:5} x {kernel}" for ms, count, kernel in result["kernels"]["longest"]]
     return "\n".join(lines)
 
 
@@ -314,10 +272,11 @@ def main() -> None:
             continue
         results[name] = json.loads(path.read_text())
         path.unlink()
+        print(table({name: results[name]}), details(name, results[name]), sep="\n")
         print(f"{name}: {time.perf_counter() - begun:.0f} s in all", flush=True)
-    print(report(results))
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=1))
+        if args.output:  # as far as it got, should it be stopped
+            args.output.write_text(json.dumps(results, indent=1))
+    print(table(results))
 
 
 if __name__ == "__main__":

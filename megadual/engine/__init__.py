@@ -1,5 +1,6 @@
 """Engines: what runs the model over processes. Notices of megatron-core that say nothing to a user are hidden."""
 
+import logging
 import warnings
 
 for _notice in (
@@ -10,3 +11,5 @@ for _notice in (
     "`torch.distributed.",  # its use of collectives that newer torch renames
 ):
     warnings.filterwarnings("ignore", message=_notice)
+# Of a layout of parameters that it could be given, and makes itself.
+logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)

@@ -17,7 +17,7 @@ def fused(function):
 
     R may differ from call to call; the other sizes are compiled for, since kernels read aligned rows faster.
     """
-    compiled = torch.compile(function, dynamic=False)
+    compiled = functools.cache(lambda: torch.compile(function, dynamic=False))  # takes seconds to import
 
     @functools.wraps(function)
     def call(*tensors: torch.Tensor):
@@ -25,7 +25,7 @@ def fused(function):
             return function(*tensors)
         for tensor in tensors:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return compiled(*tensors)
+        return compiled()(*tensors)
 
     return call
 
