@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import SiglipModel
 
 from megadual.vision import DualToken, DualTokenConfig
 from megadual.vision.presets import PRESETS, preset
@@ -58,11 +59,12 @@ CHANGES = {
 
 def test_any_field_can_be_changed():
     assert set(CHANGES) == {field.name for field in dataclasses.fields(DualTokenConfig)}
-    for name, value in CHANGES.items():
-        config = preset("siglip2-so400m-256-rvq4", **{name: value})
-        assert getattr(config, name) == value
-        with torch.device("meta"):
-            DualToken(config)
+    with torch.device("meta"):
+        backbone = SiglipModel(preset("siglip2-so400m-256-rvq4").siglip_config())
+        for name, value in CHANGES.items():
+            config = preset("siglip2-so400m-256-rvq4", **{name: value})
+            assert getattr(config, name) == value
+            DualToken(config, siglip_model=backbone)
     with pytest.raises(ValueError, match=r"layer_sem\(25\) <= num_hidden_layers\(24\)"):
         preset("siglip-l-256-d4", layer_sem=25)
     with pytest.raises(ValueError, match="no DualToken preset 'so400m'; there are siglip2-so400m-256-rvq4"):
