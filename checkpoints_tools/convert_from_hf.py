@@ -48,7 +48,7 @@ from megadual.train.checkpoint import seal_weights  # noqa: E402
 DUALTOKEN = "dualtoken."
 TABLES = {"model.embed_tokens.weight", "lm_head.weight"}
 VISUAL = re.compile(r"projector\.|semantic_head\.|pixel_head\.")
-FILES = ["*.safetensors", "*.json", "*.txt", "*.py"]
+FILES = ["*.safetensors", "*.json"]
 RUN = "run.yaml"
 
 

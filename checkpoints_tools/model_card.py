@@ -36,7 +36,8 @@ print(model.describe([Image.open("picture.png")])[0])
 model.draw(["two red apples to the left of a cat, on blue"], cfg_scale=3.0, seed=0)[0].save("drawing.png")
 ```
 
-`AutoProcessor` makes the inputs of `generate` for texts with `<image>` in them.
+`AutoProcessor` makes the inputs of `generate` from texts with `<image>` in them, or from chat messages
+(`apply_chat_template`); `model.interleave` answers in texts and images.
 
 ## Training
 {_training(run, step) if step else "Weights to start a run from; not trained by this project."}

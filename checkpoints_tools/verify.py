@@ -108,8 +108,8 @@ def trainer_logits(
     return logits
 
 
-def exported_logits(folder: Path, samples: list[Sequence], image: int) -> dict[str, Tensor]:
-    """The exported model on each sample by itself, joined in their order."""
+def exported_logits(folder: Path, samples: list[Sequence], image: int, python: str) -> dict[str, Tensor]:
+    """The exported model on each sample by itself, joined in their order; `python` runs it."""
     tensors = {}
     for i, sample in enumerate(samples):
         tokens = torch.from_numpy(sample.tokens)
@@ -120,7 +120,7 @@ def exported_logits(folder: Path, samples: list[Sequence], image: int) -> dict[s
         inputs, outputs = f"{scratch}/inputs.safetensors", f"{scratch}/outputs.safetensors"
         save_file(tensors, inputs)
         script = Path(__file__).with_name("logits_of_export.py")
-        command = [sys.executable, "-I", str(script), str(folder.resolve()), inputs, outputs]
+        command = [python, "-I", str(script), str(folder.resolve()), inputs, outputs]
         environment = os.environ | {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -129,14 +129,16 @@ def exported_logits(folder: Path, samples: list[Sequence], image: int) -> dict[s
     return {key: torch.cat([found[f"{i}.{key}"] for i in range(len(samples))]) for key in ("text", *STREAMS)}
 
 
-def compare_logits(run: PretrainConfig, trainer: CheckpointTensors, folder: Path, text_size: int, count: int) -> dict:
+def compare_logits(
+    run: PretrainConfig, trainer: CheckpointTensors, folder: Path, text_size: int, count: int, python: str
+) -> dict:
     """The report's part on logits."""
     inputs = read_inputs(run)
     samples = read_samples(inputs, run, count)
     batch = collate(samples, inputs.special, keys=[str(i) for i in range(len(samples))])
     ours = trainer_logits(run, trainer, inputs, batch)
     ours["text"] = ours["text"][:, :text_size]
-    theirs = exported_logits(folder, samples, inputs.special.image)
+    theirs = exported_logits(folder, samples, inputs.special.image, python)
     differences = {stream: (ours[stream] - theirs[stream]).abs().max().item() for stream in ours}
     return {
         "samples": len(samples),
@@ -148,10 +150,10 @@ def compare_logits(run: PretrainConfig, trainer: CheckpointTensors, folder: Path
     }
 
 
-def verify(checkpoint: Path, folder: Path, count: int, data: str | None = None) -> dict:
+def verify(checkpoint: Path, folder: Path, count: int, data: str | None, python: str) -> dict:
     """The report: tensors compared and different, and the largest difference of the logits of each stream.
 
-    `data`: the shard set of the samples; None: the run's first.
+    `count` documents of the shard set `data` (None: of the run's first) are compared on; `python` runs the export.
     """
     run = load_run_config(checkpoint)
     run.model = presets.resolve(run.model)
@@ -167,7 +169,7 @@ def verify(checkpoint: Path, folder: Path, count: int, data: str | None = None) 
         "tensors_compared": len(exported.meta),
         "tensors_different": different,
     }
-    report |= compare_logits(run, trainer, folder, text_size, count) if count else {}
+    report |= compare_logits(run, trainer, folder, text_size, count, python) if count else {}
     report["equal"] = not different and report.get("max_abs_logit_diff", 0.0) <= TOLERANCE
     return report
 
@@ -179,9 +181,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, type=Path, help="folder that convert_to_hf.py wrote")
     parser.add_argument("--samples", type=int, default=8, help="documents to compare logits on; 0: tensors only")
     parser.add_argument("--data", help="shard set of the samples (default: the run's first)")
+    parser.add_argument(
+        "--python", default=sys.executable, help="of an environment with other packages, for the export"
+    )
     parser.add_argument("--output", type=Path, help="file for the report as JSON")
     args = parser.parse_args(argv)
-    report = json.dumps(verify(resolve_checkpoint(args.checkpoint), args.model, args.samples, args.data), indent=2)
+    checkpoint = resolve_checkpoint(args.checkpoint)
+    report = json.dumps(verify(checkpoint, args.model, args.samples, args.data, args.python), indent=2)
     print(report)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

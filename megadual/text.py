@@ -74,13 +74,13 @@ def train_text_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrained
 def save_text_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
     """Save a tokenizer so that transformers 4 and 5 both load the folder.
 
-    transformers 5 writes a class name and a key that 4 does not know, but reads those of 4.
+    transformers 5 writes a class name and a key that 4 does not know, but reads those of 4. The class is the general
+    one for Qwen's tokenizer too: all that it does is in tokenizer.json.
     """
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     saved = json.loads(path.read_text())
-    if saved.get("tokenizer_class") == "TokenizersBackend":
-        saved["tokenizer_class"] = "PreTrainedTokenizerFast"
+    saved["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(saved.get("extra_special_tokens"), list):
         saved["additional_special_tokens"] = saved.pop("extra_special_tokens")
     path.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")

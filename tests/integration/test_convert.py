@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import convert_from_hf, convert_to_hf, verify
-from checkpoints_tools.tensors import CheckpointTensors
+from checkpoints_tools.tensors import CheckpointTensors, FolderTensors
 from megadual.engine.topology import topology
 from megadual.errors import UserError
+from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.testing.corpus import make_corpus
 from megadual.testing.distributed import run_distributed
 from megadual.testing.models import write_dualtoken, write_run
@@ -25,6 +26,7 @@ from megadual.train.checkpoint import Checkpointer, resolve_checkpoint
 from megadual.vision import DualToken
 
 ROOT = Path(__file__).parents[2]
+PYTHON = os.environ.get("MEGADUAL_EXPORT_PYTHON", sys.executable)  # `make test-transformers`: with transformers 4
 LAYOUTS = {
     "one": (1, []),
     "TP2": (2, ["parallel.tensor=2"]),
@@ -79,7 +81,7 @@ def run_verify(run, folder, capsys, *args) -> tuple[int, dict]:
     """(exit code, report) of verify.py."""
     capsys.readouterr()
     try:
-        verify.main(["--checkpoint", run.run.dir, "--model", str(folder), *map(str, args)])
+        verify.main(["--checkpoint", run.run.dir, "--model", str(folder), "--python", PYTHON, *map(str, args)])
         code = 0
     except SystemExit as exit:
         code = exit.code
@@ -98,15 +100,33 @@ def test_the_export_is_the_checkpoint(name, exported, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_export_import_export_is_bitwise(name, exported, tmp_path):
-    """Also in several files, whose order and names do not depend on the layout."""
     run, folder = exported(name)
     convert_from_hf.main(["--model", str(folder), "--output", str(tmp_path / "start")])
     convert_to_hf.main(["--checkpoint", str(tmp_path / "start"), "--output", str(tmp_path / "again")])
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if path.suffix != ".py"}
     assert {"model.safetensors", "config.json", "tokenizer.json", "processor_config.json"} < names
-    assert {path.name for path in (tmp_path / "again").iterdir()} == names
     for file in names - {"README.md"}:  # which tells what the checkpoint is
         assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+
+
+def test_several_files_are_one_model(layout_4, tmp_path):
+    """Each but those of a single tensor keeps to the size; transformers reads them by their index, and so do we."""
+    run, folder = layout_4
+    several, limit = tmp_path / "several", 100_000
+    sizes = ["--max-shard-size", "100KB"]
+    convert_to_hf.main(["--checkpoint", run.run.dir, "--output", str(several), *sizes])
+    files = {path.name: load_file(path) for path in several.glob("*.safetensors")}
+    assert len(files) > 5
+    assert all(len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= limit for tensors in files.values())
+    whole = load_file(folder / "model.safetensors")
+    assert {name for tensors in files.values() for name in tensors} == whole.keys()
+    loaded = MegaDualForCausalLM.from_pretrained(several).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in whole.items())
+    again = FolderTensors(several)
+    assert all(torch.equal(again.read(name), tensor) for name, tensor in whole.items())
+    (several / sorted(files)[2]).unlink()
+    with pytest.raises(UserError, match=f"holds no {sorted(files)[2]}"):
+        FolderTensors(several)
 
 
 def test_a_changed_weight_is_found(layout_4, tmp_path, capsys):
@@ -139,7 +159,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 folder = sys.argv[1]
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 image = Image.effect_mandelbrot((40, 30), (-2, -1.5, 1, 1.5), 20)
 inputs = processor(text=["a <image>"], images=[image])
@@ -165,7 +185,7 @@ def test_the_folder_works_without_megadual(name, exported, tmp_path):
     """Also under the meta device that loading uses: buffers that are in no file must hold their values."""
     run, folder = exported(name)
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-I", "-c", USE, str(folder)]
+    command = [PYTHON, "-I", "-c", USE, str(folder)]
     pipes = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True)
     done = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)
     assert done.returncode == 0, done.stderr
@@ -189,7 +209,7 @@ def test_try_export_describes_and_draws(layout_4, tmp_path):
     make_corpus(tmp_path / "corpus", train=4, heldout=6, size=16)
     script = ROOT / "checkpoints_tools" / "try_export.py"
     arguments = ["--model", folder, "--output", "use", "--data", "corpus/heldout-*.tar", "--describe", 2, "--draw", 3]
-    command = [sys.executable, "-I", str(script), *map(str, arguments)]
+    command = [PYTHON, "-I", str(script), *map(str, arguments)]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -215,7 +235,7 @@ def test_wrong_input_is_named(layout_4, tmp_path, capsys):
     error = error_of(convert_to_hf.main, capsys, "--checkpoint", run.run.dir, "--output", ROOT / "tests")
     assert "tests' exists and is not an exported model" in error
     error = error_of(verify.main, capsys, "--checkpoint", run.run.dir, "--model", tmp_path)
-    assert "holds no *.safetensors" in error
+    assert "holds no model.safetensors" in error
 
 
 def test_another_dualtoken_is_refused(layout_4, tmp_path):
