@@ -34,6 +34,7 @@ setup(
         "braceexpand",
         "pillow>=10",
         "wandb",
+        "submitit>=1.5",
         "tqdm",
         # what mosaicml-streaming needs where we use it; it is installed by itself (see the Makefile)
         "boto3>=1.43.115,<1.43.118",  # what aiobotocore 3.10 goes with; left open, pip searches for many minutes

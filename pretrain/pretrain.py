@@ -1,7 +1,7 @@
 """Pretrain the unified LLM on shard sets of dual codes.
 
 On a cluster: sbatch slurm/pretrain_7b.sh, or torchrun --nproc_per_node N pretrain/pretrain.py --config FILE ...
-On one machine `python pretrain/pretrain.py ...` does: it starts tensor x pipeline processes itself.
+On one machine `python pretrain/pretrain.py ...` does: it starts tensor x pipeline x context processes itself.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ def main() -> None:
     run, args = parse_command_line(PretrainConfig, __doc__)
     run.model = presets.resolve(run.model)
     launched = "RANK" in os.environ
-    world = int(os.environ["WORLD_SIZE"]) if launched else run.parallel.tensor * run.parallel.pipeline
+    alone = run.parallel.tensor * run.parallel.pipeline * run.parallel.context
+    world = int(os.environ["WORLD_SIZE"]) if launched else alone
     layout = topology(run, world)
 
     if run.run.device == "cpu":

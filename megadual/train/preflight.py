@@ -129,7 +129,7 @@ def tell(store: dist.Store, name: str, value, rank: int, world: int, timeout_s: 
         store.set(name, json.dumps(value))
         with contextlib.suppress(dist.DistStoreError):  # the store ends with rank 0: first all should have read
             if world > 1:
-                store.wait([f"{name}/read"], datetime.timedelta(seconds=10))
+                store.wait([f"{name}/read"], datetime.timedelta(seconds=3))
         return value
     store.wait([name], datetime.timedelta(seconds=timeout_s))
     value = json.loads(store.get(name))

@@ -1,9 +1,11 @@
 """Ends a rank that makes no progress, with the stacks of all its threads in the run folder."""
 
+import contextlib
 import faulthandler
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -17,14 +19,14 @@ class Watchdog:
     """Exits with EXIT_HANG when `beat` was not called for `timeout_s` seconds (null: never).
 
     All ranks wait in a collective while one hangs, so each of them notices by itself and writes its stacks to
-    `folder/hang-rankN.txt`. A rank that was stopped (SIGSTOP) is first woken by those on its node, whose process
-    ids are `peers`, and then notices too.
+    `folder/hang-rankN.txt`. A rank that was stopped (SIGSTOP) is first woken, by those on its node, whose process
+    ids are `peers`, or through Slurm, and then notices too.
     """
 
     def __init__(self, folder: Path, rank: int, timeout_s: float | None, peers: list[int]):
         self.rank, self.timeout_s, self.peers = rank, timeout_s, peers
         self.path = Path(folder) / f"hang-rank{rank}.txt"
-        self.closed = threading.Event()
+        self.closed, self.fired = threading.Event(), threading.Event()
         if timeout_s is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "w")  # opened early: a hanging disk must not keep the rank
@@ -32,7 +34,9 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def beat(self) -> None:
-        """There is progress."""
+        """There is progress. Does not return where this comes too late."""
+        if self.fired.is_set():
+            threading.Event().wait()
         if self.timeout_s is not None:
             self.last = time.monotonic()
             # Runs without Python's lock, which a hanging call may hold; the thread below has a code of its own.
@@ -52,15 +56,16 @@ class Watchdog:
                 break
         else:
             return
+        self.fired.set()
         where = f"rank {self.rank} on {socket.gethostname()}"
         print(f"error: {where} made no progress for {silent:.0f} s; stacks: {self.path}", file=sys.stderr, flush=True)
         self.file.write(f"{where}, process {os.getpid()}: no progress for {silent:.0f} s\n")
         self.file.flush()
         faulthandler.dump_traceback(self.file, all_threads=True)
         for pid in self.peers:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-            except ProcessLookupError:
-                pass
+        if self.rank < 2 and (job := os.environ.get("SLURM_JOB_ID")):  # one of the two is not stopped itself
+            subprocess.run(["scancel", "--quiet", "--signal=CONT", job], timeout=GRACE_S)
         time.sleep(GRACE_S)  # its end would end the others before they have written theirs
         os._exit(EXIT_HANG)

@@ -1,0 +1,75 @@
+"""How runs stand: `python -m megadual.runs RUN_DIR ...`"""
+
+import argparse
+import json
+from pathlib import Path
+
+from megadual.config import PretrainConfig, load_config
+from megadual.errors import UserError, command
+from megadual.train import lock
+from megadual.train.record import read_starts
+
+
+def describe(folder: Path) -> dict[str, str]:
+    """What there is to say of a run, by name; UserError where `folder` is none."""
+    starts = read_starts(folder)
+    if not starts:
+        raise UserError(f"'{folder}' is not a run's folder: it has no run.json")
+    config = load_config(PretrainConfig, folder / "config.yaml")
+    last, steps = starts[-1], _last_steps(folder / "metrics.jsonl")
+    about = {"run": f"{config.run.name} in {folder}", "state": _state(folder, last)}
+    about["started"] = f"{last['time']} on {last['world']} processes, git {(last['git'] or 'unknown')[:12]}"
+    if steps:
+        step = steps[-1]
+        streams = ", ".join(f"{name} {_number(step[f'loss_{name}'])}" for name in ("text", "semantic", "pixel"))
+        about["step"] = f"{step['step']:,} of {config.train.steps:,} ({step['tokens']:,} tokens)"
+        about["loss"] = f"{_number(step['loss'])} ({streams})"
+        about["tokens/s"] = f"{sum(s['tokens_per_s'] for s in steps) / len(steps):,.0f} over {len(steps)} steps"
+        about["MFU"] = f"{step['mfu']:.1%}" if step["mfu"] else "unknown device"
+    about["restarts"] = str(len(starts) - 1) + "".join(f"\n  {s['time']}: {_end(s)}" for s in starts[:-1])
+    pointer = folder / "checkpoints" / "latest"
+    about["last checkpoint"] = (
+        str(folder / "checkpoints" / pointer.read_text().strip()) if pointer.is_file() else "none"
+    )
+    logs = folder / "logs"
+    newest = max(
+        (path for path in logs.glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime, default=logs
+    )
+    about["logs"] = str(newest)
+    if last["slurm"]:
+        about["Slurm"] = ", ".join(f"{name} {value}" for name, value in last["slurm"].items())
+    return about
+
+
+def _state(folder: Path, last: dict) -> str:
+    if "ended" in last:
+        return _end(last)
+    return "running" if lock.lives(folder / lock.LOCK) else "killed"
+
+
+def _end(start: dict) -> str:
+    return f"{start['ended']} at {start['ended_at']}" if "ended" in start else "killed"
+
+
+def _number(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def _last_steps(path: Path, count: int = 20) -> list[dict]:
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines[-count:] if line.endswith("\n")]
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Print how runs stand.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    args = parser.parse_args(argv)
+    for folder in args.runs:
+        for name, text in describe(folder).items():
+            print(f"{name:<16} {text}")
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The lock of a run folder, the watchdog, the checks of nodes, and what is recorded of starts."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megadual.config import PretrainConfig, load_config
+from megadual.errors import UserError
+from megadual.train import record
+from megadual.train.lock import LOCK, RunLock
+from megadual.train.preflight import CLOCK_TOLERANCE_S, NodeError, check_nodes, skews
+
+BEAT = 0.1
+
+
+def test_one_holder(tmp_path):
+    first, second = RunLock(tmp_path, BEAT), RunLock(tmp_path, BEAT)
+    first.acquire()
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def _hold(folder: Path, held) -> None:
+    RunLock(folder, BEAT).acquire()
+    held.set()
+    time.sleep(60)
+
+
+def test_a_killed_holder_leaves_no_harm(tmp_path):
+    held = multiprocessing.Event()
+    holder = multiprocessing.Process(target=_hold, args=(tmp_path, held))
+    holder.start()
+    assert held.wait(30)
+    with pytest.raises(UserError):
+        RunLock(tmp_path, BEAT).acquire()
+    holder.kill()
+    holder.join()
+    lock = RunLock(tmp_path, beat_s=60)  # known by its process id, without watching
+    lock.acquire()
+    lock.release()
+
+
+def test_a_dead_holder_elsewhere_is_watched(tmp_path):
+    """Its clock does not matter: here the lock was touched in the future."""
+    elsewhere = RunLock(tmp_path).me | {"host": "another machine", "name": "n7"}
+    (tmp_path / LOCK).write_text(json.dumps(elsewhere))
+    os.utime(tmp_path / LOCK, (time.time() + 3600,) * 2)
+    lock, begun = RunLock(tmp_path, BEAT), time.monotonic()
+    lock.acquire()
+    assert time.monotonic() - begun >= 4 * BEAT
+    lock.release()
+
+
+def test_of_two_that_find_a_dead_holder_one_wins(tmp_path):
+    elsewhere = RunLock(tmp_path).me | {"host": "another machine", "name": "n7"}
+    (tmp_path / LOCK).write_text(json.dumps(elsewhere))
+    locks, won = [RunLock(tmp_path, BEAT) for _ in range(4)], []
+
+    def start(lock):
+        try:
+            lock.acquire()
+            won.append(lock)
+        except UserError:
+            pass
+
+    threads = [threading.Thread(target=start, args=(lock,)) for lock in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    won[0].release()
+
+
+def test_watchdog_shows_stacks_and_wakes_stopped_ranks(tmp_path):
+    """Two ranks: one stops beating, the other is stopped as a whole."""
+    code = """
+import sys, time
+from pathlib import Path
+from megadual.train import watchdog
+watchdog.GRACE_S = 1.0
+rank, peer = int(sys.argv[1]), [int(pid) for pid in sys.argv[3:]]
+dog = watchdog.Watchdog(Path(sys.argv[2]), rank, 2.0, peer)
+def hangs():
+    print("ready", flush=True)
+    time.sleep(60)
+hangs()
+"""
+    command = [sys.executable, "-c", code]
+    stopped = subprocess.Popen([*command, "1", tmp_path], stdout=subprocess.PIPE, text=True)
+    assert stopped.stdout.readline() == "ready\n"
+    stopped.send_signal(signal.SIGSTOP)
+    hanging = subprocess.run([*command, "0", tmp_path, str(stopped.pid)], capture_output=True, text=True, timeout=60)
+    assert hanging.returncode == 77 and "error: rank 0 on" in hanging.stderr
+    assert stopped.wait(timeout=30) == 77
+    for rank in range(2):
+        assert "in hangs" in (tmp_path / f"hang-rank{rank}.txt").read_text()
+
+
+def _check(run, rank, port, results):
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=False, timeout=dist.default_pg_timeout)
+    try:
+        results[rank] = check_nodes(run, store, rank, 2, timeout_s=2.0)
+    except NodeError as error:
+        results[rank] = str(error)
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("JOB_NODES", "n1 n2")
+    run = load_config(PretrainConfig, None, _required(tmp_path))
+    server = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    results = {}
+    _check(run, 0, server.port, results)
+    assert results[0] == "bad nodes: nothing was heard from rank 1 on n2 in 2 s"
+
+
+def test_nodes_that_are_fit(tmp_path):
+    run = load_config(PretrainConfig, None, _required(tmp_path))
+    server = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    results = {}
+    ranks = [threading.Thread(target=_check, args=(run, rank, server.port, results)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert results == {0: [os.getpid()] * 2, 1: [os.getpid()] * 2}
+
+
+def _required(folder: Path) -> list[str]:
+    names = ["model.dualtoken", "model.text_tokenizer"]
+    numbers = ["train.steps=1", "train.global_batch_tokens=1", "train.seq_len=1"]
+    return [*(f"{name}={folder}" for name in names), "data.sets=[]", *numbers, f"run.dir={folder}/run"]
+
+
+def test_clocks_are_compared_with_the_median():
+    assert skews([100.0, 100.1, 160.0, 100.2]) == pytest.approx([-0.1, 0.0, 59.9, 0.1])
+    assert CLOCK_TOLERANCE_S < 59.9
+
+
+def test_starts_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    record.add_start(tmp_path, record.describe_start(4))
+    record.add_start(tmp_path, record.describe_start(8))
+    record.end_start(tmp_path, "finished")
+    killed, finished = record.read_starts(tmp_path)
+    assert "ended" not in killed and finished["ended"] == "finished"
+    assert killed["slurm"]["job"] == "17" and killed["packages"]["torch"] and finished["world"] == 8
