@@ -1,6 +1,6 @@
 """The paper's ablation in small: which layers the two code streams should come from.
 
-    python benchmarks/ablation.py --output runs/ablation --seeds 3 --jobs 15
+    python benchmarks/ablation.py --output runs/ablation --seeds 3 --jobs 4
 
 Makes a corpus, trains a small SigLIP on it, then trains one tokenizer for each variant and seed from that SigLIP, all
 with the same budget, several at once (tiny models leave most of a GPU idle), and measures them on held-out pairs:
@@ -10,8 +10,9 @@ with the same budget, several at once (tiny models leave most of a GPU idle), an
 - pixel_deep, pixel_shallow: reconstruction alone, from the deep or the shallow layer;
 - dual: pixel codes from the shallow layer, semantic codes from the deep one.
 
-Writes table.md and one JSON file per run. What is finished in the output folder, with equal settings, is kept, so an
-interrupted call goes on when it is repeated. The losses are the trainer's, without LPIPS and GAN.
+Writes table.md, anew behind every run, and one JSON file per run. What is finished in the output folder, with equal
+settings, is kept, so an interrupted call goes on when it is repeated. The losses are the trainer's, without LPIPS and
+GAN.
 """
 
 import argparse
@@ -60,6 +61,9 @@ def run_all(args: argparse.Namespace, settings: Settings) -> None:
             if done.result():
                 pool.shutdown(cancel_futures=True)
                 raise RuntimeError(done.result())
+            (args.output / "table.md").write_text(
+                table(args.output, args.variants, args.seeds, dataclasses.asdict(settings))
+            )
 
 
 def spread(values: list[float], digits: int, scale: float = 1.0) -> str:
@@ -68,11 +72,11 @@ def spread(values: list[float], digits: int, scale: float = 1.0) -> str:
     return f"{scale * mean:.{digits}f} ± {scale * deviation:.{digits}f}"
 
 
-def table(output: Path, names: list[str], seeds: int) -> str:
-    """Markdown: our figures (mean ± standard deviation over seeds) beside the paper's."""
+def table(output: Path, names: list[str], seeds: int, settings: dict) -> str:
+    """Markdown: our figures (mean ± standard deviation over the seeds that are done) beside the paper's."""
     teacher = json.loads((output / "teacher.json").read_text())
     lines = [
-        f"Measured: {len(teacher['captions'])} held-out pairs, {seeds} seeds; paper: So/14-384 on ImageNet.",
+        f"Measured: {len(teacher['captions'])} held-out pairs, up to {seeds} seeds; paper: So/14-384 on ImageNet.",
         "",
         "| variant | PSNR | SSIM | image→text R@1, % | text→image R@1, % | paper: PSNR | SSIM | zero-shot, % | rFID |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -80,7 +84,10 @@ def table(output: Path, names: list[str], seeds: int) -> str:
         "| – | – | 83.2 | – |",
     ]
     for name in names:
-        runs = [json.loads((output / f"runs/{name}-{seed}.json").read_text()) for seed in range(seeds)]
+        paths = [output / f"runs/{name}-{seed}.json" for seed in range(seeds)]
+        runs = [json.loads(path.read_text()) for path in paths if finished(path, settings)]
+        if not runs:
+            continue
         cells = [spread([r["psnr"] for r in runs], 2), spread([r["ssim"] for r in runs], 3)]
         for key in ("image_to_text", "text_to_image"):
             cells.append(spread([r[key] for r in runs], 1, 100) if key in runs[0] else "–")
@@ -123,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         prepare(args.output, settings, device)
     prepared = time.perf_counter()
     run_all(args, settings)
-    report = table(args.output, args.variants, args.seeds)
+    report = table(args.output, args.variants, args.seeds, dataclasses.asdict(settings))
     (args.output / "table.md").write_text(report)
     print(report)
     print(f"prepared in {prepared - begun:.0f} s, runs took {time.perf_counter() - prepared:.0f} s", flush=True)

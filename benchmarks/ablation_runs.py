@@ -3,22 +3,19 @@
 import dataclasses
 import json
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from ablation_training import CodebookUpdates, fit
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm import trange
+from torch import Tensor
 
 from megadual.testing.corpus import make_corpus
 from megadual.text import save_text_tokenizer, train_text_tokenizer
 from megadual.vision import DualToken
 from megadual.vision.config import DualTokenConfig
 from megadual.vision.data import read_pairs, tokenize_captions
-from megadual.vision.loop import OptimConfig, adamw, learning_rate, set_learning_rate
 from megadual.vision.losses import LossWeights, distillation
 from megadual.vision.metrics import code_usage, psnr, retrieval_r1, ssim
 from megadual.vision.siglip import SiglipSize, image_embeddings, load_siglip, sigmoid_loss, text_embeddings
@@ -30,20 +27,20 @@ from megadual.vision.tokenizer import DualTokenOutput, finish, hidden_states
 class Settings:
     """Sizes and budgets; every variant and seed has the same."""
 
-    train_images: int = 30000
+    train_images: int = 20000
     heldout_images: int = 1000
     image_size: int = 64
     patch_size: int = 8
     width: int = 192
     layers: int = 12  # the deep layer is the last but one, the shallow one ends the first quarter
     text_layers: int = 4
-    siglip_steps: int = 3000
-    siglip_batch: int = 512
-    steps: int = 3000
+    siglip_steps: int = 1200
+    siglip_batch: int = 256
+    steps: int = 1500
     batch: int = 64
     codebook_size: int = 1024
     depth: int = 4  # codes per position and stream
-    decoder_channels: int = 64
+    decoder_channels: int = 32
     lr: float = 5e-4
 
     @property
@@ -155,37 +152,6 @@ def loss_weights(variant: Variant, teacher_sem: Tensor, teacher_pooled: Tensor) 
     )
 
 
-def random_crops(images_B3hw: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 -> [-1, 1], each image cropped to a random 90 to 100 % of its area and resized back (bicubic)."""
-    x = images_B3hw.float() / 127.5 - 1
-    side_B, x_B, y_B = torch.rand(3, len(x), device=x.device, generator=generator)
-    side_B = (0.9 + 0.1 * side_B).sqrt()
-    shift_B2 = (2 * torch.stack([x_B, y_B], dim=1) - 1) * (1 - side_B)[:, None]
-    theta_B23 = torch.cat([torch.eye(2, device=x.device) * side_B[:, None, None], shift_B2[:, :, None]], dim=2)
-    grid = F.affine_grid(theta_B23, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(-1, 1)
-
-
-def fit(model: nn.Module, images: Tensor, batch: int, steps: int, lr: float, seed: int, loss_of, name: str) -> float:
-    """Minimise loss_of(crops, their indices) with AdamW, warmup and cosine; returns seconds a step."""
-    config = OptimConfig(lr=lr, betas=[0.9, 0.99], warmup_steps=min(200, steps // 10))
-    optimizer = adamw([model], config)
-    generator = torch.Generator(images.device).manual_seed(seed)
-    start = time.perf_counter()
-    for step in trange(steps, desc=name, unit="step", mininterval=10):
-        chosen = torch.randint(len(images), (batch,), device=images.device, generator=generator)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            loss = loss_of(random_crops(images[chosen], generator), chosen)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        set_learning_rate(optimizer, learning_rate(config, step, steps))
-        optimizer.step()
-    if not loss.isfinite():
-        raise RuntimeError(f"{name}: the last loss is {loss.item()}")
-    return (time.perf_counter() - start) / steps
-
-
 def load_parts(output: Path, device: torch.device) -> dict[str, Tensor]:
     """{"train": uint8 images, "heldout": float images in [-1, 1], "texts": the teacher's held-out embeddings}."""
     parts = load_file(output / "parts.safetensors", device=str(device))
@@ -268,7 +234,19 @@ def run(name: str, seed: int, output: Path, settings: Settings, device: torch.de
         return sum(getattr(weights, term) * value for term, value in terms.items() if getattr(weights, term))
 
     label = f"{name}, seed {seed}"
-    seconds = fit(model, parts["train"], settings.batch, settings.steps, settings.lr, seed, loss_of, label)
+    images, updates = parts["train"], CodebookUpdates(model)
+    seconds = fit(
+        model,
+        images,
+        settings.batch,
+        settings.steps,
+        settings.lr,
+        seed,
+        loss_of,
+        label,
+        capture=True,
+        after_step=updates,
+    )
     report = measure(model.eval(), parts["heldout"], parts["texts"], shared["captions"], variant.semantic)
     report = {"settings": dataclasses.asdict(settings), **report, "seconds_per_step": seconds}
     (output / "runs").mkdir(exist_ok=True)
