@@ -12,7 +12,7 @@ from megadual.errors import UserError
 from megadual.model.dual_lm import Vocabulary
 from megadual.streams import STREAMS, SpecialIds
 from megadual.text import fingerprint, load_text_tokenizer
-from megadual.train.checkpoint import starting_weights
+from megadual.train.checkpoint import resolve_checkpoint, starting_weights
 from megadual.vision import read_codebooks
 
 
@@ -32,11 +32,11 @@ def read_inputs(run: PretrainConfig) -> Inputs:
         codebooks = read_codebooks(run.model.dualtoken)
     except ValueError as error:
         raise UserError(f"model.dualtoken: {error}") from error
+    if run.checkpoint.start:
+        resolve_checkpoint(run.checkpoint.start)
     sets = [ShardSet(root) for root in run.data.sets]
     for shard_set in sets:
-        shard_set.check(
-            codebooks["fingerprint"], run.model.dualtoken, fingerprint(tokenizer), run.model.text_tokenizer
-        )
+        shard_set.check(codebooks["fingerprint"], run.model.dualtoken, fingerprint(tokenizer), run.model.text_tokenizer)
     vocabulary = Vocabulary(
         text_size=len(tokenizer),
         depth=codebooks["depth"],

@@ -50,6 +50,10 @@ def test_trains_and_resumes(inputs, tmp_path):
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert steps[-1]["loss_text"] < steps[0]["loss_text"]
     assert steps[-1]["tokens"] == 4 * 256
+    assert set(steps[0]) >= {
+        "loss", "loss_text", "loss_semantic", "loss_pixel", "depth_semantic", "depth_pixel", "grad_norm", "lr",
+        "tokens", "tokens_per_s", "model_tflops", "mfu", "fill", "data_wait_s",
+    }  # fmt: skip
     assert (tmp_path / "checkpoints" / "latest").read_text() == "00000004"
     assert list(tmp_path.glob("wandb/offline-run-*"))
 
@@ -90,6 +94,7 @@ def test_stages_of_the_paper(inputs, monkeypatch, capsys, model, stage, parts, d
     (["data.sets=[nowhere]"], "no finished shard set in 'nowhere'"),
     (["model.text_tokenizer=nowhere"], "no text tokenizer in 'nowhere'"),
     (["model.dualtoken=nowhere"], "no DualToken in 'nowhere'"),
+    (["checkpoint.start=nowhere"], "'nowhere' is not a checkpoint"),
 ])  # fmt: skip
 def test_wrong_input(inputs, tmp_path, arguments, message):
     done = pretrain(*inputs, f"run.dir={tmp_path}", "train.steps=2", *arguments, ok=False)
@@ -139,3 +144,5 @@ def test_loss_that_is_not_finite_stops_and_names_documents(inputs, tmp_path):
     assert done.returncode == EXIT_BAD_LOSS
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert re.match(r"error: step \d+: loss nan", line) and "random-0/0000" in line
+    last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last, parse_constant=pytest.fail)["loss"] is None
