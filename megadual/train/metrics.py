@@ -12,30 +12,31 @@ from tqdm import tqdm
 
 from megadual.config import PretrainConfig
 from megadual.train.record import read_starts
+from megadual.train.wandb_file import steps_in_wandb_files
 
 
 class MetricsLog:
     """Appends one JSON object per step to run.dir/metrics.jsonl and sends it to wandb.
 
     A resumed run first drops the lines of steps that the checkpoint does not contain, so that no step appears
-    twice. wandb, which takes nothing back, has one run for all starts and already got those steps from an earlier
-    one: they are not sent again, since repeating them gives the same numbers.
+    twice. wandb has one run for all starts and takes nothing back: it gets each step once, since a repeated one has
+    the same numbers, and what a power cut kept from it is sent again from metrics.jsonl.
     """
 
     def __init__(self, run: PretrainConfig, start_step: int):
         folder = Path(run.run.dir)
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        written = [(json.loads(line)["step"], line) for line in lines if line.endswith("\n")]
-        self.sent = max((step for step, _ in written), default=0)
-        path.write_text("".join(line for step, line in written if step <= start_step))
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step]
+        path.write_text("".join(kept))
         self.file = open(path, "a")
         id_file = folder / "wandb_id"
         run_id = id_file.read_text() if id_file.is_file() else secrets.token_hex(4)
         id_file.write_text(run_id)
         starts = read_starts(folder)
-        self.wandb = None
+        self.wandb, self.sent = None, 0
         if run.run.wandb != "disabled":
+            self.sent = max(steps_in_wandb_files(folder), default=0)
             import wandb  # large, and not installed on every machine that trains
 
             self.wandb = wandb.init(
@@ -49,6 +50,10 @@ class MetricsLog:
                 config=OmegaConf.to_container(OmegaConf.structured(run)) | {f"start_{len(starts)}": starts[-1]},
                 settings=wandb.Settings(silent=True),
             )
+            if run.run.wandb == "online":  # the server knows best
+                self.sent = self.wandb.starting_step - 1
+            for line in kept:
+                self._to_wandb(json.loads(line))
         self.bar = tqdm(
             total=run.train.steps,
             initial=start_step,
@@ -58,15 +63,17 @@ class MetricsLog:
         )
 
     def step(self, entry: dict) -> None:
-        # wandb first: a step in the file has been handed over, whatever happens next.
-        if self.wandb and entry["step"] > self.sent:
-            self.wandb.log(entry, step=entry["step"])
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
+        self._to_wandb(entry)
         self.bar.set_postfix(
             {name: _short(entry[f"loss_{name}"]) for name in ("text", "semantic", "pixel")}, refresh=False
         )
         self.bar.update()
+
+    def _to_wandb(self, entry: dict) -> None:
+        if self.wandb and entry["step"] > self.sent:
+            self.wandb.log(entry, step=entry["step"])
 
     def close(self) -> None:
         self.bar.close()
