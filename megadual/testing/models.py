@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import torch
+
+from checkpoints_tools import convert_to_hf
 from megadual.config import PretrainConfig, load_config
+from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.model import presets
 from megadual.streams import SpecialIds
 from megadual.testing.shards import random_documents, write_shard_set
@@ -50,3 +54,14 @@ def write_run(folder: Path, *overrides: str) -> PretrainConfig:
     run = load_config(PretrainConfig, None, [*defaults, *overrides])
     run.model = presets.resolve(run.model)
     return run
+
+
+def write_export(folder: Path) -> Path:
+    """An exported model with random weights, in `folder`/hf."""
+    run = write_run(folder)
+    tokenizer = load_text_tokenizer(run.model.text_tokenizer)
+    torch.manual_seed(0)
+    config = convert_to_hf.model_config(run, tokenizer, convert_to_hf.read_dualtoken(run), torch.float32)
+    MegaDualForCausalLM(config).save_pretrained(folder / "hf")
+    save_text_tokenizer(tokenizer, folder / "hf")
+    return folder / "hf"

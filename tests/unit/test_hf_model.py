@@ -179,6 +179,17 @@ def test_messages_of_a_model_that_has_seen_documents_only(model, pictures):
     assert model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).size(1) == inputs["input_ids"].size(1) + 3
 
 
+def test_images_of_messages_may_come_beside_them(model, pictures):
+    inside = model.processor.prompt(messages(*pictures[:2]))
+    bare = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "two cats"}]}]
+    beside = model.processor.prompt(bare + messages()[1:], pictures[:2])
+    assert all(torch.equal(inside[name], beside[name]) for name in ("input_ids", "pixel_values"))
+    with pytest.raises(ValueError, match="no place for 1 of the images"):
+        model.processor.prompt(bare, pictures)
+    with pytest.raises(ValueError, match="2 <image> marks for 1 images"):
+        model.processor.prompt(bare, pictures[:1])
+
+
 def test_messages_of_a_chat_model_stand_between_its_marks(model):
     tokenizer = copy.deepcopy(model.tokenizer)
     tokenizer.add_tokens([IM_START, IM_END], special_tokens=True)
