@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from megadual.errors import UserError, command
 
@@ -103,6 +104,13 @@ class Evaluation:
         else:
             self.left_out["zero_shot"] = "no --classes was given"
 
+    def _reconstruct(self, pixel_codes: torch.Tensor) -> torch.Tensor:
+        """Decoded images at the originals' size; a decoder may be built for another."""
+        images, size = self.model.decode(pixel_codes), self.model.config.image_size
+        if images.shape[-1] == size:
+            return images
+        return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+
     @torch.no_grad()
     def run(self) -> dict:
         """One pass over the data; returns the report and writes nothing."""
@@ -115,13 +123,17 @@ class Evaluation:
             samples.images = samples.images.to(self.device)
             codes = self.model.encode(samples.images)
             teacher = image_embeddings(self.siglip, samples.images) if self.siglip else None
-            seen = Seen(samples, codes, self.model.decode(codes.pixel), teacher)
+            seen = Seen(samples, codes, self._reconstruct(codes.pixel), teacher)
             self.gallery.update(seen, self.reconstruction.update(seen))
             for measure in self.measures:
                 measure.update(seen)
         if self.gallery.seen < 2:
             raise UserError(f"'{options.data}' holds {self.gallery.seen} readable images, at least 2 are needed")
         figures, definitions = {}, {}
+        if self.model.config.output_size != size:
+            definitions["reconstructions"] = (
+                f"decoded at {self.model.config.output_size} px, resized (bicubic) to {size}"
+            )
         for measure in (self.reconstruction, *self.measures):
             found = measure.result()
             figures |= found

