@@ -52,7 +52,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         stored = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise UserError(f"--weights '{path}' can't be read as tensors: {str(error).splitlines()[0]}") from error
-    state = stored.get("state_dict", stored)
+    state = stored.get("state_dict", stored) if isinstance(stored, dict) else {}
+    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"--weights '{path}' holds no state dict, neither by itself nor under 'state_dict'")
     beside = sorted(set(stored) - {"state_dict"}) if state is not stored else []
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}, beside
 
@@ -66,10 +68,10 @@ def siglip_config(folder: Path | None, rqvaesiglip: dict[str, Any], state: dict[
         folder = named
     if folder is not None:
         return SiglipConfig.from_pretrained(folder).to_dict()
-    prefix = "siglip_model."
+    prefix, decoder = "siglip_model.", take(rqvaesiglip, "ddconfig", "rqvaesiglip")
     shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in state.items() if name.startswith(prefix)}
     try:
-        return siglip_from_shapes(shapes, rqvaesiglip["ddconfig"]["resolution"])
+        return siglip_from_shapes(shapes, take(decoder, "resolution", "ddconfig"))
     except KeyError as error:
         raise UserError(f"the sizes of SigLIP can't be read off the weights ({error}); give --siglip FOLDER") from error
 
@@ -127,11 +129,9 @@ def dualtoken_config(rqvaesiglip: dict[str, Any], siglip: dict[str, Any]) -> Dua
     if take(rqvaesiglip, "hidden_size", "rqvaesiglip") != vision["hidden_size"]:
         raise UserError(f"config: hidden_size {rqvaesiglip['hidden_size']} != SigLIP's {vision['hidden_size']}")
     # Theirs places attention by the resolutions that ddconfig states, whatever the latent's true side.
-    levels = range(len(multipliers) - 1, -1, -1)
-    stated = {level: decoder["resolution"] // 2 ** levels[0] * 2 ** (levels[0] - level) for level in levels}
-    attention = [
-        latent[0] * 2 ** (levels[0] - level) for level in levels if stated[level] in decoder["attn_resolutions"]
-    ]
+    stated = take(decoder, "resolution", "ddconfig") // 2 ** (len(multipliers) - 1)
+    attended = take(decoder, "attn_resolutions", "ddconfig")
+    attention = [latent[0] * 2**level for level in range(len(multipliers)) if stated * 2**level in attended]
     shortcut = rqvaesiglip.get("layer_shortcut")
     config = DualTokenConfig(
         siglip=siglip,

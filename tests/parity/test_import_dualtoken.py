@@ -72,6 +72,8 @@ def test_position_ids_and_what_lies_beside_the_weights_are_reported_as_ignored(r
     "change, words",
     [
         (lambda s, c: c.pop("vq_sem"), "'rqvaesiglip' has no 'vq_sem'"),
+        (lambda s, c: c["ddconfig"].pop("resolution"), "'ddconfig' has no 'resolution'"),
+        (lambda s, c: s.update(epoch=3), "holds no state dict"),
         (lambda s, c: c["vq_pix"].update(code_shape=[4, 4, 2]), "vq_pix has code_shape [4, 4, 2]"),
         (lambda s, c: c["vq_pix"].update(bottleneck_type="vq"), "vq_pix.bottleneck_type is 'vq'"),
         (lambda s, c: c["vq_pix"].update(decay=0.9), "decay and restart_unused_codes must be equal"),
