@@ -1,6 +1,6 @@
 """The worker: one input shard from its samples to a committed folder of the set.
 
-Shape suffixes: B images of a batch, N positions of an image, D code depth.
+Shape suffixes: N positions of the images, D depths of both streams, the semantic ones first.
 """
 
 import resource
@@ -19,7 +19,7 @@ from data_pipeline.layouts import LeftOut, RawDocument, Unusable, to_document
 from data_pipeline.readers import InputShard, read_samples
 from data_pipeline.store import open_store
 from data_pipeline.writer import ShardWriter
-from megadual.streams import Document, SpecialIds
+from megadual.streams import STREAMS, Document, SpecialIds
 from megadual.text import load_text_tokenizer
 
 SAMPLES_PER_IMAGE = 4  # a batch holds at most this many times batch_size samples, whatever few images they have
@@ -151,7 +151,7 @@ class Encoder:
 
     def documents(self, encoding: Encoding, shard: InputShard) -> list[Document]:
         """The documents of a batch: their text with `<image>` for each image, and the images' codes."""
-        codes = (pair for wait in encoding.codes for pair in zip(*wait(), strict=True))
+        codes = (codes_ND for wait in encoding.codes for codes_ND in wait())
         ids = iter(encoding.text_ids)
         return [self._document(decoded, codes, ids, shard) for decoded in encoding.documents]
 
@@ -160,13 +160,15 @@ class Encoder:
         text_ids = [
             token for part in decoded.parts for token in (next(ids) if isinstance(part, str) else [self.special.image])
         ]
+        depths = [self.images.config.size(stream, "depth") for stream in STREAMS]
         images = [next(codes) for _ in decoded.images]
-        none = np.zeros((0, self.images.config.depth), dtype=np.uint16)
+        codes_ND = np.concatenate([np.zeros((0, sum(depths)), dtype=np.uint16), *images])
+        semantic_ND, pixel_ND = np.split(codes_ND, depths[:1], axis=1)
         return Document(
             key=decoded.key,
             text_ids=np.array(text_ids, dtype=np.uint32),
-            semantic=np.concatenate([none, *(semantic for semantic, _ in images)]),
-            pixel=np.concatenate([none, *(pixel for _, pixel in images)]),
+            semantic=np.ascontiguousarray(semantic_ND),
+            pixel=np.ascontiguousarray(pixel_ND),
             grids=np.array([self.images.config.grid] * len(images), dtype=np.uint16).reshape(-1, 2),
             meta={"source": shard.url, **decoded.meta},
         ).check(self.special)

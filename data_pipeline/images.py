@@ -1,6 +1,6 @@
 """Images to codes, on a GPU beside the other work, or on the CPU.
 
-Shape suffixes: B images of a batch, N positions of an image, D code depth, S streams (semantic, pixel).
+Shape suffixes: B images of a batch, N positions of an image, D depths of both streams, the semantic ones first.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from megadual.vision import DualToken
 from megadual.vision.fast import FastDualToken, captured
 from megadual.vision.tokenizer import centre_crop, normalise_pixels
 
-Codes = Callable[[], np.ndarray]  # waits for the codes of a batch: (S, B, N, D) uint16
+Codes = Callable[[], np.ndarray]  # waits for the codes of a batch: (B, N, D) uint16
 
 
 class ImageEncoder:
@@ -23,10 +23,10 @@ class ImageEncoder:
     """
 
     def __init__(self, folder: str, gpu: bool, batch_size: int):
-        model = DualToken.from_pretrained(folder)
+        model = DualToken.from_pretrained(folder, "cuda" if gpu else "cpu")
         self.config, self.gpu, self.batch_size = model.config, gpu, batch_size
         if gpu:
-            fast = FastDualToken(model.cuda())
+            fast = FastDualToken(model)
             self.encode = lambda images: fast.encode(images, pooled=False)
             size = self.config.image_size
             blank = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8, device="cuda")
@@ -40,7 +40,7 @@ class ImageEncoder:
 
     def _compute(self, pixels: torch.Tensor) -> torch.Tensor:
         encoded = self.encode(normalise_pixels(pixels).contiguous())
-        return torch.stack([encoded.semantic, encoded.pixel]).flatten(2, 3).to(torch.uint16)
+        return torch.cat([encoded.semantic, encoded.pixel], dim=-1).flatten(1, 2).to(torch.uint16)
 
     @torch.inference_mode()
     def launch(self, images: list[np.ndarray]) -> Codes:
@@ -59,6 +59,6 @@ class ImageEncoder:
 
         def wait() -> np.ndarray:
             done.synchronize()
-            return codes.numpy()[:, :count]
+            return codes.numpy()[:count]
 
         return wait

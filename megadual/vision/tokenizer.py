@@ -186,15 +186,22 @@ class DualToken(nn.Module):
         save_model(self, str(folder / "model.safetensors"))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "DualToken":
-        """Read what save_pretrained wrote, in eval mode; ValueError where something is missing."""
-        model = cls(DualTokenConfig.load(folder))
+    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "DualToken":
+        """Read what save_pretrained wrote, in eval mode on `device`; ValueError where something is missing."""
+        with torch.device("meta"):  # weights that are about to be read need no random numbers
+            model = cls(DualTokenConfig.load(folder))
+        model.to_empty(device=device)
+        for name, buffer in model.named_buffers():  # those that are not saved
+            if name.endswith("position_ids"):
+                buffer.copy_(torch.arange(buffer.numel()).view_as(buffer))
+            elif name.endswith("restarted"):
+                buffer.zero_()
         model.load_weights(folder)
         return model.eval()
 
     def load_weights(self, folder: str | Path) -> None:
         """Take the weights that save_pretrained wrote; RuntimeError where they do not fit."""
-        load_model(self, str(_weights_file(folder)))
+        load_model(self, str(_weights_file(folder)), device=str(next(self.parameters()).device))
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
