@@ -68,7 +68,7 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
         whole = projector if first else 0  # not split over tensor-parallel ranks
         if last:
             split += 0 if model.tie_embeddings and first else table
-            whole += 2 * one_head
+            whole += 2 * one_head + hidden  # and the last norm
         on_gpu = split / tensor + whole
         in_flight = min(parallel.pipeline - stage, layout.microbatches)
         logits = 0.0
