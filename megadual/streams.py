@@ -67,8 +67,8 @@ class Document:
 
     def check(self, special: SpecialIds) -> "Document":
         """Raise ValueError, naming the document, where its columns do not fit together."""
-        images = int((self.text_ids == special.image).sum())
-        positions = int(self.grids.astype(np.int64).prod(axis=1).sum()) if len(self.grids) else 0
+        images = np.count_nonzero(self.text_ids == special.image)
+        positions = sum(rows * columns for rows, columns in self.grids.tolist())
         if images != len(self.grids):
             raise ValueError(f"document '{self.key}': {images} image tokens in the text, {len(self.grids)} grids")
         for stream in STREAMS:
@@ -153,31 +153,29 @@ def to_sequence(doc: Document, special: SpecialIds, draw_images: list[bool], dro
         raise ValueError(f"document '{doc.key}': {len(draw_images)} directions for {len(doc.grids)} images")
     drop_caption = drop_caption and doc.is_pair and draw_images[0]
     text = arrange_text(doc.text_ids, draw_images, special.image, doc.is_pair, drop_caption)
-    tokens, drawn, image = [], [], 0
-    for token in text.tolist():
-        if token != special.image:
-            tokens.append([token])
-            drawn.append([False])
-            continue
-        rows, columns = (int(x) for x in doc.grids[image])
-        draw = draw_images[image]
-        start, end = (
-            (special.image_gen_start, special.image_gen_end) if draw else (special.image_start, special.image_end)
-        )
-        tokens.append([start] + [special.image] * (rows * columns) + [end])
-        drawn.append([False] + [draw] * (rows * columns) + [False])
-        image += 1
-    tokens = np.array([t for part in tokens for t in part] + [special.end_of_text], dtype=np.int64)
-    drawn = np.array([d for part in drawn for d in part] + [False])
-    is_image = tokens == special.image
+    sizes = [rows * columns for rows, columns in doc.grids.tolist()]
+    length = len(text) + len(sizes) + sum(sizes) + 1
+    tokens = np.full(length, special.image, dtype=np.int64)
+    draw = np.zeros(length, dtype=bool)
+    semantic, pixel = (np.zeros((length, getattr(doc, stream).shape[1]), dtype=np.int64) for stream in STREAMS)
+    before_image = []  # where positions stand whose next one is an image position
+    at = read = codes = 0  # positions laid out, text and codes used
+    for place, size, drawn in zip(np.flatnonzero(text == special.image).tolist(), sizes, draw_images, strict=True):
+        start = at + place - read
+        tokens[at:start] = text[read:place]
+        tokens[start] = special.image_gen_start if drawn else special.image_start
+        before_image.append(slice(start, start + size))
+        draw[start : start + size] = drawn
+        semantic[start + 1 : start + 1 + size] = doc.semantic[codes : codes + size]
+        pixel[start + 1 : start + 1 + size] = doc.pixel[codes : codes + size]
+        tokens[start + 1 + size] = special.image_gen_end if drawn else special.image_end
+        at, read, codes = start + size + 2, place + 1, codes + size
+    tokens[at:-1] = text[read:]
+    tokens[-1] = special.end_of_text
 
-    targets = np.full(len(tokens), IGNORE, dtype=np.int64)
-    targets[:-1] = np.where(is_image[1:], IGNORE, tokens[1:])
-    draw = np.zeros(len(tokens), dtype=bool)
-    draw[:-1] = drawn[1:]
-    codes = {}
-    for stream in STREAMS:
-        stored = getattr(doc, stream)
-        codes[stream] = np.zeros((len(tokens), stored.shape[1]), dtype=np.int64)
-        codes[stream][is_image] = stored
-    return Sequence(tokens, codes["semantic"], codes["pixel"], targets, draw)
+    targets = np.empty(length, dtype=np.int64)
+    targets[:-1] = tokens[1:]
+    targets[-1] = IGNORE
+    for positions in before_image:
+        targets[positions] = IGNORE
+    return Sequence(tokens, semantic, pixel, targets, draw)

@@ -64,6 +64,7 @@ def _padding(length: int, end_of_text: int, depth: int) -> Sequence:
 def collate(sequences: list[Sequence], special: SpecialIds, keys: list[str]) -> MicroBatch:
     """Sequences laid end to end; `keys` are those of the ones that are documents, "" that of padding."""
     lengths = [len(sequence) for sequence in sequences]
+    ends = np.cumsum([0] + lengths)
     columns = {
         field.name: torch.from_numpy(np.concatenate([getattr(sequence, field.name) for sequence in sequences]))
         for field in fields(Sequence)
@@ -75,8 +76,8 @@ def collate(sequences: list[Sequence], special: SpecialIds, keys: list[str]) -> 
         text_positions=(columns["text_targets"] != IGNORE).nonzero().flatten(),
         draw_positions=draw_positions,
         draw_targets=torch.stack([columns["semantic"], columns["pixel"]], dim=1)[draw_positions + 1],
-        positions=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor(np.cumsum([0] + lengths), dtype=torch.int32),
+        positions=torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)),
+        cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
         keys=[key for key in keys if key],
         lengths=[length for length, key in zip(lengths, keys, strict=True) if key],
         longest=max(lengths),

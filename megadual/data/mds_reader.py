@@ -6,6 +6,7 @@ record per document: the byte sizes of its columns (uint32 each), then the colum
 
 import json
 import mmap
+import struct
 from bisect import bisect_right
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,12 @@ import numpy as np
 from megadual.errors import UserError
 from megadual.streams import MDS_COLUMNS, Document
 
-_SHAPE_DTYPES = ("u1", "u2", "u4", "u8")  # MDS keeps an array's shape in the smallest of these that fits
+# The type of an array column's values, None where it holds text.
+_DTYPES = {
+    name: np.dtype(encoding.partition(":")[2]) if encoding.startswith("ndarray:") else None
+    for name, encoding in MDS_COLUMNS.items()
+}
+_SIZES = struct.Struct(f"<{len(MDS_COLUMNS)}I")
 
 
 class Lengths(NamedTuple):
@@ -26,11 +32,15 @@ class Lengths(NamedTuple):
     positions: np.ndarray
 
 
-def _decode_array(buffer, start: int, size: int, dtype: str) -> np.ndarray:
-    kind = buffer[start]  # number of axes << 2 | index of the shape's type
-    shape = np.frombuffer(buffer, _SHAPE_DTYPES[kind & 3], kind >> 2, start + 1)
-    values = start + 1 + shape.nbytes
-    return np.frombuffer(buffer[values : start + size], dtype).reshape(shape)
+def _decode_array(buffer: bytes, start: int, size: int, dtype: np.dtype) -> np.ndarray:
+    kind = buffer[start]  # number of axes << 2 | log2 of the bytes of each, the fewest that do
+    axes, width = kind >> 2, 1 << (kind & 3)
+    values = start + 1 + axes * width
+    shape = [int.from_bytes(buffer[at : at + width], "little") for at in range(start + 1, values, width)]
+    count, rest = divmod(start + size - values, dtype.itemsize)
+    if rest:
+        raise ValueError(f"{rest} bytes more than whole values of {dtype}")
+    return np.frombuffer(buffer, dtype, count, values).reshape(shape)
 
 
 class _Shard:
@@ -64,17 +74,16 @@ class _Shard:
 
     def __getitem__(self, i: int) -> Document:
         record = self.bytes[self.offsets[i] : self.offsets[i + 1]]
-        sizes = np.frombuffer(record, "<u4", len(self.columns)).tolist()
-        start, values = 4 * len(sizes), {}
+        start, values = _SIZES.size, {}
         try:
-            for (name, encoding), size in zip(self.columns.items(), sizes, strict=True):
-                if encoding.startswith("ndarray:"):
-                    values[name] = _decode_array(record, start, size, encoding.partition(":")[2])
+            for name, size in zip(self.columns, _SIZES.unpack_from(record), strict=True):
+                if dtype := _DTYPES[name]:
+                    values[name] = _decode_array(record, start, size, dtype)
                 else:
                     text = record[start : start + size].decode()
-                    values[name] = json.loads(text) if encoding == "json" else text
+                    values[name] = json.loads(text) if self.columns[name] == "json" else text
                 start += size
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, struct.error) as error:
             raise UserError(f"shard '{self.path}' is damaged at its document {i}: {error}") from error
         return Document.from_row(values)
 

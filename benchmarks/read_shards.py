@@ -1,0 +1,71 @@
+"""How fast one core reads shard sets as the trainer does, and how full its rows are.
+
+python benchmarks/read_shards.py [--shards ROOT ...] [--seq-len 4096] [--seconds 10]
+
+Without --shards: random pairs of 256 positions with 4 codes a stream and 20 to 60 text tokens, in a temporary folder.
+Prints documents a second of one core's time, from the files to collated tensors, warm, and the share of positions
+that is not padding over the first epoch.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from megadual.config import DataConfig
+from megadual.data.dataset import PackedDataset
+from megadual.data.mds_reader import ShardSet
+from megadual.errors import command
+from megadual.streams import SpecialIds
+from megadual.testing.shards import SPECIAL, random_documents, write_shard_set
+from megadual.text import load_text_tokenizer
+
+
+def measure(roots: list[str], special: SpecialIds, seq_len: int, seconds: float) -> str:
+    """One line of figures of the sets at `roots`."""
+    opened = time.process_time()
+    sets = [ShardSet(root) for root in roots]
+    opened = time.process_time() - opened
+    data = PackedDataset(sets, DataConfig(sets=roots), seq_len, 1, 1, 0, special)
+    packed = time.process_time()
+    rows = 0
+    while len(data.rows.sets[0].ends) < data.rows.sets[0].windows:  # packs the first epoch
+        data.rows[rows]
+        rows = data.rows.sets[0].ends[-1]
+    packed = time.process_time() - packed
+    documents = step = 0
+    begun = time.process_time()
+    while (spent := time.process_time() - begun) < seconds:
+        documents += sum(len(batch.lengths) for batch in data.step(step))
+        step += 1
+    held = sum(len(shard_set) for shard_set in sets)
+    return (
+        f"{held:,} documents, {data.dropped} longer than a row, opened in {opened:.2f} s; packed in {packed:.2f} s; "
+        f"rows of {seq_len}: fill {data.fill:.4f}; {documents / spent:,.0f} documents "
+        f"({step * seq_len / spent:,.0f} positions) a second of one core"
+    )
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", nargs="*", metavar="ROOT", help="shard sets; random documents where not given")
+    parser.add_argument("--text-tokenizer", help="the sets' text tokenizer; needed with --shards")
+    parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.shards:
+        special = SpecialIds.of(load_text_tokenizer(args.text_tokenizer))
+        print(measure(args.shards, special, args.seq_len, args.seconds))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        documents = random_documents(8000, grid=(16, 16), depth=4, codebook_size=16384, caption=(20, 60))
+        root = write_shard_set(Path(folder) / "set", documents)
+        print(measure([str(root)], SPECIAL, args.seq_len, args.seconds))
+
+
+if __name__ == "__main__":
+    main()
