@@ -22,6 +22,7 @@ from megadual.train import setup
 from megadual.vision import DualTokenConfig, read_codebooks
 
 HEAD = ["model.head.width=32", "model.head.layers=2", "model.head.heads=2", "model.head.ffn=48"]
+BASE = Path(__file__).parents[2] / "pretrain" / "configs" / "tiny.yaml"
 VISUAL = ("embedding.projector", "semantic_head", "pixel_head")
 PADDING = 13  # rows of the table that no token has
 
@@ -60,7 +61,17 @@ def converted(request, dualtoken, tmp_path_factory):
     """(Qwen's model, folder that holds `qwen` and the checkpoint `start`)."""
     folder = tmp_path_factory.mktemp("qwen")
     model = write_qwen(folder / "qwen", tied=request.param)
-    arguments = ["--model", folder / "qwen", "--dualtoken", dualtoken, "--output", folder / "start", *HEAD]
+    arguments = [
+        "--model",
+        folder / "qwen",
+        "--dualtoken",
+        dualtoken,
+        "--output",
+        folder / "start",
+        "--base",
+        BASE,
+        *HEAD,
+    ]
     convert_from_hf.main([*map(str, arguments)])
     return model, folder
 
@@ -114,8 +125,9 @@ def test_a_run_starts_from_it(converted, dualtoken, tmp_path):
         text_tokenizer={"fingerprint": fingerprint(tokenizer)},
     )
     rest = [f"data.sets=[{shards}]", f"run.dir={tmp_path}", "train.steps=1", "train.seq_len=64"]
-    rest += ["train.global_batch_tokens=128", "parallel.tensor=2"]
+    rest += ["train.global_batch_tokens=128", "parallel.tensor=2", "parallel.pipeline=1"]
     run = load_config(PretrainConfig, folder / "start" / "run.yaml", rest)
+    assert run.train.warmup_steps == load_config(PretrainConfig, BASE).train.warmup_steps > 0
     ranks = run_distributed(weights, 2, run)
 
     table = CheckpointTensors(folder / "start").read("embedding.word_embeddings.weight")
