@@ -53,6 +53,12 @@ class Watch:
             self.gpu.append(float(subprocess.run(query, capture_output=True, text=True).stdout.split()[0]))
 
 
+def steady_rate(output: Path, images_per_tar: int, workers: int) -> float:
+    """Images/s between the first commits of all workers and the last ones, while all of them are at work."""
+    commits = sorted(path.stat().st_mtime for path in output.iterdir() if path.is_dir())[workers:-workers]
+    return images_per_tar * (len(commits) - 1) / (commits[-1] - commits[0])
+
+
 def encode_alone(model: DualToken, batch: int) -> float:
     """Images/s of the encoder, with nothing around it."""
     images, fast = torch.randn(batch, 3, 256, 256, device="cuda").clamp(-1, 1), FastDualToken(model)
@@ -71,7 +77,7 @@ def main() -> None:
         torch.manual_seed(0)
         with torch.device("cuda"):
             model = DualToken(preset(PRESET))
-        write_inputs(folder, args.images, 10 * args.batch, 256, model.eval())
+        write_inputs(folder, args.images, 5 * args.batch, 256, model.eval())
         alone = encode_alone(model, args.batch)
         print(
             f"{torch.cuda.get_device_name()}, batches of {args.batch}; encode alone: {alone:.0f} images/s", flush=True
@@ -87,10 +93,13 @@ def main() -> None:
                     f"workers.cpus={each}", f"workers.decode_threads={max(1, each - 1)}",
                     f"encode.batch_size={args.batch}",
                 )  # fmt: skip
-            rate = args.images / between(said, "done now in ", " s")
+            whole = args.images / between(said, "done now in ", " s")
+            rate = steady_rate(folder / f"set-{workers}", 5 * args.batch, workers)
+            busy = statistics.mean(share for share in watch.gpu if share)
             print(
-                f"{workers} workers: {rate:.0f} images/s, {rate / alone:.2f} of the encoder alone; {total:.0f} s with "
-                f"start-up; {watch.cores:.1f} cores busy, GPU {statistics.mean(watch.gpu):.0f} %; worker "
+                f"{workers} workers: {rate:.0f} images/s, {rate / alone:.2f} of the encoder alone; {whole:.0f} from "
+                f"the first worker's start to the last one's end, {total:.0f} s with start-up; {watch.cores:.1f} cores "
+                f"busy, GPU {busy:.0f} % where it was in use; a worker's peak "
                 f"{between(said, 'peak memory of a worker ', ' MB')} MB",
                 flush=True,
             )
