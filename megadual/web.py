@@ -18,8 +18,8 @@ SEEDS = 100_000  # short enough to be shown whole
 MAX_NEW_TOKENS = 64
 EXAMPLE = "two red apples to the left of a cat, on blue"
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: auto; }
-#drawings img, #shown img { image-rendering: pixelated; }
+.gradio-container { width: 100% !important; max-width: 1180px !important; margin: auto; }
+#drawings img, #shown img { image-rendering: pixelated; object-fit: contain; }
 """
 
 
@@ -58,7 +58,7 @@ def page(model, name: str) -> gr.Blocks:
                     seed = gr.Number(-1, label="Seed", info="-1: another one each time", precision=0, elem_id="seed")
                 start = gr.Button("Draw", variant="primary", elem_id="draw")
             gallery = gr.Gallery(
-                label="Drawings", columns=2, height=540, format="png", elem_id="drawings", scale=3, interactive=False
+                label="Drawings", columns=2, height=680, format="png", elem_id="drawings", scale=3, interactive=False
             )
             inputs = [prompt, count, scale, temperature, top_k, top_p, seed]
             gr.on([start.click, prompt.submit], draw, inputs, gallery, api_name="draw", **alone)
