@@ -1,5 +1,6 @@
 # make demo   the whole way on a laptop: corpus -> tokenizer -> shards -> LLM -> Hugging Face folder -> report
-# make test   all tests
+# make test   the tests
+# make test-mcore, test-transformers, test-slurm   against other versions; jobs on a real Slurm, started here as root
 # make clean  remove the demo's run folder
 
 PYTHON   ?= python3
@@ -11,12 +12,12 @@ PARALLEL ?= pipeline=2
 # DeepSpeed's kernels are built when they are first used, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: install demo test test-mcore clean
+.PHONY: install demo test test-mcore test-transformers test-slurm clean
 install: $(VENV)/.installed
 demo: install
 	$(BIN)/python -m megadual.demo --parallel "$(PARALLEL)"
 test: install
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore=tests/slurm
 
 $(VENV)/.installed: setup.py requirements-nodeps.txt
 	@echo "== setting up $(VENV)"
@@ -32,6 +33,22 @@ test-mcore: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
 		--upgrade --target $(VENV)/megatron-core-$(MCORE) megatron-core==$(MCORE)
 	PYTHONPATH=$(VENV)/megatron-core-$(MCORE) $(BIN)/python -m pytest tests/distributed
+
+# Exported folders under transformers 4, in an environment that borrows the rest (torch) from this one.
+TRANSFORMERS ?= 4.57.6
+OLD          := $(VENV)/transformers-$(TRANSFORMERS)
+PURELIB      := import sysconfig; print(sysconfig.get_path("purelib"))
+test-transformers: install
+	$(BIN)/python -m venv --without-pip $(OLD)
+	$(BIN)/python -m pip --python $(OLD)/bin/python install --quiet --disable-pip-version-check --no-deps \
+		transformers==$(TRANSFORMERS) "huggingface_hub<1" "tokenizers>=0.22,<0.23"
+	$(BIN)/python -c '$(PURELIB)' > "$$($(OLD)/bin/python -c '$(PURELIB)')/torch.pth"
+	MEGADUAL_EXPORT_PYTHON=$(abspath $(OLD))/bin/python $(BIN)/python -m pytest tests/integration/test_convert.py \
+		-k "(checkpoint and TP2xPP2) or without_megadual or try_export"
+
+# Installs Debian's Slurm packages where they are missing.
+test-slurm: install
+	$(BIN)/python -m pytest tests/slurm
 
 clean:
 	rm -rf runs/demo
