@@ -89,6 +89,4 @@ def install() -> None:
     # It warns whenever the CPU's generator moves inside its context, which is what happens here.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
     _replace(random, "_get_cuda_rng_state", lambda device=None, clone=False, graph_safe=False: generator.get_state())
-    _replace(
-        random, "_set_cuda_rng_state", lambda state, device=None, graph_safe=False: generator.set_state(state)
-    )
+    _replace(random, "_set_cuda_rng_state", lambda state, device=None, graph_safe=False: generator.set_state(state))

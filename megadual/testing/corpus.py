@@ -75,7 +75,14 @@ DRAWINGS = {
     "green square": "🟩", "blue square": "🟦", "purple square": "🟪",
 }  # fmt: skip
 
-PLURALS = {"mouse": "mice", "fish": "fish", "tomato": "tomatoes", "volcano": "volcanoes", "cactus": "cacti", "die": "dice"}
+PLURALS = {
+    "mouse": "mice",
+    "fish": "fish",
+    "tomato": "tomatoes",
+    "volcano": "volcanoes",
+    "cactus": "cacti",
+    "die": "dice",
+}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 SIZES = {"small": 0.55, "": 0.8, "large": 1.0}  # share of its cell that a drawing fills
 
