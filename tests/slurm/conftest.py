@@ -93,7 +93,8 @@ class Lab:
 
     def output(self, job: str) -> str:
         """The job's own output, then its ranks'."""
-        files = [*self.folder.glob(f"{job}.out"), *sorted(self.folder.glob(f"*/logs/{job}.*/*.log"))]
+        patterns = (f"{job}.out", f"*/logs/{job}.*/*.log", f"logs/{job}_*_log.*")
+        files = [file for pattern in patterns for file in sorted(self.folder.glob(pattern))]
         return "\n".join(f"== {file}\n{file.read_text()[-3000:]}" for file in files)
 
     def wait_step(self, run: Path, step: int, seconds: float = 120) -> None:

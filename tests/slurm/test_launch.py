@@ -1,0 +1,59 @@
+"""`python slurm/launch.py`: the same trainings through submitit."""
+
+import re
+import subprocess
+import sys
+
+from conftest import MODEL, ROOT, losses, steps
+
+SIZES = ["--nodes=2", "--tasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=2000"]
+
+
+def launch(lab, run, *arguments: str) -> str:
+    inputs = lab.inputs
+    paths = [f"model.dualtoken={inputs}/dualtoken", f"model.text_tokenizer={inputs}/text_tokenizer"]
+    done = subprocess.run(
+        [sys.executable, "slurm/launch.py", "pretrain", "--config", "pretrain/configs/tiny.yaml", *SIZES,
+         f"--logs={lab.folder}/logs", *arguments, *MODEL, *paths, f"data.sets=[{inputs}/shards]", f"run.dir={run}"],
+        cwd=ROOT, env=lab.environment(run), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_dry_run_prints_the_script(lab, tmp_path):
+    script = launch(lab, tmp_path / "run", "--dry-run", "--sweep", "train.lr=1e-3,1e-4")
+    for line in ("#SBATCH --nodes=2", "#SBATCH --signal=USR1@600", "#SBATCH --requeue", "#SBATCH --array=0-1%2"):
+        assert line in script.splitlines()
+    assert f"run.dir={tmp_path}/run/train.lr=1e-4" in script
+    assert not (tmp_path / "logs").exists()
+
+
+def test_preempted_it_saves_and_goes_on(lab, tmp_path):
+    run = tmp_path / "run"
+    (job,) = re.findall(r"^(\d+):", launch(lab, run, "train.steps=20", "checkpoint.every=1000"), re.MULTILINE)
+    lab.jobs.append(job)
+    lab.wait_step(run, 2)
+    urgent = lab.sbatch(run, "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    lab.wait_state(job, "PENDING")
+    saved = len(steps(run))
+    assert (run / "checkpoints" / "latest").read_text() == f"{saved:08d}"
+    lab.finish(urgent)
+    lab.hurry(job)
+    lab.finish(job)
+    assert [step for step, _ in losses(run)] == list(range(1, 21))
+    assert saved < 20
+    told = "".join(path.read_text() for path in (tmp_path / "logs").glob(f"{job}_0_log.*"))
+    assert f"resumed from {run}/checkpoints/{saved:08d}" in told
+
+
+def test_a_sweep_is_an_array(lab, tmp_path):
+    run = tmp_path / "run"
+    told = launch(lab, run, "--nodes=1", "--sweep", "train.lr=1e-2,1e-3", "train.steps=2")
+    jobs = re.findall(r"^(\d+_\d):", told, re.MULTILINE)
+    lab.jobs += jobs
+    assert len(jobs) == 2
+    for job in jobs:
+        lab.finish(job)
+    first, second = (losses(run / f"train.lr={lr}") for lr in ("1e-2", "1e-3"))
+    assert len(first) == len(second) == 2 and first[0] == second[0] and first[1] != second[1]

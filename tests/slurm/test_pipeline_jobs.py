@@ -1,0 +1,62 @@
+"""`bash slurm/pipeline.sh`: from pairs to a tried model, as jobs that wait for each other."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import yaml
+from cluster import run as command
+from conftest import MODEL, ROOT
+
+from megadual.testing.vision import tiny_dualtoken_config, write_tiny_pairs, write_tiny_siglip
+from megadual.text import save_text_tokenizer, train_text_tokenizer
+
+SMALL = "--nodes=1 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=2 --mem=2000"
+
+
+@pytest.fixture
+def stages(tmp_path) -> dict[str, str]:
+    """The environment that says what the stages are to do."""
+    pairs = write_tiny_pairs(tmp_path / "corpus")
+    write_tiny_siglip(tmp_path / "siglip")
+    save_text_tokenizer(train_text_tokenizer(["a red disc on blue", "a green disc on white"], 300), tmp_path / "text")
+    model = {k: v for k, v in dataclasses.asdict(tiny_dualtoken_config()).items() if k != "siglip"}
+    tokenizer = {
+        "siglip": str(tmp_path / "siglip"), "steps": 2, "checkpoint_every": 2, "model": model,
+        "data": {"train": pairs, "batch_size": 4, "shuffle": 16}, "loss": {"lpips": 0},
+        "gan": {"start_step": 5, "channels": [8, 8, 8], "norm_groups": 4},
+    }  # fmt: skip
+    shards = {"inputs": [pairs], "encode": {"batch_size": 16}, "workers": {"count": 1}}
+    (tmp_path / "tokenizer.yaml").write_text(yaml.safe_dump(tokenizer))
+    (tmp_path / "tokenize.yaml").write_text(yaml.safe_dump(shards))
+    return {
+        "TOKENIZER_CONFIG": f"{tmp_path}/tokenizer.yaml", "TOKENIZE_CONFIG": f"{tmp_path}/tokenize.yaml",
+        "TEXT_TOKENIZER": f"{tmp_path}/text", "HELDOUT": pairs, "PRETRAIN": "3b",
+        "EVALUATE_ARGS": "--describe=1 --draw=1", "PRETRAIN_ARGS": " ".join([*MODEL, "train.steps=2"]),
+        "SBATCH_ARGS": f"{SMALL} --output={tmp_path}/%j.out",
+    }  # fmt: skip
+
+
+def pipeline(lab, folder, stages) -> list[str]:
+    environment = {k: v for k, v in lab.environment(folder).items() if k not in ("RUN_DIR", "DUALTOKEN", "SHARDS")}
+    told = command("bash", ROOT / "slurm/pipeline.sh", folder, env=environment | stages).stdout
+    jobs = re.findall(r"\d+", told.splitlines()[-1])
+    lab.jobs += jobs
+    return jobs
+
+
+def test_from_pairs_to_a_tried_model(lab, stages, tmp_path):
+    jobs = pipeline(lab, tmp_path / "out", stages)
+    assert len(jobs) == 5
+    for job in jobs:
+        lab.finish(job, seconds=180)
+    assert json.loads((tmp_path / "out" / "shards" / "manifest.json").read_text())["samples"] == 32
+    assert (tmp_path / "out" / "use" / "drawing-000.png").is_file()
+
+
+def test_what_waits_for_a_failed_stage_is_removed(lab, stages, tmp_path):
+    first, *others = pipeline(lab, tmp_path / "out", stages | {"TOKENIZER_CONFIG": "nowhere.yaml", "MAX_RESTARTS": "0"})
+    lab.wait_state(first, "FAILED")
+    for job in others:
+        lab.wait_state(job, "CANCELLED")
