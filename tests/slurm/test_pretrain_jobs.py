@@ -88,6 +88,7 @@ def test_time_limit(lab, undisturbed, tmp_path):
     run = tmp_path / "run"
     arguments = ["train.steps=100000", "checkpoint.every=100000"]
     job = lab.pretrain(run, *arguments, options=["--time=2", "--signal=USR1@75"])
+    lab.wait_step(run, 1)
     lab.wait_state(job, "PENDING")
     assert "stopped by a signal; back into the queue" in lab.output(job)
     assert (run / "checkpoints" / "latest").read_text() == f"{len(steps(run)):08d}"
