@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-LOGITS_AT_ONCE = 1 << 28
+LOGITS_AT_ONCE = 1 << 27
 
 
 def fused(function):
@@ -42,14 +42,15 @@ def _exponential_sums(logits_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     """Each row's largest logit and its sum of exponentials relative to that, (R,) fp32."""
     logits_RK = logits_RK.float()
     largest_R = logits_RK.amax(-1)
-    return largest_R, (logits_RK - largest_R[:, None]).exp().sum(-1)
+    return largest_R, (logits_RK - largest_R[:, None]).exp_().sum(-1)
 
 
 @fused
 def _logits_to_gradient(logits_RK: torch.Tensor, log_total_R: torch.Tensor, target_R: torch.Tensor) -> None:
     """Put softmax - one-hot in the logits' place; a target outside of [0, K) marks no class."""
     classes_K = torch.arange(logits_RK.size(1), device=logits_RK.device)
-    logits_RK.copy_((logits_RK.float() - log_total_R[:, None]).exp() - (classes_K == target_R[:, None]).float())
+    softmax_RK = (logits_RK.float() - log_total_R[:, None]).exp_()
+    logits_RK.copy_(softmax_RK.sub_((classes_K == target_R[:, None]).to(torch.int8)))
 
 
 def _even_chunk(P: int, most: int) -> int:
