@@ -146,7 +146,7 @@ def drawing(model, batch: int, plain_positions: int, floor: float) -> dict[str, 
     step = captured(lambda: writer.llm.step(writer.embeds_RH), model.device)
     writer.llm.reset()
     llm = seconds(lambda: [step() for _ in range(64)]) / 64
-    plain_draw(model, captions, 2)
+    plain_draw(model, captions, plain_positions)  # kernels for every length are chosen here
     plain = seconds(lambda: plain_draw(model, captions, plain_positions)) / plain_positions * positions
     return {
         "batch": batch,
@@ -179,7 +179,7 @@ def text(model, tokens: int, plain_tokens: int) -> dict[str, float]:
     plain = lambda n: model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False
     )
-    plain(4)
+    plain(4 + plain_tokens)  # kernels for every length are chosen here
     before = seconds(lambda: plain(4))
     slow = plain_tokens / (seconds(lambda: plain(4 + plain_tokens)) - before)
     return {"plain: tokens/s": slow, "ours: tokens/s": fast}
