@@ -63,9 +63,10 @@ class RunLock:
                     os.link(mine, self.path)  # atomic, on NFS too
                     break
                 except FileExistsError:
-                    self._remove_if_dead()
+                    if self._replaced_dead(mine):
+                        break
         finally:
-            mine.unlink()
+            mine.unlink(missing_ok=True)
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
@@ -83,24 +84,30 @@ class RunLock:
             if holder is not None:
                 os.utime(self.path)
 
-    def _remove_if_dead(self) -> None:
+    def _replaced_dead(self, mine: Path) -> bool:
+        """Put `mine` in a dead holder's place. False where the lock has changed meanwhile: look again."""
         holder = _read(self.path)
         if holder is None:
-            return
+            return False
         if lives(self.path, self.beat_s):
             job = f", Slurm job {holder['job']}" if holder["job"] else ""
             raise UserError(
                 f"run.dir '{self.path.parent}' is in use by process {holder['pid']} on {holder['name']}{job}; "
                 "stop that one, or give another run.dir"
             )
-        stale = self.path.with_name(f".stale-{self.me['owner']}")
+        successor = self.path.with_name(f".successor-of-{holder['owner']}")  # one start at a time
         try:
-            os.rename(self.path, stale)
-        except FileNotFoundError:  # another start was faster
-            return
-        if _read(stale) != holder:  # it has even locked already, and what was moved away is its lock
-            os.link(stale, self.path)
-        stale.unlink()
+            os.link(mine, successor)
+        except FileExistsError:
+            time.sleep(self.beat_s / 5)
+            return False
+        try:
+            if _read(self.path) != holder:  # an earlier successor has it
+                return False
+            os.replace(mine, self.path)
+            return True
+        finally:
+            successor.unlink()
 
 
 def lives(path: Path, beat_s: float = 5.0) -> bool:
