@@ -192,6 +192,8 @@ class RunFolderConfig:
     wandb_project: str = "megadual"
     device: str | None = None  # cuda: every rank must have its GPU; cpu: none is used; null: what there is
     hang_timeout: float | None = 1200.0  # seconds without progress after which a rank shows its stacks and exits
+    samples: list[str] = dataclasses.field(default_factory=list)  # prompts that are drawn from checkpoints
+    samples_every: int | None = None  # steps between drawings; a multiple of checkpoint.every
 
 
 @dataclasses.dataclass

@@ -110,6 +110,12 @@ def _check_engine(run: PretrainConfig) -> None:
         )
     if run.train.bad_loss not in ("stop", "skip"):
         raise UserError(f"train.bad_loss '{run.train.bad_loss}' is unknown; known: stop, skip")
+    drawn_every, saved_every = run.run.samples_every, run.checkpoint.every
+    if drawn_every is not None and not (run.run.samples and saved_every and drawn_every % saved_every == 0):
+        raise UserError(
+            f"run.samples_every={drawn_every} draws the prompts in run.samples from checkpoints: give some, and a "
+            f"multiple of checkpoint.every={saved_every}"
+        )
     if run.engine == "deepspeed" and run.train.bad_loss == "skip":
         raise UserError(
             "train.bad_loss=skip needs engine=megatron: DeepSpeed updates the weights within the backward pass's last "

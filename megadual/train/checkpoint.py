@@ -54,8 +54,9 @@ def _cause(error: BaseException) -> BaseException:
 class Checkpointer:
     """Writes and reads a run's checkpoints. Every rank calls its methods, `latest` excepted."""
 
-    def __init__(self, run: PretrainConfig):
-        self.run = run
+    def __init__(self, run: PretrainConfig, completed: Callable[[Path], None] = lambda checkpoint: None):
+        """`completed` is called with each checkpoint that is whole, on rank 0."""
+        self.run, self.completed = run, completed
         self.folder = Path(run.run.dir) / "checkpoints"
         self.saving: _Saving | None = None
 
@@ -125,6 +126,7 @@ class Checkpointer:
         for old in complete[: -self.run.checkpoint.keep]:
             if old != final:
                 shutil.rmtree(old)
+        self.completed(final)
 
     def _on_first_rank(self, final: Path, action: Callable[[], object]) -> None:
         """Do something to the files on rank 0; every rank hears whether it worked."""

@@ -12,6 +12,7 @@ from megadual.data.dataset import PackedDataset
 from megadual.model.flops import peak_flops
 from megadual.train.checkpoint import Checkpointer
 from megadual.train.metrics import MetricsLog, entry_of
+from megadual.train.sampling import Sampling
 from megadual.train.stop import EXIT_BAD_LOSS, EXIT_STOPPED, LossWatch, StopSignal, all_keys, record_bad_step
 
 
@@ -22,7 +23,8 @@ def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], N
     is written, and with EXIT_BAD_LOSS where a step's loss is not finite or spikes and is not to be skipped, or too
     many were.
     """
-    checkpointer = Checkpointer(run)
+    sampling = Sampling(run)
+    checkpointer = Checkpointer(run, sampling.start)
     if dist.get_rank() == 0:
         checkpointer.clean()
     latest = checkpointer.latest() if run.checkpoint.resume else None
@@ -54,6 +56,7 @@ def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], N
                     data_wait_s=begun - waited,
                 )
             )
+            log.picture(step, sampling.poll())
         if not skips:
             watch.approve(result)
         checkpointer.poll()
@@ -67,6 +70,7 @@ def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], N
                 level = "error" if stops else "warning: skipped"
                 log.bar.write(f"{level}: step {step}: {watch.complaint}; its documents: {', '.join(keys)}", sys.stderr)
             if stops:
+                sampling.stop()
                 if log:
                     log.close()
                 sys.exit(EXIT_BAD_LOSS)
@@ -77,10 +81,12 @@ def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], N
             beat()
         if stopping and step < run.train.steps:
             checkpointer.finish()
+            sampling.stop()
             if log:
                 log.bar.write(f"stopped by a signal after step {step}; start again to go on")
                 log.close()
             sys.exit(EXIT_STOPPED)
     checkpointer.finish()
     if log:
+        log.picture(run.train.steps, sampling.finish())
         log.close()

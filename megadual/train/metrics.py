@@ -71,6 +71,17 @@ class MetricsLog:
         )
         self.bar.update()
 
+    def picture(self, step: int, path: Path | None) -> None:
+        """Show what was drawn, if anything was; anything but a picture tells why it was not."""
+        if path is None:
+            return
+        if path.suffix != ".png":
+            self.bar.write(f"warning: no samples were drawn: see {path}", sys.stderr)
+        elif self.wandb and step > self.sent:
+            import wandb
+
+            self.wandb.log({"samples": wandb.Image(str(path), caption=f"step {int(path.stem)}")}, step=step)
+
     def _to_wandb(self, entry: dict) -> None:
         if self.wandb and entry["step"] > self.sent:
             self.wandb.log(entry, step=entry["step"])

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
 
+from checkpoints_tools.draw_samples import main as main_of_samples
 from megadual.config import to_yaml
 from megadual.testing.models import write_dualtoken, write_run
 from megadual.train.stop import EXIT_BAD_LOSS, EXIT_STOPPED
@@ -94,6 +96,7 @@ def test_stages_of_the_paper(inputs, monkeypatch, capsys, model, stage, parts, d
     (["data.sets=[nowhere]"], "no finished shard set in 'nowhere'"),
     (["model.text_tokenizer=nowhere"], "no text tokenizer in 'nowhere'"),
     (["model.dualtoken=nowhere"], "no DualToken in 'nowhere'"),
+    (["run.samples_every=3", "run.samples=[a]"], "a multiple of checkpoint.every=2"),
     (["checkpoint.start=nowhere"], "'nowhere' is not a checkpoint"),
 ])  # fmt: skip
 def test_wrong_input(inputs, tmp_path, arguments, message):
@@ -109,6 +112,17 @@ def test_set_of_another_tokenizer(inputs, tmp_path):
     done = pretrain(*inputs, f"run.dir={tmp_path}", "train.steps=2", f"model.dualtoken={tmp_path / 'other'}", ok=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert other.fingerprint()[:12] in done.stderr and "was made with the dualtoken of" in done.stderr
+
+
+def test_draws_samples_from_checkpoints(inputs, tmp_path):
+    run = [*inputs, f"run.dir={tmp_path}", "parallel.pipeline=2", "train.steps=4", "run.samples_every=4"]
+    pretrain(*run, "run.samples=[a red square, blue]")
+    checkpoint, picture = tmp_path / "checkpoints" / "00000004", tmp_path / "again.png"
+    main_of_samples([str(checkpoint), "a red square", "blue", "--output", str(picture)])
+    drawn = Image.open(tmp_path / "samples" / "00000004.png")
+    assert drawn.tobytes() == Image.open(picture).tobytes() and drawn.width > drawn.height
+    assert not list((tmp_path / "samples").glob("*export*"))
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/samples_4_*.png"))
 
 
 def test_signal_saves_and_stops(inputs, tmp_path):

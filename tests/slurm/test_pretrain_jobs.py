@@ -8,6 +8,7 @@ import time
 
 import pytest
 from cluster import run as run_command
+from cluster import wait_for
 from conftest import MODEL, ROOT, losses, steps
 
 from megadual.train.wandb_file import steps_in_wandb_files
@@ -64,7 +65,7 @@ def test_survives(lab, cluster, undisturbed, tmp_path):
     assert "failed with exit code 77; restart 2 of 2" in lab.output(job)
     for rank, node in enumerate(("n1", "n2")):
         stacks = (run / "logs" / f"hang-rank{rank}.txt").read_text()
-        assert f"rank {rank} on {node}" in stacks and "in train_step" in stacks
+        assert f"rank {rank} on {node}" in stacks and re.search(r'loop\.py", line \d+ in train\n', stacks)
     lab.hurry(job)
 
     lab.wait_step(run, 26)
@@ -94,6 +95,44 @@ def test_time_limit(lab, undisturbed, tmp_path):
     assert (run / "checkpoints" / "latest").read_text() == f"{len(steps(run)):08d}"
     warm_up = undisturbed[:10]  # does not depend on train.steps
     assert losses(run)[:10] == [(step, pytest.approx(loss, abs=1e-5)) for step, loss in warm_up]
+
+
+@pytest.fixture
+def small_disk(cluster, tmp_path):
+    """A folder of 64 MB that both nodes see, as one file system."""
+    folder, image = tmp_path / "run" / "checkpoints", tmp_path / "disk.img"
+    folder.mkdir(parents=True)
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    run_command("mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", image)
+    device = run_command("losetup", "--find", "--show", image).stdout.strip()
+    for node in cluster.nodes:
+        cluster.on_node(node, "mount", device, folder)
+    yield folder
+    for node in cluster.nodes:
+        cluster.on_node(node, "umount", "--lazy", folder)
+    run_command("losetup", "--detach", device)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(lab, cluster, small_disk, undisturbed, tmp_path):
+    run, arguments = tmp_path / "run", [f"train.steps={STEPS}", "checkpoint.every=4"]
+    job = lab.pretrain(run, *arguments)
+    wait_for(lambda: "latest" in cluster.on_node("n1", "ls", str(small_disk)), 120, "a checkpoint")
+    fill = f"fallocate --length $(df --output=avail --block-size=1 {small_disk} | tail -n 1) {small_disk}/ballast"
+    cluster.on_node("n1", "sh", "-c", fill)
+    lab.wait_state(job, "FAILED")
+    assert lab.job(job)["ExitCode"] == "2:0" and lab.job(job)["Restarts"] == "0"
+    told = re.search(
+        r"checkpoint '\S+' could not be written \(.*No space left.*\); the last good one is '(\S+)'", lab.output(job)
+    )
+    latest = cluster.on_node("n1", "cat", str(small_disk / "latest"))
+    assert told and told[1].endswith(latest)
+
+    cluster.on_node("n1", "rm", str(small_disk / "ballast"))
+    job = lab.pretrain(run, *arguments)
+    lab.finish(job)
+    assert f"resumed from {small_disk}/{latest}" in lab.output(job)
+    assert losses(run) == [(step, pytest.approx(loss, abs=1e-5)) for step, loss in undisturbed]
 
 
 def test_a_second_start_refuses(lab, tmp_path):
