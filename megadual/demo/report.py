@@ -68,7 +68,7 @@ def _png(path: Path) -> str:
 
 def _loss_curves(steps: list[dict]) -> str:
     figure, axes = plt.subplots(1, len(STREAMS), figsize=(12, 3), layout="constrained")
-    for axis, stream in zip(axes, STREAMS):
+    for axis, stream in zip(axes, STREAMS, strict=True):
         axis.plot([s["step"] for s in steps], [s[f"loss_{stream}"] for s in steps], label="mean", color="black")
         depths = steps[0].get(f"depth_{stream}", [])
         for depth in range(len(depths)):

