@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -60,3 +62,20 @@ def test_what_waits_for_a_failed_stage_is_removed(lab, stages, tmp_path):
     lab.wait_state(first, "FAILED")
     for job in others:
         lab.wait_state(job, "CANCELLED")
+
+
+def test_two_nodes_make_the_shards_that_one_process_does(lab, stages, inputs, tmp_path):
+    arguments = [
+        "--config", stages["TOKENIZE_CONFIG"], f"dualtoken={inputs}/dualtoken",
+        f"text_tokenizer={inputs}/text_tokenizer", "workers.count=2", "workers.cpus=2",
+    ]  # fmt: skip
+    options = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem=2000", f"--output={tmp_path}/%j.out"]
+    job = lab.sbatch(tmp_path, *options, "slurm/tokenize.sh", *arguments, f"output={tmp_path}/two")
+    here = [sys.executable, ROOT / "data_pipeline/tokenize.py", *arguments, "workers.count=1", f"output={tmp_path}/one"]
+    subprocess.run(here, cwd=ROOT, check=True, capture_output=True)
+    lab.finish(job, seconds=180)
+    one, two = (
+        {path.relative_to(at): path.read_bytes() for path in at.rglob("*.mds")}
+        for at in (tmp_path / "one", tmp_path / "two")
+    )
+    assert len(one) == 2 and one == two
