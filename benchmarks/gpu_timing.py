@@ -1,4 +1,4 @@
-"""Times of calls and of the GPU's kernels, for the benchmarks of training."""
+"""Times of calls and of the GPU's kernels, for the benchmarks."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ KINDS = {
 }
 
 
-def milliseconds(function, repeats: int, warmup: int = 3) -> float:
+def milliseconds(function, repeats: int = 20, warmup: int = 3) -> float:
     """Median time of a call."""
     for _ in range(warmup):
         function()

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import torch
+from gpu_timing import milliseconds
 from tokenize_pipeline import between, run_pinned, write_inputs
-from tokenizer import milliseconds
 
 from megadual.vision import DualToken
 from megadual.vision.fast import FastDualToken

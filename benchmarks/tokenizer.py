@@ -8,11 +8,11 @@ in bf16 on transformers' SigLIP layers, PyTorch's attention choice and operation
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 
 import torch
+from gpu_timing import milliseconds
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,21 +25,6 @@ from megadual.vision.tokenizer import hidden_states
 
 CONFIGS = {"384_rvq8": "siglip2-so400m-384-rvq8", "256_rvq4": "siglip2-so400m-256-rvq4"}
 GIB = 2**30
-
-
-def milliseconds(function, repeats: int = 20, warmup: int = 3) -> float:
-    """Median time of a call."""
-    for _ in range(warmup):
-        function()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def peak_gib(function) -> float:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pre-tokenization on the nodes of one allocation:
-#   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=128 slurm/tokenize.sh --config CONFIG.yaml workers.gpus=1 ...
+#   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=128 slurm/tokenize.sh --config CONFIG.yaml workers.gpus=0.25 ...
 # Inputs, output and tokenizers must be seen from all nodes. What is committed stays: submitted again, or requeued, the
 # job goes on from there.
 #SBATCH --job-name=tokenize
