@@ -37,7 +37,7 @@ def fit(
     capture: bool = False,
     after_step: Callable[[], None] = lambda: None,
 ) -> float:
-    """Minimise loss_of(crops, their indices) with AdamW, warmup and cosine; returns seconds a step.
+    """Minimise loss_of(crops, their indices) with AdamW, warmup and cosine; returns seconds a step, start-up left out.
 
     With `capture` a step is one CUDA graph on a GPU: such small models leave it waiting for launches otherwise.
     `after_step` is called between steps and never captured.
@@ -61,8 +61,10 @@ def fit(
         optimizer.step()
         return loss.detach()
 
-    graph, start = None, time.perf_counter()
+    graph = None
     for done in trange(steps, desc=name, unit="step", mininterval=10):
+        if done == min(EAGER_STEPS + 1, steps - 1):  # what comes before compiles and captures
+            begun, start = done, time.perf_counter()
         chosen.random_(len(images), generator=generator)
         crops.copy_(random_crops(images[chosen], generator))
         value = learning_rate(config, done, steps)
@@ -84,7 +86,7 @@ def fit(
         after_step()
     if not loss.isfinite():
         raise RuntimeError(f"{name}: the last loss is {loss.item()}")
-    return (time.perf_counter() - start) / steps
+    return (time.perf_counter() - start) / (steps - begun)
 
 
 class CodebookUpdates:

@@ -1,7 +1,7 @@
-"""Run a function on several gloo processes, as tests of parallel layouts do.
+"""Run a function on several processes of one group, as tests of parallel layouts do.
 
-Processes come from a forkserver that has torch and megatron-core imported once, so starting eight takes a
-second and not eight imports.
+With gloo processes come from a forkserver that has torch and megatron-core imported once, so starting eight takes a
+second and not eight imports. With NCCL each has a GPU of its own and starts from nothing, since CUDA can't be forked.
 """
 
 import datetime
@@ -29,7 +29,7 @@ def _forkserver():
     return _context
 
 
-def _worker(fn, rank, world_size, store, results, timeout_s, args):
+def _worker(fn, rank, world_size, store, results, timeout_s, backend, args):
     import torch
     import torch.distributed as dist
 
@@ -38,8 +38,10 @@ def _worker(fn, rank, world_size, store, results, timeout_s, args):
     )
     torch.set_num_threads(1)
     try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
@@ -53,19 +55,21 @@ def _worker(fn, rank, world_size, store, results, timeout_s, args):
         raise SystemExit(1) from None
 
 
-def run_distributed(fn: Callable, nprocs: int, *args, timeout_s: float = 120.0) -> list[Any]:
-    """Call `fn(*args)` in `nprocs` processes of one gloo group and return its results by rank.
+def run_distributed(
+    fn: Callable, nprocs: int, *args, timeout_s: float = 120.0, backend: str = "gloo"
+) -> list[Any]:
+    """Call `fn(*args)` in `nprocs` processes of one group and return its results by rank.
 
     `fn` must be importable (a module's top level), its arguments and results picklable, results on the CPU.
     The first failure stops all processes and is raised here as RuntimeError with that rank's traceback;
     so is running longer than `timeout_s` seconds.
     """
-    context = _forkserver()
+    context = _forkserver() if backend == "gloo" else multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         workers = [
-            context.Process(target=_worker, args=(fn, rank, nprocs, store, results, timeout_s, args))
+            context.Process(target=_worker, args=(fn, rank, nprocs, store, results, timeout_s, backend, args))
             for rank in range(nprocs)
         ]
         for worker in workers:

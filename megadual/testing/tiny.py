@@ -66,3 +66,8 @@ def losses(run: PretrainConfig) -> list[dict]:
     results = [dataclasses.asdict(engine.train_step(data.step(s))) for s in range(run.train.steps)]
     engine.shutdown()
     return results
+
+
+def losses_of(runs: list[PretrainConfig]) -> list[list[dict]]:
+    """`losses` of several runs of one world size, one after the other in the same processes."""
+    return [losses(run) for run in runs]
