@@ -1,6 +1,6 @@
-"""Causal attention over packed documents, as megatron-core's core attention.
+"""Causal attention over packed documents with rotary embeddings, as megatron-core's core attention.
 
-Shape suffixes: T query positions, S key positions, N query heads, G KV heads, E head width.
+Shape suffixes: T query positions, S key positions, N query heads, G KV heads, E head width, F = E / 2.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.attention.bias import causal_lower_right
 
+from megadual.model.fused import rotate
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
@@ -26,12 +28,14 @@ except ImportError:
 class PackedDocuments(PackedSeqParams):
     """Where the documents of a micro-batch lie; megatron-core hands it to every layer, through recompute too.
 
+    `angles` (T, F) are the rotary embedding's; megatron-core's own would cost a dozen kernels a layer.
     Document i's queries are `cu_seqlens_q[i]` to `[i + 1]`, its keys likewise by `cu_seqlens_kv` (int32). Keys may
     begin before the queries: the last of both is the same position. `keys_at` (S,) picks the keys out of those of all
     context-parallel ranks; None where there is one rank.
     """
 
-    qkv_format: str = "sbhd"  # "thd" would have megatron-core split the rotary embedding by document
+    qkv_format: str = "sbhd"  # "thd" would have megatron-core drop a dimension
+    angles: torch.Tensor | None = None
     keys_at: torch.Tensor | None = None
 
 
@@ -50,7 +54,8 @@ class PackedAttention(MegatronModule):
         self.context_group = pg_collection.cp
 
     def forward(self, query, key, value, attention_mask, packed_seq_params: PackedDocuments, **_):
-        q_TNE, k_SGE, v_SGE = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        angles_TF = packed_seq_params.angles
+        q_TNE, k_SGE, v_SGE = rotate(query.squeeze(1), angles_TF), rotate(key.squeeze(1), angles_TF), value.squeeze(1)
         if packed_seq_params.keys_at is not None:
             # The gradient of gathering is a reduce-scatter: each rank gets back what all queries ask of its keys.
             both = gather_from_sequence_parallel_region(torch.cat([k_SGE, v_SGE], dim=1), group=self.context_group)
@@ -109,7 +114,6 @@ def gpu_kernel():
 
 
 def rotary_angles(positions: torch.Tensor, head_dim: int, base: float) -> torch.Tensor:
-    """(T, 1, 1, E) angles of rotary embeddings (half-split) for `positions` (T,), which restart at each document."""
+    """(T, F) angles of rotary embeddings for `positions` (T,), which restart at each document; fp32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.float()[:, None] * base**-exponents
-    return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+    return positions.float()[:, None] * base**-exponents

@@ -118,8 +118,8 @@ class DualLM(LanguageModule):
         return self.decoder(
             hidden_states=self.embedding(batch) if self.pre_process else None,
             attention_mask=None,
-            rotary_pos_emb=rotary_angles(batch.positions, self.config.kv_channels, self.rope_base),
             packed_seq_params=PackedDocuments(
+                angles=rotary_angles(batch.positions, self.config.kv_channels, self.rope_base),
                 cu_seqlens_q=batch.cu_seqlens,
                 cu_seqlens_kv=batch.cu_seqlens if batch.key_seqlens is None else batch.key_seqlens,
                 max_seqlen_q=batch.longest,

@@ -1,6 +1,8 @@
-"""Operations whose plain form writes large intermediates: SwiGLU, and an output layer with its cross-entropy.
+"""Operations whose plain form writes large intermediates: SwiGLU, rotary embedding, and an output layer with its
+cross-entropy.
 
-Shape suffixes: B output layers of one shape, P positions, K classes, W width, F feed-forward width, R rows.
+Shape suffixes: B output layers of one shape, P positions, K classes, W width, F feed-forward width, R rows; of
+attention T positions, N heads, E head width.
 """
 
 import functools
@@ -38,6 +40,15 @@ def swiglu(gate_up_R2F: torch.Tensor) -> torch.Tensor:
 
 
 @fused
+def rotate(x_TNE: torch.Tensor, angles_TF: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding, half-split: pairs (e, e + E/2) of every head turned by F = E/2 angles, in fp32."""
+    cos_T1F, sin_T1F = angles_TF.cos()[:, None], angles_TF.sin()[:, None]
+    a_TNF, b_TNF = x_TNE.float().chunk(2, dim=-1)
+    turned = torch.cat([a_TNF * cos_T1F - b_TNF * sin_T1F, b_TNF * cos_T1F + a_TNF * sin_T1F], dim=-1)
+    return turned.to(x_TNE.dtype)
+
+
+@fused
 def _exponential_sums(logits_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's largest logit and its sum of exponentials relative to that, (R,) fp32."""
     logits_RK = logits_RK.float()
@@ -51,6 +62,18 @@ def _logits_to_gradient(logits_RK: torch.Tensor, log_total_R: torch.Tensor, targ
     classes_K = torch.arange(logits_RK.size(1), device=logits_RK.device)
     softmax_RK = (logits_RK.float() - log_total_R[:, None]).exp_()
     logits_RK.copy_(softmax_RK.sub_((classes_K == target_R[:, None]).to(torch.int8)))
+
+
+@fused
+def _scale(x_RW: torch.Tensor, scale_R: torch.Tensor) -> None:
+    """Multiply in place by fp32 numbers, which rounded to bf16 would shift all gradients alike."""
+    x_RW.mul_(scale_R[:, None])
+
+
+def _scaled(x_BPW: torch.Tensor | None, scale_B: torch.Tensor) -> torch.Tensor | None:
+    if x_BPW is not None:
+        _scale(x_BPW.view(-1, x_BPW.size(-1)), scale_B.repeat_interleave(x_BPW.size(1)))
+    return x_BPW
 
 
 def _even_chunk(P: int, most: int) -> int:
@@ -71,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target_BP = target_BP - group.rank() * K
         loss_B = x_BPW.new_zeros(B, dtype=torch.float32)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        x_gradient = torch.empty_like(x_BPW) if needs_x else None
+        x_gradient = x_BPW.new_empty(x_BPW.shape) if needs_x else None
         weight_gradient = (torch.empty_like if P else torch.zeros_like)(weight_BKW) if needs_weight else None
         chunk = _even_chunk(P, logits_at_once // (B * K))
         for start in range(0, P, chunk):
@@ -95,6 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 x_gradient[:, start : start + chunk] = torch.bmm(logits, weight_BKW)
             if needs_weight:
                 weight_gradient.baddbmm_(logits.mT, x, beta=float(start > 0))  # beta 0 reads nothing
+            del logits, rows  # before the next chunk's are made
         ctx.save_for_backward(x_gradient, weight_gradient)
         return loss_B
 
@@ -102,8 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream_B):
         # In place: the gradients were made for this, and a graph is walked once.
-        scaled = [None if made is None else made.mul_(upstream_B[:, None, None]) for made in ctx.saved_tensors]
-        return *scaled, None, None, None
+        return *(_scaled(made, upstream_B) for made in ctx.saved_tensors), None, None, None
 
 
 def linear_cross_entropy(

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from megadual.model import attention
-from megadual.model.attention import PackedDocuments
+from megadual.model.attention import PackedDocuments, rotary_angles
 from megadual.model.depth_head import DepthHead
-from megadual.model.fused import linear_cross_entropy, swiglu
+from megadual.model.fused import linear_cross_entropy, rotate, swiglu
 
 
 def packed(lengths: list[int], key_lengths: list[int] | None = None) -> PackedDocuments:
@@ -76,6 +76,21 @@ def test_swiglu():
         torch.testing.assert_close(got, expected)
         gradients = [torch.autograd.grad(y, x, upstream)[0] for y in (got, expected)]
         torch.testing.assert_close(*gradients)
+
+
+def test_rotate():
+    """Compiled, on a strided view as megatron-core hands it over, against the same in fp64 on the CPU."""
+    for rows in (1, 7, 300):
+        x = torch.randn(rows, 3, 96, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        angles, upstream = rotary_angles(torch.arange(rows, device="cuda"), 64, 1e6), torch.randn(rows, 3, 64)
+        got, exact = rotate(x[:, :, 32:], angles), x.detach().double().cpu().requires_grad_()
+        a, b = exact[:, :, 32:].chunk(2, -1)
+        cos, sin = angles.double().cpu().cos()[:, None], angles.double().cpu().sin()[:, None]
+        expected = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        got.backward(upstream.cuda().bfloat16())
+        expected.backward(upstream.bfloat16().double())
+        assert relative_error(got.cpu(), expected) < 1e-2
+        assert relative_error(x.grad.cpu(), exact.grad) < 1e-2
 
 
 @pytest.mark.parametrize("depth", [4, 8])

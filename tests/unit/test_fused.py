@@ -4,9 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
-from megadual.model.fused import linear_cross_entropy, swiglu
-from megadual.testing.distributed import run_distributed
+from megadual.engine import cpu
+
+cpu.install()
+
+from megadual.model.attention import rotary_angles  # noqa: E402
+from megadual.model.fused import linear_cross_entropy, rotate, swiglu  # noqa: E402
+from megadual.testing.distributed import run_distributed  # noqa: E402
 
 
 def inputs(B: int, P: int, K: int, W: int):
@@ -87,3 +94,20 @@ def test_swiglu():
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     gate, up = x.chunk(2, -1)
     torch.testing.assert_close(swiglu(x), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_rotate_is_transformers(dtype, tolerance):
+    """Values and gradients of Qwen2's own rotary embedding, at positions that restart."""
+    positions = torch.cat([torch.arange(30), torch.arange(11)])
+    x = torch.randn(len(positions), 4, 16).to(dtype).requires_grad_()
+    qwen = Qwen2RotaryEmbedding(Qwen2Config(hidden_size=64, num_attention_heads=4, rope_theta=1e4))
+    cos, sin = qwen(x.float(), positions[None])
+    expected = apply_rotary_pos_emb(x.float().transpose(0, 1)[None], x.float().transpose(0, 1)[None], cos, sin)[0]
+    expected = expected[0].transpose(0, 1)
+    got = rotate(x, rotary_angles(positions, 16, 1e4))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), expected, rtol=tolerance, atol=tolerance)
+    upstream = torch.randn(expected.shape)
+    gradients = [torch.autograd.grad(y, x, upstream.to(y.dtype))[0].float() for y in (got, expected)]
+    torch.testing.assert_close(*gradients, rtol=tolerance, atol=5 * tolerance)
