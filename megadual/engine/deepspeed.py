@@ -7,7 +7,6 @@ DeepSpeed's PipelineModule. Process groups are megatron-core's, which DeepSpeed'
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,14 +32,12 @@ from megadual.config import PretrainConfig
 from megadual.data.dataset import MicroBatch
 from megadual.engine import sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
+from megadual.engine.saved_state import OPTIMIZER_STATE, SavedState
 from megadual.engine.step import GlobalLosses, StepResult, schedule
 from megadual.engine.topology import Topology
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.init import initialize
 from megadual.model.parts import train_only
-
-_OPTIMIZER_STATE = {sharded.STATE.format("param"): None} | {sharded.STATE.format(key): key for key in sharded.MOMENTS}
-_LOADED_AT_ONCE = 1 << 28  # parameters whose state is on the host at a time
 
 
 class ModelParallelUnit:
@@ -142,7 +139,7 @@ def _sum_over_tensor_parallel(parameter: torch.nn.Parameter) -> None:
     parameter.register_hook(reduce)
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(SavedState):
     """The same interface as MegatronEngine, on DeepSpeed."""
 
     def __init__(self, run: PretrainConfig, topology: Topology, vocabulary: Vocabulary):
@@ -165,11 +162,7 @@ class DeepSpeedEngine:
         else:
             module = Stage(run, vocabulary, self.feed)
             self.chunks = [module.chunk]
-        # Taken now: ZeRO-3 leaves no parameter whole. Entries get their tensors when they are saved or loaded.
-        chunk = self.chunks[0]
-        entries = chunk.sharded_state_dict(metadata=dict(sharded.METADATA))
-        self.entries = {name: (entries[name], p.shape) for name, p in chunk.named_parameters()}
-        self.buffers = {name: entries[name] for name, _ in chunk.named_buffers() if name in entries}
+        self._describe()
         train = run.train
         optimizer = torch.optim.AdamW(
             _parameter_groups(module, train.weight_decay), lr=train.lr, betas=(train.beta1, train.beta2), eps=1e-8
@@ -203,74 +196,30 @@ class DeepSpeedEngine:
         self.scheduler.step(increment=1)
         return losses.result(self.engine.get_global_grad_norm(), lr)
 
-    @property
-    def updates(self) -> int:
-        """Optimizer steps taken."""
-        return sharded.updates(self.engine.optimizer.optimizer)
+    def _adam(self) -> torch.optim.Optimizer:
+        return self.engine.optimizer.optimizer
 
-    def save(self, folder: Path, copy: bool) -> sharded.ShardedWrite:
-        """Weights, fp32 weights and moments on their way to `folder`; every rank calls it.
-
-        Parameters are made whole one after another, and each is kept, on the host, by one data-parallel rank.
-        """
-        rank, size = parallel_state.get_data_parallel_rank(), self.topology.data
-        state = {"buffers": self.buffers}
-        for i, (name, parameter) in enumerate(self.chunks[0].named_parameters()):
-            whole = list(self._whole_tensors(parameter, mine=i % size == rank))
-            if i % size == rank:
-                state[name] = [self._entry(name, prefix, tensor, alone=True) for prefix, tensor in whole]
-        return sharded.ShardedWrite(state, folder, copy)
-
-    def _whole_tensors(self, parameter: torch.nn.Parameter, mine: bool) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """(prefix, tensor) of a parameter and its optimizer state; None where they are not `mine` (collective)."""
-        with self._whole([parameter]):
+    def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
+        mine = owner == self.data_rank
+        with self._gathered(parameter):
             yield "", parameter.detach().cpu().clone() if mine else None
         if parameter.requires_grad:
-            for prefix, key in _OPTIMIZER_STATE.items():
-                get = safe_get_full_optimizer_state if key else safe_get_full_fp32_param
-                tensor = get(parameter, *[key] if key else [])
+            for prefix, key in OPTIMIZER_STATE.items():
+                if key == "param":
+                    tensor = safe_get_full_fp32_param(parameter)
+                else:
+                    tensor = safe_get_full_optimizer_state(parameter, key)
                 yield prefix, tensor.cpu().clone() if mine else None
 
-    def _entry(self, name: str, prefix: str, tensor: torch.Tensor, alone: bool):
-        """A sharded state's entry for this rank's whole share of a parameter or its optimizer state."""
-        entry, _ = self.entries[name]
-        values = {"key": prefix + entry.key, "data": tensor}
-        if hasattr(entry, "dtype"):
-            values["dtype"] = tensor.dtype
-        if alone:  # no other data-parallel rank offers it
-            values["replica_id"] = (*entry.replica_id[:-1], 0)
-        return replace(entry, **values)
-
-    def load(self, folder: Path, step: int, updates: int) -> None:
-        """Fill from what either engine's `save` wrote under any layout after `step` steps."""
-        parameters = dict(self.chunks[0].named_parameters())
-        parts = torch.tensor([sum(p.numel() for p in parameters.values()) // _LOADED_AT_ONCE + 1])
-        parts = parts.to(torch.cuda.current_device())
-        dist.all_reduce(parts, op=dist.ReduceOp.MAX)  # reading is collective, and stages differ in size
-        for part in range(parts.item()):
-            names = list(parameters)[part :: parts.item()]
-            state = {name: dict(self._empty_entries(name, parameters[name].requires_grad)) for name in names}
-            for name, tensors in sharded.read(state, folder).items():
-                self._fill(parameters[name], tensors)
-        sharded.set_updates(self.engine.optimizer.optimizer, updates)
-        self.scheduler.step(increment=step)
-
-    def _empty_entries(self, name: str, trained: bool) -> Iterator[tuple[str, object]]:
-        _, shape = self.entries[name]
-        yield "", self._entry(name, "", torch.empty(shape, dtype=self.chunks[0].config.params_dtype), alone=False)
-        for prefix in _OPTIMIZER_STATE if trained else ():
-            yield prefix, self._entry(name, prefix, torch.empty(shape), alone=False)
-
-    @torch.no_grad()
     def _fill(self, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        with self._whole([parameter], modifier_rank=0):
+        with self._gathered(parameter, modifier_rank=0):
             parameter.copy_(tensors[""])
-        for prefix, key in _OPTIMIZER_STATE.items() if parameter.requires_grad else ():
+        for prefix, key in OPTIMIZER_STATE.items() if parameter.requires_grad else ():
             tensor = tensors[prefix].to(parameter.device)
-            if key:
-                safe_set_full_optimizer_state(parameter, tensor, key)
-            else:
+            if key == "param":
                 safe_set_full_fp32_param(parameter, tensor)
+            else:
+                safe_set_full_optimizer_state(parameter, tensor, key)
 
     def _hold_moments(self) -> None:
         """Give AdamW its state before the first step, and DeepSpeed's parameters their views of it."""
@@ -283,11 +232,11 @@ class DeepSpeedEngine:
             sharded.hold_moments(zero.optimizer, flat)
             zero._lazy_init_hp_params_optimizer_state()
 
-    def _whole(self, parameters: list[torch.nn.Parameter], modifier_rank: int | None = None):
-        """ZeRO-3 keeps a part of every parameter on each rank; within this context these are whole."""
+    def _gathered(self, parameter: torch.nn.Parameter, modifier_rank: int | None = None):
+        """ZeRO-3 keeps a part of every parameter on each rank; within this context it is whole."""
         if self.run.parallel.zero_stage < 3:
             return contextlib.nullcontext()
-        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=modifier_rank)
 
     def shutdown(self) -> None:
         self.engine.destroy()

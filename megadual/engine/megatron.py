@@ -1,9 +1,10 @@
 """The megatron engine: tensor, pipeline and data parallel training on megatron-core's own schedules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
@@ -13,6 +14,7 @@ from megadual.config import PretrainConfig
 from megadual.data.dataset import MicroBatch
 from megadual.engine import sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
+from megadual.engine.saved_state import OPTIMIZER_STATE, SavedState, data_parallel_group
 from megadual.engine.step import GlobalLosses, StepResult, schedule
 from megadual.engine.topology import Topology
 from megadual.model.context import context_share
@@ -44,7 +46,7 @@ def build_chunks(run: PretrainConfig, vocabulary: Vocabulary) -> list[DualLM]:
     return chunks
 
 
-class MegatronEngine:
+class MegatronEngine(SavedState):
     """Owns the model chunks, the optimizer and the schedule; `train_step` runs one global batch."""
 
     def __init__(self, run: PretrainConfig, topology: Topology, vocabulary: Vocabulary):
@@ -79,8 +81,9 @@ class MegatronEngine:
             ),
             self.model,
         )
-        if _TORCH_ADAM and self._adam():
-            for group in self._adam().param_groups:
+        self._describe()
+        if self._adam():
+            for group in self._adam().param_groups if _TORCH_ADAM else ():
                 group["fused"] = torch.cuda.is_available()  # one pass over weights, gradients and moments
             sharded.hold_moments(self._adam(), [p for group in self._adam().param_groups for p in group["params"]])
         self.scheduler = schedule(run, self.optimizer)
@@ -134,86 +137,39 @@ class MegatronEngine:
         self.scheduler.step(increment=1)
         return result
 
-    @property
-    def updates(self) -> int:
-        """Optimizer steps taken; steps that were skipped don't count."""
-        return sharded.updates(self._adam()) if self._adam() else 0
-
-    def save(self, folder: Path, copy: bool) -> sharded.ShardedWrite:
-        """Weights, fp32 weights and moments on their way to `folder`; every rank calls it."""
-        state = self._sharded_model()
-        if self._adam():
-            state["optimizer"] = self._sharded_optimizer(state, is_loading=False)["param_state"]
-        return sharded.ShardedWrite(state, folder, copy)
-
-    def load(self, folder: Path, step: int, updates: int) -> None:
-        """Fill from what either engine's `save` wrote under any layout after `step` steps."""
-        if _TORCH_ADAM:
-            _keep_step_out_of_sharded_state()
-        state, optimizer = self._sharded_model(), None
-        if self._adam():
-            optimizer = self._sharded_optimizer(state, is_loading=True)
-            state["optimizer"] = optimizer["param_state"]
-        loaded = sharded.read(state, folder)
-        for name, chunk in zip(self._chunk_names(), self.chunks, strict=True):
-            missing, unexpected = chunk.load_state_dict(loaded[name], strict=False)
-            assert not unexpected and all(
-                key.endswith("._extra_state") for key in missing
-            )  # these are always None here
-        if optimizer:
-            optimizer["param_state"] = loaded["optimizer"]
-            for group in optimizer["optimizer"]["param_groups"]:
-                group["step"] = updates
-            with torch.no_grad():
-                self.optimizer.load_state_dict(optimizer)
-            if _TORCH_ADAM:
-                # The loaded state shares one step tensor, which AdamW would advance once per parameter.
-                sharded.set_updates(self._adam(), updates)
-        self.scheduler.step(increment=step)
-
     def _adam(self) -> torch.optim.Optimizer | None:
         """The optimizer inside megatron's, None on a rank where nothing is trained."""
         trained = any(parameter.requires_grad for chunk in self.chunks for parameter in chunk.parameters())
         return self.optimizer.optimizer if trained else None
 
-    def _chunk_names(self) -> list[str]:
-        return ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
+    def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
+        group = data_parallel_group()
+        mine = owner == dist.get_rank(group)
+        yield "", parameter.detach().cpu().clone() if mine else None
+        for prefix, key in OPTIMIZER_STATE.items() if parameter.requires_grad else ():
+            whole = torch.zeros(parameter.numel(), device=parameter.device)
+            for place, held in self._held(parameter):
+                whole[place] = held[key]
+            # Each number is on one rank, the others add zero bits: exact, minus zeros and NaNs too.
+            dist.reduce(whole.view(torch.int32), dist.get_global_rank(group, owner), group=group)
+            yield prefix, whole.view(parameter.shape).cpu().clone() if mine else None
 
-    def _sharded_model(self) -> dict:
-        return {
-            name: {
-                key: entry
-                for key, entry in chunk.sharded_state_dict(metadata=dict(sharded.METADATA)).items()
-                if not key.endswith("._extra_state")
-            }
-            for name, chunk in zip(self._chunk_names(), self.chunks, strict=True)
-        }
+    def _fill(self, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        parameter.copy_(tensors[""])
+        for place, held in self._held(parameter) if parameter.requires_grad else ():
+            for prefix, key in OPTIMIZER_STATE.items():
+                held[key].copy_(tensors[prefix].flatten()[place])
 
-    def _sharded_optimizer(self, model: dict, is_loading: bool) -> dict:
-        return self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(sharded.METADATA))
+    def _held(self, parameter: torch.nn.Parameter) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
+        """This rank's share of a parameter's state, if it has one, and its place in the flat parameter."""
+        (optimizer,) = self.optimizer.chained_optimizers
+        if parameter in optimizer.model_param_gbuf_map:
+            buffer, dtype, bucket = optimizer.model_param_gbuf_map[parameter]
+            share = optimizer.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
+            group, index = optimizer.model_param_group_index_map[parameter]
+            main = optimizer.optimizer.param_groups[group]["params"][index]
+            yield slice(share.start, share.end), {"param": main, **optimizer.optimizer.state[main]}
 
     def shutdown(self) -> None:
         destroy_groups()
 
-
-def _keep_step_out_of_sharded_state() -> None:
-    """Let DistributedOptimizer load into torch's AdamW, which keeps `step` as a tensor in its state.
-
-    megatron-core expects only the sharded tensors there and fails on `step`; it is common to all parameters
-    and set from the common state.
-    """
-    cls = distrib_optimizer.DistributedOptimizer
-    original = cls._set_main_param_and_optimizer_states
-    if getattr(original, "keeps_step_out", False):
-        return
-
-    def without_step(self, parameter, tensors):
-        group, index = self.model_param_group_index_map[parameter]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
-        step = state.pop("step", None)
-        original(self, parameter, tensors)
-        if step is not None:
-            state["step"] = step
-
-    without_step.keeps_step_out = True
-    cls._set_main_param_and_optimizer_states = without_step

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megadual.errors import UserError
 
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
+METADATA = {"non_homogeneous_layers": True}
 STATE = "optimizer.state.{}."  # of an AdamW state's entries
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -120,27 +120,36 @@ def _parameters(chunk: torch.nn.Module) -> dict:
 
 
 def hold_moments(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> None:
-    """Give torch's AdamW the state that it makes at its first step, so that it can be saved and loaded before."""
+    """Give AdamW the state that it makes at its first step, so that it can be saved and loaded before."""
     for parameter in parameters:
         if parameter.numel() and not optimizer.state[parameter]:
-            optimizer.state[parameter] = {
-                "step": _step(optimizer, parameter, 0),
-                **{name: torch.zeros_like(parameter) for name in MOMENTS},
-            }
+            optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS}
+            if _counts_by_parameter(optimizer):
+                optimizer.state[parameter]["step"] = _step(optimizer, parameter, 0)
 
 
 def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Set how many updates torch's AdamW has made."""
+    """Set how many updates AdamW has made."""
+    if not _counts_by_parameter(optimizer):
+        for group in optimizer.param_groups:
+            group["step"] = updates
+        return
     for parameter, state in optimizer.state.items():
         state["step"] = _step(optimizer, parameter, updates)
 
 
+def updates(optimizer: torch.optim.Optimizer) -> int:
+    """How many updates AdamW has made."""
+    counted = next(iter(optimizer.state.values())) if _counts_by_parameter(optimizer) else optimizer.param_groups[0]
+    return int(counted.get("step", 0))
+
+
+def _counts_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    """torch's AdamW does, Apex's counts by group of parameters."""
+    return isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam)
+
+
 def _step(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, updates: int) -> torch.Tensor:
-    """AdamW's count, where its kernel reads it."""
+    """torch's AdamW's count, where its kernel reads it."""
     fused = optimizer.param_groups[0].get("fused")
     return torch.tensor(float(updates), device=parameter.device if fused else "cpu")
-
-
-def updates(optimizer: torch.optim.Optimizer) -> int:
-    """How many updates torch's AdamW has made."""
-    return int(next(iter(optimizer.state.values()))["step"])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, Qwen2Model
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megadual.hf.configuration_megadual import MegaDualConfig
 from megadual.hf.using import Using
@@ -21,16 +21,16 @@ from megadual.vision.tokenizer import DualToken
 
 
 @dataclass
-class MegaDualOutput(ModelOutput):
-    """logits (B, S, vocabulary); semantic_logits and pixel_logits (P, D, K) for the P positions of all sequences
+class MegaDualOutput(CausalLMOutputWithPast):
+    """With logits (B, S, vocabulary) semantic_logits and pixel_logits (P, D, K) for the P positions of all sequences
     whose next one is drawn, in order."""
 
-    logits: Tensor | None = None
     semantic_logits: Tensor | None = None
     pixel_logits: Tensor | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+
+
+# What transformers calls the keys and values of the positions before: the second name since 5.24.
+CACHE = next(name for name in ("cache", "past_key_values") if name in MegaDualOutput.__dataclass_fields__)
 
 
 class MegaDualForCausalLM(Using, PreTrainedModel, GenerationMixin):
@@ -124,12 +124,10 @@ class MegaDualForCausalLM(Using, PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         semantic_codes: Tensor | None = None,
         pixel_codes: Tensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int = 0,
         **kwargs,
     ) -> MegaDualOutput:
@@ -144,9 +142,7 @@ class MegaDualForCausalLM(Using, PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
+            **kwargs,  # the cache is among them, under the name that transformers has for it
         )
         hidden_BSH = outputs.last_hidden_state
         visual = {}
@@ -154,9 +150,9 @@ class MegaDualForCausalLM(Using, PreTrainedModel, GenerationMixin):
             visual = self._drawn_logits(hidden_BSH, input_ids, {"semantic": semantic_codes, "pixel": pixel_codes})
         return MegaDualOutput(
             logits=self.lm_head(hidden_BSH[:, -logits_to_keep:]),
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
             **visual,
         )
 

@@ -237,6 +237,22 @@ def test_refused_step_changes_nothing_but_the_schedule(run_in, uninterrupted, tm
     assert after.lr == uninterrupted[0][2]["lr"] and after.loss != pytest.approx(uninterrupted[0][2]["loss"], abs=1e-5)
 
 
+def bytes_to_write(run, folder) -> int:
+    engine, _ = tiny.build(run)
+    write = engine.save(folder, copy=False)
+    engine.shutdown()
+    return sum(tensor.nbytes for _, _, (_, tensors) in write.files for _, tensor in tensors)
+
+
+@pytest.mark.parametrize("layout", ["DP4", "CP2xDP2", "DeepSpeed ZeRO-3 DP4"])
+def test_a_rank_holds_its_share_of_a_checkpoint(run_in, tmp_path, layout):
+    """Not its model-parallel rank's whole state: weights, fp32 weights and moments are spread over all that have them."""
+    overrides = LAYOUTS[layout][1] if layout in LAYOUTS else ["engine=deepspeed", "parallel.zero_stage=3"]
+    held = run_distributed(bytes_to_write, 4, run_in(tmp_path, "train.precision=bf16", *overrides), tmp_path)
+    (whole,) = run_distributed(bytes_to_write, 1, run_in(tmp_path, "train.precision=bf16"), tmp_path)
+    assert sum(held) == whole and max(held) < 0.3 * whole
+
+
 def test_full_state_and_pruning(run_in, tmp_path):
     run = run_in(tmp_path, "checkpoint.keep=2")
     _, weights = run_distributed(train_part, 1, run, 0, 1, True)[0]

@@ -1,0 +1,116 @@
+"""What both engines do alike to save and load: one parameter after another, with its AdamW state."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megadual.engine import sharded
+from megadual.model.dual_lm import DualLM
+
+# Prefix of a checkpoint's entry -> what it is of a parameter's optimizer state: its fp32 copy, or a moment.
+OPTIMIZER_STATE = {sharded.STATE.format(key): key for key in ("param", *sharded.MOMENTS)}
+LOADED_AT_ONCE = 1 << 28  # parameters whose state is on the host at a time
+
+
+class SavedState(ABC):
+    """An engine's part that saves and loads.
+
+    Data-parallel ranks hold a parameter's optimizer state together, and under ZeRO-3 the parameter too. Each
+    parameter is made whole on one of them, which writes it: so a rank has 1 / ranks of the checkpoint on its host,
+    and all of them write. Loading reads a part of the parameters at a time.
+    """
+
+    chunks: list[DualLM]
+    optimizer: torch.optim.Optimizer
+    scheduler: object
+
+    @abstractmethod
+    def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """(entry's prefix, tensor on the host) of a parameter and, if it is trained, of its OPTIMIZER_STATE.
+
+        None on other data-parallel ranks than `owner` (collective over them).
+        """
+
+    @abstractmethod
+    def _fill(self, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        """Put back what `_whole` gave; every rank has all of it (collective over the data-parallel ranks)."""
+
+    @abstractmethod
+    def _adam(self) -> torch.optim.Optimizer | None:
+        """The AdamW inside, None on a rank where nothing is trained."""
+
+    def _describe(self) -> None:
+        """Note the parameters and where they lie in the whole model, while they are whole (ZeRO-3 splits them)."""
+        self.parameters: dict[str, torch.nn.Parameter] = {}
+        self.entries, self.shapes, self.buffers = {}, {}, {}
+        for i, chunk in enumerate(self.chunks):
+            entries = chunk.sharded_state_dict(metadata=dict(sharded.METADATA))
+            for name, parameter in chunk.named_parameters():
+                key = f"{i}.{name}"
+                self.parameters[key], self.entries[key] = parameter, entries[name]
+                self.shapes[key] = parameter.shape
+            self.buffers |= {f"{i}.{name}": entries[name] for name, _ in chunk.named_buffers() if name in entries}
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps taken; steps that were skipped don't count."""
+        return sharded.updates(self._adam()) if self._adam() else 0
+
+    def save(self, folder: Path, copy: bool) -> sharded.ShardedWrite:
+        """Weights, fp32 weights and moments on their way to `folder`; every rank calls it."""
+        rank, state = dist.get_rank(data_parallel_group()), {"buffers": self.buffers}
+        for name, owner in self._owners().items():
+            whole = list(self._whole(self.parameters[name], owner))
+            if owner == rank:
+                state[name] = [self._entry(name, prefix, tensor, alone=True) for prefix, tensor in whole]
+        return sharded.ShardedWrite(state, folder, copy)
+
+    def load(self, folder: Path, step: int, updates: int) -> None:
+        """Fill from what either engine's `save` wrote under any layout after `step` steps."""
+        total = sum(math.prod(shape) for shape in self.shapes.values())
+        parts = torch.tensor([total // LOADED_AT_ONCE + 1], device=torch.cuda.current_device())
+        dist.all_reduce(parts, op=dist.ReduceOp.MAX)  # reading is collective, and stages differ in size
+        for part in range(parts.item()):
+            names = list(self.parameters)[part :: parts.item()]
+            state = {name: dict(self._empty_entries(name)) for name in names}
+            for name, tensors in sharded.read(state, folder).items():
+                with torch.no_grad():
+                    self._fill(self.parameters[name], tensors)
+        if self._adam():
+            sharded.set_updates(self._adam(), updates)
+        self.scheduler.step(increment=step)
+
+    def _owners(self) -> dict[str, int]:
+        """The data-parallel rank that writes each parameter, so that all have about as much."""
+        loads, owners = [0] * data_parallel_group().size(), {}
+        for name in sorted(self.shapes, key=lambda name: -math.prod(self.shapes[name])):
+            owners[name] = loads.index(min(loads))
+            loads[owners[name]] += math.prod(self.shapes[name])
+        return owners
+
+    def _entry(self, name: str, prefix: str, tensor: torch.Tensor, alone: bool):
+        """A sharded state's entry for this rank's whole share of a parameter or its optimizer state."""
+        entry = self.entries[name]
+        values = {"key": prefix + entry.key, "data": tensor}
+        if hasattr(entry, "dtype"):
+            values["dtype"] = tensor.dtype
+        if alone:  # no other data-parallel rank offers it
+            values["replica_id"] = (*entry.replica_id[:-1], 0)
+        return replace(entry, **values)
+
+    def _empty_entries(self, name: str) -> Iterator[tuple[str, object]]:
+        shape, parameter = self.shapes[name], self.parameters[name]
+        yield "", self._entry(name, "", torch.empty(shape, dtype=parameter.dtype), alone=False)
+        for prefix in OPTIMIZER_STATE if parameter.requires_grad else ():
+            yield prefix, self._entry(name, prefix, torch.empty(shape), alone=False)
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    """The ranks with the same parameters."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
