@@ -8,7 +8,8 @@ with the same budget, several at once (tiny models leave most of a GPU idle), an
 - one_deep: one codebook at the deep layer, for both goals;
 - one_deep_2x: the same with as many codes as both streams of `dual` have together (not in the paper);
 - pixel_deep, pixel_shallow: reconstruction alone, from the deep or the shallow layer;
-- dual: pixel codes from the shallow layer, semantic codes from the deep one.
+- dual: pixel codes from the shallow layer, semantic codes from the deep one;
+- one_deep_pixels, dual_pixels: the reconstruction weighted 8 times as much, to see who pays for it (not in the paper).
 
 Writes table.md, anew behind every run, and one JSON file per run. What is finished in the output folder, with equal
 settings, is kept, so an interrupted call goes on when it is repeated. The losses are the trainer's, without LPIPS and

@@ -28,15 +28,15 @@ class Settings:
     """Sizes and budgets; every variant and seed has the same."""
 
     train_images: int = 20000
-    heldout_images: int = 1000
+    heldout_images: int = 4000  # so many that the teacher does not find them all
     image_size: int = 64
     patch_size: int = 8
     width: int = 192
     layers: int = 12  # the deep layer is the last but one, the shallow one ends the first quarter
     text_layers: int = 4
-    siglip_steps: int = 1200
+    siglip_steps: int = 1000
     siglip_batch: int = 256
-    steps: int = 1500
+    steps: int = 700
     batch: int = 64
     codebook_size: int = 1024
     depth: int = 4  # codes per position and stream
@@ -74,6 +74,7 @@ class Variant:
     semantic: bool = True
     one_codebook: bool = False
     codes: int = 1  # times Settings.depth, per stream
+    pixels: float = 1.0  # weight of the reconstruction, relative to the others'
     paper: tuple[str, ...] = ("", "", "", "")
 
 
@@ -87,6 +88,8 @@ VARIANTS = {
         "(c) pixels only, shallow layer", True, semantic=False, paper=("–", ".29", "28.12", ".745")
     ),
     "dual": Variant("(d) dual: shallow and deep", True, paper=("82.0", ".25", "28.69", ".744")),
+    "one_deep_pixels": Variant("(a), pixels weighted 8 x", False, one_codebook=True, pixels=8),
+    "dual_pixels": Variant("(d), pixels weighted 8 x", True, pixels=8),
 }
 
 
@@ -137,10 +140,11 @@ def build_tokenizer(variant: Variant, settings: Settings, siglip) -> DualToken:
     return (OneCodebook if variant.one_codebook else DualToken)(config, siglip_model=siglip)
 
 
-def loss_weights(variant: Variant, teacher_sem: Tensor, teacher_pooled: Tensor) -> LossWeights:
-    """Stage 1's, the features' MSE in units of their variance: a small SigLIP's features have no common scale."""
+def loss_weights(variant: Variant, images: Tensor, teacher_sem: Tensor, teacher_pooled: Tensor) -> LossWeights:
+    """Stage 1's, each MSE in units of the variance of what is predicted: these have no common scale."""
     semantic, commit_pixel = float(variant.semantic), 0.0 if variant.one_codebook else 5.0
     return LossWeights(
+        reconstruction=5 * variant.pixels / images.var().item(),
         semantic_mse=5 * semantic / teacher_sem.var().item(),
         semantic_cos=5 * semantic,
         pooled_mse=semantic / teacher_pooled.var().item(),
@@ -227,7 +231,8 @@ def run(name: str, seed: int, output: Path, settings: Settings, device: torch.de
         features = hidden_states(teacher, images, settings.deep)[-1]
         return features, finish(teacher, features, settings.deep)
 
-    weights = loss_weights(variant, *wanted(parts["heldout"][:100]))
+    some = parts["heldout"][:100]
+    weights = loss_weights(variant, some, *wanted(some))
 
     def loss_of(images: Tensor, chosen: Tensor) -> Tensor:
         terms = distillation(model(images), images, *wanted(images))

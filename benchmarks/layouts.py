@@ -48,7 +48,9 @@ def batches(to_do: list[tuple[str, str]], together: bool) -> list[list[tuple[str
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=list(LAYOUTS), metavar="LAYOUT", help="all that there are GPUs for")
+    parser.add_argument(
+        "--only", nargs="*", choices=list(LAYOUTS), metavar="LAYOUT", help="all that there are GPUs for"
+    )
     parser.add_argument("--precision", nargs="*", choices=list(TOLERANCE), default=list(TOLERANCE))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, default=5)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from megadual.config import PretrainConfig, parse_command_line, to_yaml
+from megadual.engine.environment import set_environment
 from megadual.engine.topology import Topology, topology
 from megadual.errors import command
 from megadual.model import presets
@@ -25,8 +26,7 @@ def main() -> None:
     world = int(os.environ["WORLD_SIZE"]) if launched else alone
     layout = topology(run, world)
 
-    if run.run.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    set_environment(run)
 
     # From here on torch and megatron-core are needed; a wrong config has been told before they load.
     from megadual.engine import cpu

@@ -172,4 +172,3 @@ class MegatronEngine(SavedState):
 
     def shutdown(self) -> None:
         destroy_groups()
-

@@ -55,9 +55,7 @@ def _worker(fn, rank, world_size, store, results, timeout_s, backend, args):
         raise SystemExit(1) from None
 
 
-def run_distributed(
-    fn: Callable, nprocs: int, *args, timeout_s: float = 120.0, backend: str = "gloo"
-) -> list[Any]:
+def run_distributed(fn: Callable, nprocs: int, *args, timeout_s: float = 120.0, backend: str = "gloo") -> list[Any]:
     """Call `fn(*args)` in `nprocs` processes of one group and return its results by rank.
 
     `fn` must be importable (a module's top level), its arguments and results picklable, results on the CPU.

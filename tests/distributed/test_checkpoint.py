@@ -246,7 +246,7 @@ def bytes_to_write(run, folder) -> int:
 
 @pytest.mark.parametrize("layout", ["DP4", "CP2xDP2", "DeepSpeed ZeRO-3 DP4"])
 def test_a_rank_holds_its_share_of_a_checkpoint(run_in, tmp_path, layout):
-    """Not its model-parallel rank's whole state: weights, fp32 weights and moments are spread over all that have them."""
+    """Not its model-parallel rank's whole state: weights and optimizer state are spread over all that have them."""
     overrides = LAYOUTS[layout][1] if layout in LAYOUTS else ["engine=deepspeed", "parallel.zero_stage=3"]
     held = run_distributed(bytes_to_write, 4, run_in(tmp_path, "train.precision=bf16", *overrides), tmp_path)
     (whole,) = run_distributed(bytes_to_write, 1, run_in(tmp_path, "train.precision=bf16"), tmp_path)
