@@ -1,8 +1,10 @@
 """Errors that a user can cause, and how a command shows them."""
 
+import contextlib
 import functools
 import os
 import sys
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -15,20 +17,34 @@ def command(main):
     """Decorate a command's `main`: a UserError prints one line and exits with its code, no traceback.
 
     Before the process group exists every rank sees the same mistake, so only rank 0 speaks.
-    `MEGADUAL_TRACEBACK=1` shows the traceback too.
+    `MEGADUAL_TRACEBACK=1` shows the traceback too. In a folder named by `MEGADUAL_EXITS` every rank that fails leaves
+    exit.RANK.CODE with its line: launchers have one code for all ranks, and kill some before they can speak.
     """
 
     @functools.wraps(main)
     def run(*args, **kwargs):
+        exits = os.environ.pop("MEGADUAL_EXITS", None)  # not for processes that this one starts
+        rank = os.environ.get("RANK", "0")
         try:
             return main(*args, **kwargs)
         except UserError as error:
+            distributed = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+            line = f"error: {f'rank {rank}: ' if distributed else ''}{error}"
+            _leave_exit(exits, rank, error.exit_code, line)
             if os.environ.get("MEGADUAL_TRACEBACK") == "1":
                 raise
-            rank = os.environ.get("RANK", "0")
-            distributed = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
             if distributed or rank == "0":
-                print(f"error: {f'rank {rank}: ' if distributed else ''}{error}", file=sys.stderr, flush=True)
+                print(line, file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
+        except SystemExit as end:
+            if end.code:
+                _leave_exit(exits, rank, end.code)
+            raise
 
     return run
+
+
+def _leave_exit(folder: str | None, rank: str, code: int, line: str = "") -> None:
+    if folder:
+        with contextlib.suppress(OSError):  # a full disk, say: the launcher's code remains
+            Path(folder, f"exit.{rank}.{code}").write_text(line + "\n")

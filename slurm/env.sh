@@ -27,7 +27,8 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
     : "${RUN_DIR:=$RUNS/$SLURM_JOB_NAME}"
     : "${SLURM_RESTART_COUNT:=0}"
 
-    # Where its processes meet: the first node's address (this script runs there), and a port of the job's own, so that two jobs can share a node.
+    # Where its processes meet: the first node's address (this script runs there), and a port of the job's own, so that
+    # two jobs can share a node.
     JOB_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
     MASTER_ADDR=$(hostname -I | awk '{print $1}')
     export JOB_NODES MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))

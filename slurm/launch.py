@@ -1,4 +1,4 @@
-"""Submit a training to Slurm through submitit; preempted or out of time, it saves, is requeued and goes on.
+"""Submit a training to Slurm through submitit; preempted or out of time, it is requeued and goes on.
 
     source slurm/env.sh
     python slurm/launch.py pretrain --config pretrain/configs/7b.yaml --nodes 4 run.dir=runs/mine key=value ...
@@ -49,8 +49,12 @@ class Training:
         return code
 
     def checkpoint(self) -> DelayedSubmission:
-        """Called by submitit in rank 0's task when the signal comes, which the children get from Slurm as well."""
-        self._wait()
+        """Called by submitit in rank 0's task when the signal comes, which the children get from Slurm as well.
+
+        Pretraining then saves and ends; a tokenizer's training ignores it, and goes on from its last checkpoint.
+        """
+        if self.arguments[0] == SCRIPTS["pretrain"]:
+            self._wait()
         return DelayedSubmission(Training(self.arguments))
 
     def _wait(self) -> int:

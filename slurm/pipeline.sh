@@ -7,7 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source slurm/env.sh
 folder=${1:?a folder for all that the stages write}
-: "${TOKENIZER_CONFIG:?}" "${TOKENIZE_CONFIG:?}" "${TEXT_TOKENIZER:?}" "${HELDOUT:?}" "${PRETRAIN:=7b}" "${SBATCH_ARGS:=}"
+: "${TOKENIZER_CONFIG:?}" "${TOKENIZE_CONFIG:?}" "${TEXT_TOKENIZER:?}" "${HELDOUT:?}"
+: "${PRETRAIN:=7b}" "${SBATCH_ARGS:=}"
 export DEVICE TEXT_TOKENIZER DUALTOKEN="$folder/tokenizer/dualtoken" SHARDS="$folder/shards"
 
 # submit JOB-IT-WAITS-FOR SCRIPT ARGUMENTS...: a stage that can never start, since an earlier one failed, is removed.

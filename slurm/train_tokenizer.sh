@@ -13,22 +13,13 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-set -euo pipefail
-source "${SLURM_SUBMIT_DIR:?submit with sbatch from the checkout}/slurm/env.sh"
-source slurm/restart.sh
-
-logs="$RUN_DIR/logs/$SLURM_JOB_ID.$SLURM_RESTART_COUNT"
-mkdir -p "$logs"
-echo "$(date -Is) job $SLURM_JOB_ID, start $SLURM_RESTART_COUNT on $SLURM_JOB_NODELIST: $logs"
-trap 'after_step 75' USR1 # near the time limit
+source "${SLURM_SUBMIT_DIR:?submit with sbatch from the checkout}/slurm/job.sh"
+trap 'after_step 75' USR1 # near the time limit, or preempted
 
 # One task a node; torchrun starts that node's ranks.
-ranks=$SLURM_GPUS_ON_NODE
+ranks=${SLURM_GPUS_ON_NODE:-}
 [[ $DEVICE == cuda ]] || { ranks=${RANKS_PER_NODE:-1}; export CUDA_VISIBLE_DEVICES=; }
-code=0
-srun $SRUN_ARGS --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait=40 --kill-on-bad-exit=0 --output="$logs/node%n.log" \
+run_step "node%n.log" \
     torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$ranks" --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d \
     --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --log-dir="$logs" --redirects=3 --tee=0:3 \
-    pretrain/train_tokenizer.py "$@" &
-wait $! || code=$?
-after_step "$code"
+    pretrain/train_tokenizer.py "$@"

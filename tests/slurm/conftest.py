@@ -1,5 +1,6 @@
 """The cluster, and runs submitted to it as a user does."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -7,12 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cluster import Cluster, wait_for  # noqa: E402
 
 from megadual.testing.models import write_run  # noqa: E402
+from megadual.testing.vision import tiny_dualtoken_config, write_tiny_pairs, write_tiny_siglip  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 MODEL = [
@@ -43,6 +46,20 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def tokenizer_config(tmp_path) -> Path:
+    """A config of pretrain/train_tokenizer.py, with the SigLIP and the pairs that it names beside it."""
+    model = {k: v for k, v in dataclasses.asdict(tiny_dualtoken_config()).items() if k != "siglip"}
+    config = {
+        "siglip": str(write_tiny_siglip(tmp_path / "siglip")), "steps": 2, "checkpoint_every": 2, "model": model,
+        "data": {"train": write_tiny_pairs(tmp_path / "corpus"), "batch_size": 4, "shuffle": 16}, "loss": {"lpips": 0},
+        "gan": {"start_step": 5, "channels": [8, 8, 8], "norm_groups": 4},
+    }  # fmt: skip
+    path = tmp_path / "tokenizer.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
 class Lab:
     """Submits a checkout's scripts and looks at what becomes of them."""
 
@@ -61,6 +78,11 @@ class Lab:
         """sbatch slurm/pretrain_7b.sh; returns the job's number."""
         output = f"--output={self.folder}/%j.out"
         return self.sbatch(run, *TASKS, output, *options, "slurm/pretrain_7b.sh", *MODEL, *overrides, **environment)
+
+    def train_tokenizer(self, run: Path, config: Path, *overrides: str, **environment: str) -> str:
+        """sbatch slurm/train_tokenizer.sh; returns the job's number."""
+        arguments = ["slurm/train_tokenizer.sh", "--config", str(config), f"output={run}", *overrides]
+        return self.sbatch(run, *TASKS, f"--output={self.folder}/%j.out", *arguments, **environment)
 
     def sbatch(self, run: Path, *arguments: str, **environment: str) -> str:
         from cluster import run as command
@@ -108,9 +130,12 @@ class Lab:
         self.wait_state(job, "COMPLETED", seconds=seconds)
 
     def trainer(self, node: str) -> int:
-        """The process id, in its node, of the rank there."""
-        found = self.cluster.on_node(node, "pgrep", "--full", "python -u pretrain/pretrain.py").split()
-        return int(found[0])
+        """The process id, in its node, of the rank there; waits until it has started."""
+        try:
+            pgrep = ("sh", "-c", "pgrep --full 'python -u [p]retrain/pretrain.py' || true")
+            return int(wait_for(lambda: self.cluster.on_node(node, *pgrep), 60).split()[0])
+        except TimeoutError:
+            raise AssertionError(f"no rank on {node}\n{self.output('*')}") from None
 
 
 @pytest.fixture

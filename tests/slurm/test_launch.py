@@ -4,25 +4,28 @@ import re
 import subprocess
 import sys
 
+from cluster import wait_for
 from conftest import MODEL, ROOT, losses, steps
 
 SIZES = ["--nodes=2", "--tasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=2000"]
 
 
-def launch(lab, run, *arguments: str) -> str:
-    inputs = lab.inputs
-    paths = [f"model.dualtoken={inputs}/dualtoken", f"model.text_tokenizer={inputs}/text_tokenizer"]
-    done = subprocess.run(
-        [sys.executable, "slurm/launch.py", "pretrain", "--config", "pretrain/configs/tiny.yaml", *SIZES,
-         f"--logs={lab.folder}/logs", *arguments, *MODEL, *paths, f"data.sets=[{inputs}/shards]", f"run.dir={run}"],
-        cwd=ROOT, env=lab.environment(run), capture_output=True, text=True,
-    )  # fmt: skip
+def launch(lab, run, script: str, *arguments: str) -> str:
+    command = [sys.executable, "slurm/launch.py", script, *SIZES, f"--logs={lab.folder}/logs", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=lab.environment(run), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def pretrain(lab, run, *arguments: str) -> str:
+    inputs = lab.inputs
+    paths = [f"model.dualtoken={inputs}/dualtoken", f"model.text_tokenizer={inputs}/text_tokenizer"]
+    paths += [f"data.sets=[{inputs}/shards]", f"run.dir={run}"]
+    return launch(lab, run, "pretrain", "--config", "pretrain/configs/tiny.yaml", *arguments, *MODEL, *paths)
+
+
 def test_dry_run_prints_the_script(lab, tmp_path):
-    script = launch(lab, tmp_path / "run", "--dry-run", "--sweep", "train.lr=1e-3,1e-4")
+    script = pretrain(lab, tmp_path / "run", "--dry-run", "--sweep", "train.lr=1e-3,1e-4")
     for line in ("#SBATCH --nodes=2", "#SBATCH --signal=USR1@600", "#SBATCH --requeue", "#SBATCH --array=0-1%2"):
         assert line in script.splitlines()
     assert f"run.dir={tmp_path}/run/train.lr=1e-4" in script
@@ -31,7 +34,7 @@ def test_dry_run_prints_the_script(lab, tmp_path):
 
 def test_preempted_it_saves_and_goes_on(lab, tmp_path):
     run = tmp_path / "run"
-    (job,) = re.findall(r"^(\d+):", launch(lab, run, "train.steps=20", "checkpoint.every=1000"), re.MULTILINE)
+    (job,) = re.findall(r"^(\d+):", pretrain(lab, run, "train.steps=20", "checkpoint.every=1000"), re.MULTILINE)
     lab.jobs.append(job)
     lab.wait_step(run, 2)
     urgent = lab.sbatch(run, "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
@@ -49,7 +52,7 @@ def test_preempted_it_saves_and_goes_on(lab, tmp_path):
 
 def test_a_sweep_is_an_array(lab, tmp_path):
     run = tmp_path / "run"
-    told = launch(lab, run, "--nodes=1", "--sweep", "train.lr=1e-2,1e-3", "train.steps=2")
+    told = pretrain(lab, run, "--nodes=1", "--sweep", "train.lr=1e-2,1e-3", "train.steps=2")
     jobs = re.findall(r"^(\d+_\d):", told, re.MULTILINE)
     lab.jobs += jobs
     assert len(jobs) == 2
@@ -57,3 +60,16 @@ def test_a_sweep_is_an_array(lab, tmp_path):
         lab.finish(job)
     first, second = (losses(run / f"train.lr={lr}") for lr in ("1e-2", "1e-3"))
     assert len(first) == len(second) == 2 and first[0] == second[0] and first[1] != second[1]
+
+
+def test_a_tokenizer_out_of_time_goes_on(lab, tokenizer_config, tmp_path):
+    run, arguments = tmp_path / "run", ["--config", str(tokenizer_config), "steps=100000", "checkpoint_every=4"]
+    told = launch(lab, run, "train_tokenizer", *arguments, f"output={run}")
+    (job,) = re.findall(r"^(\d+):", told, re.MULTILINE)
+    lab.jobs.append(job)
+    lab.wait_step(run, 6)
+    lab.cluster.output("scancel", "--signal=USR1", job)  # what --signal sends before the time limit
+    lab.wait_state(job, "PENDING", seconds=30)
+    checkpoint = max((run / "checkpoints").glob("*.pt"))
+    lab.hurry(job)
+    wait_for(lambda: f"resuming from {checkpoint}" in lab.output(job), 60, "the second start")

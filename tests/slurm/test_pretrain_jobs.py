@@ -163,6 +163,19 @@ def test_a_missing_gpu_is_named(lab, tmp_path):
     assert "bad nodes: n1: rank 0 needs GPU 0, 0 are visible (run.device=cuda); n2: rank 1" in lab.output(job)
 
 
+def test_gives_up_after_max_restarts(lab, cluster, tmp_path):
+    job = lab.pretrain(tmp_path / "run", "train.steps=2", options=["--nodes=1"], MAX_RESTARTS="2")
+    for restart in ("1 of 2", "2 of 2"):
+        cluster.on_node("n1", "kill", "-KILL", str(lab.trainer("n1")))
+        lab.wait_state(job, "PENDING")
+        assert f"failed with exit code 137; restart {restart}" in lab.output(job)
+        lab.hurry(job)
+    cluster.on_node("n1", "kill", "-KILL", str(lab.trainer("n1")))
+    lab.wait_state(job, "FAILED")
+    assert lab.job(job)["ExitCode"] == "137:0" and lab.job(job)["Restarts"] == "2"
+    assert "failed 3 times, the last time with exit code 137; giving up" in lab.output(job)
+
+
 def test_wrong_input_is_not_tried_again(lab, tmp_path):
     job = lab.pretrain(tmp_path / "run", "train.stepz=2")
     lab.wait_state(job, "FAILED")

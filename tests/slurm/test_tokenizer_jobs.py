@@ -1,0 +1,58 @@
+"""`sbatch slurm/train_tokenizer.sh` on two nodes: torchrun's ranks, what they survive and what is not tried again."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TASKS, losses, steps
+
+TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def test_preempted_it_goes_on_from_its_last_checkpoint(lab, tokenizer_config, tmp_path):
+    run, arguments = tmp_path / "run", ["steps=40", "checkpoint_every=4", "gan.start_step=3"]
+    job = lab.train_tokenizer(run, tokenizer_config, *arguments)
+    lab.wait_step(run, 6)
+    urgent = lab.sbatch(run, "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    lab.wait_state(job, "PENDING")
+    assert "stopped by a signal; back into the queue" in lab.output(job)
+    checkpoint, done = max((run / "checkpoints").glob("*.pt")), len(steps(run))
+    lab.finish(urgent)
+    lab.hurry(job)
+    lab.finish(job)
+    assert 6 <= done < 40 and f"resuming from {checkpoint}" in lab.output(job)
+
+    here = [sys.executable, *TWO_RANKS, "pretrain/train_tokenizer.py", "--config", tokenizer_config]
+    subprocess.run([*here, *arguments, f"output={tmp_path}/here"], cwd=ROOT, check=True, capture_output=True)
+    assert losses(run) == losses(tmp_path / "here") and len(losses(run)) == 40
+
+
+@pytest.mark.parametrize(
+    "mistake, told",
+    [("stepz=2", "did you mean 'steps'"), ("--confg=FILE", "train_tokenizer.py: error: unrecognized arguments")],
+)
+def test_wrong_input_is_not_tried_again(lab, tokenizer_config, tmp_path, mistake, told):
+    job = lab.train_tokenizer(tmp_path / "run", tokenizer_config, mistake, RANKS_PER_NODE="2")
+    lab.wait_state(job, "FAILED")
+    assert lab.job(job)["ExitCode"] == "2:0" and lab.job(job)["Restarts"] == "0"
+    assert (lab.folder / f"{job}.out").read_text().count(told) == 1
+
+
+def test_one_rank_s_wrong_input_is_enough(lab, tmp_path):
+    """Others may be killed for it, and srun's code is then theirs."""
+    (tmp_path / "ranks.py").write_text(
+        "import os\n"
+        "from megadual.errors import UserError, command\n"
+        "@command\n"
+        "def main():\n"
+        "    if os.environ['RANK'] == '0':\n"
+        "        os.abort()\n"
+        "    raise UserError(f'seen by one; for children: {os.environ.get(\"MEGADUAL_EXITS\")}')\n"
+        "main()\n"
+    )
+    step = f"run_step rank%t.log bash slurm/rank.sh python {tmp_path}/ranks.py"
+    (tmp_path / "job.sh").write_text(f"#!/bin/bash\nsource slurm/job.sh\n{step}\n")
+    job = lab.sbatch(tmp_path / "run", *TASKS, f"--output={tmp_path}/%j.out", f"{tmp_path}/job.sh")
+    lab.wait_state(job, "FAILED")
+    assert lab.job(job)["ExitCode"] == "2:0" and lab.job(job)["Restarts"] == "0"
+    assert "\nerror: seen by one; for children: None\n" in (tmp_path / f"{job}.out").read_text()
