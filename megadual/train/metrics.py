@@ -1,8 +1,10 @@
 """What a run writes about its steps: metrics.jsonl, wandb and a progress bar, all from rank 0."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import secrets
 import sys
 from pathlib import Path
@@ -12,7 +14,9 @@ from tqdm import tqdm
 
 from megadual.config import PretrainConfig
 from megadual.train.record import read_starts
-from megadual.train.wandb_file import steps_in_wandb_files
+from megadual.train.wandb_file import mend_wandb_files, steps_in_wandb_files
+
+INIT_S, FINISH_S = 30, 60  # how long wandb is waited for, unless WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT say
 
 
 class MetricsLog:
@@ -20,7 +24,8 @@ class MetricsLog:
 
     A resumed run first drops the lines of steps that the checkpoint does not contain, so that no step appears
     twice. wandb has one run for all starts and takes nothing back: it gets each step once, since a repeated one has
-    the same numbers, and what a power cut kept from it is sent again from metrics.jsonl.
+    the same numbers, and what a kill, a power cut or a server that was away kept from it is sent again from
+    metrics.jsonl by the next start. No failure of wandb ends training.
     """
 
     def __init__(self, run: PretrainConfig, start_step: int):
@@ -28,30 +33,14 @@ class MetricsLog:
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step]
-        path.write_text("".join(kept))
+        partial = path.with_name(".metrics.jsonl")
+        partial.write_text("".join(kept))
+        os.replace(partial, path)
         self.file = open(path, "a")
-        id_file = folder / "wandb_id"
-        run_id = id_file.read_text() if id_file.is_file() else secrets.token_hex(4)
-        id_file.write_text(run_id)
-        starts = read_starts(folder)
         self.wandb, self.sent = None, 0
         if run.run.wandb != "disabled":
-            self.sent = max(steps_in_wandb_files(folder), default=0)
-            import wandb  # large, and not installed on every machine that trains
-
-            self.wandb = wandb.init(
-                project=run.run.wandb_project,
-                name=run.run.name,
-                group=run.run.name,
-                id=run_id,
-                resume="allow" if run.run.wandb == "online" else None,
-                dir=str(folder),
-                mode=run.run.wandb,
-                config=OmegaConf.to_container(OmegaConf.structured(run)) | {f"start_{len(starts)}": starts[-1]},
-                settings=wandb.Settings(silent=True),
-            )
-            if run.run.wandb == "online":  # the server knows best
-                self.sent = self.wandb.starting_step - 1
+            with self._wandb_may_fail():
+                self.wandb, self.sent = _open_wandb(run)
             for line in kept:
                 self._to_wandb(json.loads(line))
         self.bar = tqdm(
@@ -80,17 +69,66 @@ class MetricsLog:
         elif self.wandb and step > self.sent:
             import wandb
 
-            self.wandb.log({"samples": wandb.Image(str(path), caption=f"step {int(path.stem)}")}, step=step)
-
-    def _to_wandb(self, entry: dict) -> None:
-        if self.wandb and entry["step"] > self.sent:
-            self.wandb.log(entry, step=entry["step"])
+            with self._wandb_may_fail():
+                self.wandb.log({"samples": wandb.Image(str(path), caption=f"step {int(path.stem)}")}, step=step)
 
     def close(self) -> None:
         self.bar.close()
         self.file.close()
         if self.wandb:
-            self.wandb.finish()
+            with self._wandb_may_fail():
+                self.wandb.finish()
+
+    def _to_wandb(self, entry: dict) -> None:
+        if self.wandb and entry["step"] > self.sent:
+            with self._wandb_may_fail():
+                self.wandb.log(entry, step=entry["step"])
+
+    @contextlib.contextmanager
+    def _wandb_may_fail(self):
+        """Go on without wandb where its server does not answer, or the process that sends is dead."""
+        import wandb  # large, and not installed on every machine that trains
+
+        try:
+            yield
+        except (wandb.Error, ConnectionError, TimeoutError) as error:
+            self.wandb = None
+            message = "warning: training goes on without wandb, the next start sends the missing steps: "
+            tqdm.write(message + " ".join(str(error).split()), sys.stderr)
+
+
+def _open_wandb(run: PretrainConfig):
+    """The run's one wandb run, and the last step that it has."""
+    import wandb
+
+    folder = Path(run.run.dir)
+    starts = {f"start_{number}": start for number, start in enumerate(read_starts(folder), 1)}
+    id_file = folder / "wandb_id"
+    run_id = id_file.read_text() if id_file.is_file() else ""
+    if not run_id:
+        run_id = secrets.token_hex(4)
+        id_file.write_text(run_id)
+    online = run.run.wandb == "online"
+    if not online:
+        mend_wandb_files(folder)
+    opened = wandb.init(
+        project=run.run.wandb_project,
+        name=run.run.name,
+        group=run.run.name,
+        id=run_id,
+        resume="allow" if online else None,
+        dir=str(folder),
+        mode=run.run.wandb,
+        config=OmegaConf.to_container(OmegaConf.structured(run)) | starts,
+        settings=wandb.Settings(
+            silent=True,
+            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", INIT_S)),
+            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_S)),  # without one it tries for days
+            finish_timeout_raises=True,
+        ),
+    )
+    # Online the server says what it has.
+    return opened, opened.starting_step - 1 if online else max(steps_in_wandb_files(folder), default=0)
 
 
 def _short(value: float | None) -> str:

@@ -1,5 +1,7 @@
-"""Which steps wandb's offline files hold: records in LevelDB's log format, each a protobuf message."""
+"""wandb's offline files: records in LevelDB's log format, each a protobuf message."""
 
+import os
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,20 +12,35 @@ START = 7  # bytes of wandb's own before the first record
 
 def steps_in_wandb_files(run: Path) -> list[int]:
     """The steps that a run's folder holds for wandb, over all its starts."""
-    return [step for path in sorted(run.glob("wandb/offline-run-*/*.wandb")) for step in _steps(path)]
+    return [step for path in _files(run) for step in _steps(path)]
+
+
+def mend_wandb_files(run: Path) -> None:
+    """Cut off the part of a record that a killed start's file may end in: `wandb sync` goes no further than that."""
+    for path in _files(run):
+        data = path.read_bytes()
+        end = max((end for end, _ in _records(data)), default=0)
+        if not end:
+            shutil.rmtree(path.parent)
+        elif end < len(data):
+            os.truncate(path, end)
+
+
+def _files(run: Path) -> list[Path]:
+    return sorted(run.glob("wandb/offline-run-*/*.wandb"))
 
 
 def _steps(path: Path) -> Iterator[int]:
     from wandb.proto import wandb_internal_pb2  # large
 
-    for data in _records(path.read_bytes()):
+    for _, data in _records(path.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(data)
         if record.WhichOneof("record_type") == "history":
             yield record.history.step.num
 
 
-def _records(data: bytes) -> Iterator[bytes]:
-    """The whole ones; a file whose writer was killed may end in a part."""
+def _records(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """The whole ones, each with the position of its end; a file whose writer was killed may end in a part."""
     position, whole = START, b""
     while position + HEADER.size <= len(data):
         if BLOCK - position % BLOCK < HEADER.size:  # a block's tail, too short for a header
@@ -35,4 +52,4 @@ def _records(data: bytes) -> Iterator[bytes]:
         position += length
         whole = part if kind in (1, 2) else whole + part
         if kind in (1, 4) and len(part) == length:  # full, or last part
-            yield whole
+            yield position, whole
