@@ -60,7 +60,8 @@ class PackedAttention(MegatronModule):
             # The gradient of gathering is a reduce-scatter: each rank gets back what all queries ask of its keys.
             both = gather_from_sequence_parallel_region(torch.cat([k_SGE, v_SGE], dim=1), group=self.context_group)
             k_SGE, v_SGE = both.index_select(0, packed_seq_params.keys_at).chunk(2, dim=1)
-        attend = gpu_kernel() if q_TNE.is_cuda else attend_each
+        half = q_TNE.dtype in (torch.bfloat16, torch.float16)  # the kernels for packed sequences take no other
+        attend = gpu_kernel() if q_TNE.is_cuda and half else attend_each
         return attend(q_TNE, k_SGE, v_SGE, packed_seq_params, self.scale).flatten(1).unsqueeze(1)
 
 

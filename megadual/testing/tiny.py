@@ -43,7 +43,7 @@ def tiny_run(folder: Path, shards: Path, *overrides: str) -> PretrainConfig:
         "model.preset=tiny", "model.hidden=64", "model.ffn=128", "model.heads=4", "model.kv_heads=2",
         "model.head.width=32", "model.head.layers=2", "model.head.heads=2", "model.head.ffn=64",
         "model.dualtoken=unused", "model.text_tokenizer=unused", f"data.sets=[{shards}]",
-        "train.steps=5", "train.seq_len=64", "train.global_batch_tokens=512", "train.lr=3e-3",
+        "train.steps=5", "train.seq_len=64", "train.global_batch_tokens=512", "train.lr=1e-3",
         f"run.dir={folder}",
     ]  # fmt: skip
     run = load_config(PretrainConfig, None, [*defaults, *overrides])
