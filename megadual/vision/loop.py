@@ -1,6 +1,5 @@
 """What both trainers of this package share: ranks, optimiser, schedule, the run's log."""
 
-import json
 import math
 import os
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from megadual.config import to_yaml
+from megadual.train.step_log import StepLog
 
 
 @dataclass
@@ -114,37 +114,19 @@ class RunLog:
         self.main = ranks.main
         if not self.main:
             return
-        import wandb  # slow to import, and a run's log is all that needs it
-
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
-        path = folder / "metrics.jsonl"
-        # Steps behind the checkpoint that a resume starts from are done again, so their lines go.
-        lines = path.read_text().splitlines(keepends=True) if path.exists() and start_step else []
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= start_step))
-        self.file = path.open("a", buffering=1)
-        self.wandb = wandb.init(
-            project=wandb_config.project,
-            mode=wandb_config.mode,
-            dir=str(folder),
-            name=folder.name,
-            config=asdict(config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        self.steps = StepLog(folder, start_step, wandb_config.mode, wandb_config.project, folder.name, asdict(config))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if self.main:
-            self.file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
-            self.wandb.log(values, step=step)
+            self.steps.write({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}})
 
     def write_image(self, step: int, name: str, image: Image.Image) -> None:
         """To wandb alone."""
         if self.main:
-            import wandb
-
-            self.wandb.log({name: wandb.Image(image)}, step=step)
+            self.steps.picture(step, name, image)
 
     def close(self) -> None:
         if self.main:
-            self.file.close()
-            self.wandb.finish()
+            self.steps.close()

@@ -9,6 +9,7 @@ import torch
 from megadual.config import load_config
 from megadual.testing.distributed import run_distributed
 from megadual.testing.vision import tiny_dualtoken_config, write_tiny_pairs, write_tiny_siglip
+from megadual.train.wandb_file import steps_in_wandb_files
 from megadual.vision import quantizer
 from megadual.vision.loop import Ranks
 from megadual.vision.metrics import perplexity
@@ -177,3 +178,7 @@ def test_a_run_logs_reconstructions_to_wandb(make, inputs):
     assert len(media) == 2
     lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "reconstruction", "commit_pixel", "gan", "discriminator", "lr", "images_per_s"} <= lines[1].keys()
+    config.steps = 3  # another start: the same wandb run, each step once
+    train(config)
+    assert steps_in_wandb_files(Path(config.output)) == [1, 2, 3]
+    assert len({path.name.rpartition("-")[2] for path in Path(config.output).glob("wandb/offline-run-*")}) == 1
