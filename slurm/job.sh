@@ -6,15 +6,16 @@ logs="$RUN_DIR/logs/$SLURM_JOB_ID.$SLURM_RESTART_COUNT"
 mkdir -p "$logs"
 echo "$(date -Is) job $SLURM_JOB_ID, start $SLURM_RESTART_COUNT on $SLURM_JOB_NODELIST: $logs"
 export MEGADUAL_EXITS="$logs" # ranks that fail leave exit.RANK.CODE here
+export MEGADUAL_STOP="$logs/stop" # training that finds this file saves and ends, as at a signal
 
 # run_step OUTPUT COMMAND...: srun COMMAND with its output in the logs; then the job ends, or goes on in another start.
 run_step() {
     local output="$logs/$1" code=0
     shift
     # --wait: tasks that outlive another one's end by so many seconds are killed. Not in the foreground, where a trap
-    # would have to wait.
+    # would have to wait; a trap ends bash's wait, so it is begun again.
     srun $SRUN_ARGS --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait=40 --kill-on-bad-exit=0 --output="$output" "$@" &
-    wait $! || code=$?
+    while code=0; wait $! || code=$?; kill -0 $! 2>/dev/null; do :; done
     grep -rhsE "^([a-z_]+\.py: )?error: " "$logs" | sort -u || true
     after_step "$code"
 }
@@ -33,7 +34,7 @@ after_step() {
             2 | 76) exit "$code" ;;
         esac
     done
-    if [[ $code == 75 ]]; then
+    if [[ $code == 75 || -n $(compgen -G "$logs/exit.*.75") ]]; then
         echo "stopped by a signal; back into the queue"
     else
         echo "$(date -Is) start $SLURM_RESTART_COUNT ended with $code" >>"$failures"

@@ -49,12 +49,8 @@ class Training:
         return code
 
     def checkpoint(self) -> DelayedSubmission:
-        """Called by submitit in rank 0's task when the signal comes, which the children get from Slurm as well.
-
-        Pretraining then saves and ends; a tokenizer's training ignores it, and goes on from its last checkpoint.
-        """
-        if self.arguments[0] == SCRIPTS["pretrain"]:
-            self._wait()
+        """Called by submitit in rank 0's task when the signal comes; the children get it from Slurm too, and save."""
+        self._wait()
         return DelayedSubmission(Training(self.arguments))
 
     def _wait(self) -> int:

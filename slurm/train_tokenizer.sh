@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train a DualToken:   sbatch slurm/train_tokenizer.sh --config CONFIG.yaml key=value ...
-# Requeued at its time limit, on preemption and after failures; it goes on from its last checkpoint (checkpoint_every).
+# Requeued at its time limit, on preemption and after failures; it saves at a signal, and goes on from its last checkpoint.
 #SBATCH --job-name=train-tokenizer
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -9,12 +9,12 @@
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@60
+#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 source "${SLURM_SUBMIT_DIR:?submit with sbatch from the checkout}/slurm/job.sh"
-trap 'after_step 75' USR1 # near the time limit, or preempted
+trap 'touch "$MEGADUAL_STOP"' USR1 # near the time limit, or preempted; torchrun would hand no such signal on
 
 # One task a node; torchrun starts that node's ranks.
 ranks=${SLURM_GPUS_ON_NODE:-}

@@ -1,78 +1,42 @@
-"""Ways a run stops before its last step: a signal that asks for it, and a loss that can't be right."""
+"""Stopping before the last step, once a checkpoint is written."""
 
-import json
-import math
+import os
 import signal
-import statistics
-from collections import deque
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megadual.config import TrainConfig
-from megadual.engine.step import StepResult
-
-EXIT_STOPPED = 75  # a signal stopped the run after a checkpoint: start it again to go on
+EXIT_STOPPED = 75  # stopped after a checkpoint: start it again to go on
 EXIT_BAD_LOSS = 76
 
 
 class StopSignal:
-    """SIGTERM or SIGUSR1, seen by every rank at the same step whichever of them got it."""
+    """SIGTERM or SIGUSR1, seen by every rank at the same step whichever of them got it.
+
+    A launcher that does not hand signals on makes the file that MEGADUAL_STOP names instead; rank 0 looks for it.
+    """
 
     def __init__(self):
         self.got = False
-        for name in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(name, self._note)
+        self.file = os.environ.get("MEGADUAL_STOP") if os.environ.get("RANK", "0") == "0" else None
+        self.before = {name: signal.signal(name, self._note) for name in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def __enter__(self) -> "StopSignal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Signals do again what they did before."""
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
 
     def _note(self, *_) -> None:
         self.got = True
 
     def agreed(self) -> bool:
         """Collective: has any rank been asked to stop?"""
-        flag = torch.tensor([float(self.got)], device=torch.cuda.current_device())
+        asked = self.got or bool(self.file and os.path.exists(self.file))
+        if not dist.is_initialized():
+            return asked
+        flag = torch.tensor([float(asked)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
-
-
-class LossWatch:
-    """Says whether a step's loss can be right: finite, and no spike over the median of the steps before.
-
-    The same on every rank, since a step's result is. The median starts anew with the process.
-    """
-
-    def __init__(self, train: TrainConfig):
-        self.factor = train.spike_factor
-        self.losses: deque[float] = deque(maxlen=train.spike_window)
-        self.complaint: str | None = None  # about the last step
-        self.in_a_row = 0  # bad steps
-
-    def approve(self, result: StepResult) -> bool:
-        """Whether the step is right; `complaint` says what is not."""
-        self.complaint = self._complaint(result)
-        self.in_a_row = self.in_a_row + 1 if self.complaint else 0
-        if not self.complaint:
-            self.losses.append(result.loss)
-        return not self.complaint
-
-    def _complaint(self, result: StepResult) -> str | None:
-        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
-            return f"loss {result.loss}, gradient norm {result.grad_norm}"
-        if self.factor and len(self.losses) == self.losses.maxlen:
-            usual = statistics.median(self.losses)
-            if result.loss > self.factor * usual:
-                return f"loss {result.loss:.4g} is over {self.factor} x {usual:.4g}, the median before it"
-        return None
-
-
-def record_bad_step(folder: Path, step: int, complaint: str, keys: list[str], skipped: bool) -> None:
-    """Append a line about a bad step and its documents to bad_steps.jsonl in a run's folder."""
-    with open(folder / "bad_steps.jsonl", "a") as file:
-        file.write(json.dumps({"step": step, "complaint": complaint, "skipped": skipped, "documents": keys}) + "\n")
-
-
-def all_keys(keys: list[str]) -> list[str]:
-    """The documents of a step on all ranks, each once (collective)."""
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, keys)
-    return sorted({key for some in gathered for key in some})

@@ -5,6 +5,7 @@ the discriminator and the position in the data too, so a resumed run goes on as 
 """
 
 import contextlib
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from megadual.errors import UserError
+from megadual.train.stop import EXIT_STOPPED, StopSignal
 
 from .config import STREAMS
 from .data import TrainingImages, read_pairs, training_batches
@@ -220,7 +222,10 @@ class TokenizerTrainer:
 
 
 def train(config: TrainTokenizerConfig) -> dict[str, float]:
-    """Train to `config.steps` and write `output`/dualtoken; returns the last step's metrics."""
+    """Train to `config.steps` and write `output`/dualtoken; returns the last step's metrics.
+
+    Exits with EXIT_STOPPED after SIGTERM or SIGUSR1, once a checkpoint is written.
+    """
     ranks = Ranks.join()
     trainer = TokenizerTrainer(config, ranks)
     output = Path(config.output)
@@ -235,21 +240,32 @@ def train(config: TrainTokenizerConfig) -> dict[str, float]:
         images, _ = read_pairs(config.pictures, config.model.image_size, limit=32)
     log = RunLog(config, output, ranks, config.wandb, trainer.steps_done)
     metrics = {}
-    done = trainer.steps_done
-    with tqdm(
-        total=config.steps, initial=done, desc="DualToken", unit="step", mininterval=10, disable=not ranks.main
-    ) as bar:
+    bar = tqdm(
+        total=config.steps,
+        initial=trainer.steps_done,
+        desc="DualToken",
+        unit="step",
+        mininterval=10,
+        disable=not ranks.main,
+    )
+    with StopSignal() as stop, bar:
         while trainer.steps_done < config.steps:
             metrics = trainer.step()
             log.write(trainer.steps_done, metrics)
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
             bar.update()
-            if trainer.steps_done % config.checkpoint_every == 0 or trainer.steps_done == config.steps:
+            stopping, last = stop.agreed(), trainer.steps_done == config.steps
+            if stopping or last or trainer.steps_done % config.checkpoint_every == 0:
                 trainer.save(output)
                 if images is not None:
                     picture = trainer.picture(images)
                     picture.save(output / f"reconstructions-{trainer.steps_done:08d}.png")
                     log.write_image(trainer.steps_done, "reconstructions", picture)
+            if stopping and not last:
+                bar.write(f"stopped by a signal after step {trainer.steps_done}; start again to go on")
+                log.close()
+                ranks.barrier()  # launchers end ranks that others have left
+                sys.exit(EXIT_STOPPED)
     log.close()
     if ranks.main:
         trainer.model.save_pretrained(output / "dualtoken")

@@ -9,6 +9,7 @@ import torch
 from megadual.config import load_config
 from megadual.testing.distributed import run_distributed
 from megadual.testing.vision import tiny_dualtoken_config, write_tiny_pairs, write_tiny_siglip
+from megadual.train.stop import EXIT_STOPPED
 from megadual.train.wandb_file import steps_in_wandb_files
 from megadual.vision import quantizer
 from megadual.vision.loop import Ranks
@@ -169,6 +170,20 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(make, processes):
         (_, _, rank_0, _), (_, _, rank_1, _) = results
         assert_equal(rank_0["model"], rank_1["model"])
         assert not torch.equal(rank_0["rng"], rank_1["rng"]) or rank_0["data"] != rank_1["data"]
+
+
+def test_asked_to_stop_it_saves_and_exits(make, tmp_path, monkeypatch):
+    config = make("steps=3", "checkpoint_every=100")
+    (tmp_path / "stop").touch()
+    monkeypatch.setenv("MEGADUAL_STOP", str(tmp_path / "stop"))
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == EXIT_STOPPED
+    assert [path.stem for path in (Path(config.output) / "checkpoints").iterdir()] == ["00000001"]
+    monkeypatch.delenv("MEGADUAL_STOP")
+    train(config)
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
 def test_a_run_logs_reconstructions_to_wandb(make, inputs):

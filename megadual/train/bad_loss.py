@@ -1,0 +1,55 @@
+"""A loss that can't be right: how it is noticed, and what is kept of its step."""
+
+import json
+import math
+import statistics
+from collections import deque
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megadual.config import TrainConfig
+from megadual.engine.step import StepResult
+
+
+class LossWatch:
+    """Says whether a step's loss can be right: finite, and no spike over the median of the steps before.
+
+    The same on every rank, since a step's result is. The median starts anew with the process.
+    """
+
+    def __init__(self, train: TrainConfig):
+        self.factor = train.spike_factor
+        self.losses: deque[float] = deque(maxlen=train.spike_window)
+        self.complaint: str | None = None  # about the last step
+        self.in_a_row = 0  # bad steps
+
+    def approve(self, result: StepResult) -> bool:
+        """Whether the step is right; `complaint` says what is not."""
+        self.complaint = self._complaint(result)
+        self.in_a_row = self.in_a_row + 1 if self.complaint else 0
+        if not self.complaint:
+            self.losses.append(result.loss)
+        return not self.complaint
+
+    def _complaint(self, result: StepResult) -> str | None:
+        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+            return f"loss {result.loss}, gradient norm {result.grad_norm}"
+        if self.factor and len(self.losses) == self.losses.maxlen:
+            usual = statistics.median(self.losses)
+            if result.loss > self.factor * usual:
+                return f"loss {result.loss:.4g} is over {self.factor} x {usual:.4g}, the median before it"
+        return None
+
+
+def record_bad_step(folder: Path, step: int, complaint: str, keys: list[str], skipped: bool) -> None:
+    """Append a line about a bad step and its documents to bad_steps.jsonl in a run's folder."""
+    with open(folder / "bad_steps.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "complaint": complaint, "skipped": skipped, "documents": keys}) + "\n")
+
+
+def all_keys(keys: list[str]) -> list[str]:
+    """The documents of a step on all ranks, each once (collective)."""
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, keys)
+    return sorted({key for some in gathered for key in some})
