@@ -41,15 +41,21 @@ def table(results: dict[str, dict], precisions: list[str]) -> str:
 
 def batches(to_do: list[tuple[str, str]], together: bool) -> list[list[tuple[str, str]]]:
     """What runs in the same processes: one layout and precision, or all of one world size and engine."""
+    if not together:
+        return [[one] for one in to_do]
     kind = lambda one: (LAYOUTS[one[0]][0], "DeepSpeed" in one[0])
-    return [list(some) for _, some in itertools.groupby(to_do, kind if together else None)]
+    return [list(some) for _, some in itertools.groupby(sorted(to_do, key=kind), kind)]
 
 
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="*", choices=list(LAYOUTS), metavar="LAYOUT", help="all that there are GPUs for"
+        "--only",
+        nargs="*",
+        choices=list(LAYOUTS),
+        metavar="LAYOUT",
+        help="default: all, on GPUs those that have enough",
     )
     parser.add_argument("--precision", nargs="*", choices=list(TOLERANCE), default=list(TOLERANCE))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -1,4 +1,4 @@
-"""Submit a training to Slurm through submitit; preempted or out of time, it is requeued and goes on.
+"""Submit a training to Slurm through submitit; preempted or out of time, it saves, is requeued and goes on.
 
     source slurm/env.sh
     python slurm/launch.py pretrain --config pretrain/configs/7b.yaml --nodes 4 run.dir=runs/mine key=value ...

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train a DualToken:   sbatch slurm/train_tokenizer.sh --config CONFIG.yaml key=value ...
-# Requeued at its time limit, on preemption and after failures; it saves at a signal, and goes on from its last checkpoint.
+# Requeued at its time limit and on preemption, after a checkpoint, and after failures; it goes on from its last one.
 #SBATCH --job-name=train-tokenizer
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from megadual.config import PretrainConfig
@@ -21,8 +21,6 @@ from megadual.model.context import context_share
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.init import initialize
 from megadual.model.parts import train_only
-
-_TORCH_ADAM = distrib_optimizer.Adam.__module__.startswith("torch.")  # not Apex's or Transformer Engine's
 
 
 def build_chunks(run: PretrainConfig, vocabulary: Vocabulary) -> list[DualLM]:
@@ -83,7 +81,7 @@ class MegatronEngine(SavedState):
         )
         self._describe()
         if self._adam():
-            for group in self._adam().param_groups if _TORCH_ADAM else ():
+            for group in self._adam().param_groups if sharded.is_torchs(self._adam()) else ():
                 group["fused"] = torch.cuda.is_available()  # one pass over weights, gradients and moments
             sharded.hold_moments(self._adam(), [p for group in self._adam().param_groups for p in group["params"]])
         self.scheduler = schedule(run, self.optimizer)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megadual.engine import sharded
 from megadual.model.dual_lm import DualLM
@@ -27,8 +28,7 @@ class SavedState(ABC):
     """
 
     chunks: list[DualLM]
-    optimizer: torch.optim.Optimizer
-    scheduler: object
+    scheduler: OptimizerParamScheduler
 
     @abstractmethod
     def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:

@@ -124,13 +124,13 @@ def hold_moments(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor
     for parameter in parameters:
         if parameter.numel() and not optimizer.state[parameter]:
             optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS}
-            if _counts_by_parameter(optimizer):
+            if is_torchs(optimizer):
                 optimizer.state[parameter]["step"] = _step(optimizer, parameter, 0)
 
 
 def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
     """Set how many updates AdamW has made."""
-    if not _counts_by_parameter(optimizer):
+    if not is_torchs(optimizer):
         for group in optimizer.param_groups:
             group["step"] = updates
         return
@@ -140,12 +140,12 @@ def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
 
 def updates(optimizer: torch.optim.Optimizer) -> int:
     """How many updates AdamW has made."""
-    counted = next(iter(optimizer.state.values())) if _counts_by_parameter(optimizer) else optimizer.param_groups[0]
+    counted = next(iter(optimizer.state.values())) if is_torchs(optimizer) else optimizer.param_groups[0]
     return int(counted.get("step", 0))
 
 
-def _counts_by_parameter(optimizer: torch.optim.Optimizer) -> bool:
-    """torch's AdamW does, Apex's counts by group of parameters."""
+def is_torchs(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is torch's AdamW, which counts updates by parameter; Apex's counts by group of parameters."""
     return isinstance(optimizer, torch.optim.AdamW | torch.optim.Adam)
 
 

@@ -64,6 +64,12 @@ class MegaDualProcessor(ProcessorMixin):
             inputs["pixel_values"] = torch.stack([to_tensor(centre_crop(image, self.image_size)) for image in images])
         return BatchFeature(dict(inputs))
 
+    def apply_chat_template(self, conversation: list, *args, **kwargs):
+        """As transformers' own; a message's content may be a text, which transformers 4 does not take."""
+        many = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        spelt = [[_spelt(message) for message in messages] for messages in (conversation if many else [conversation])]
+        return super().apply_chat_template(spelt if many else spelt[0], *args, **kwargs)
+
     def prompt(self, prompt: str | list[dict], images: list[Image.Image] | None = None) -> BatchFeature:
         """The inputs of one text with its images, or of chat messages that the model is to answer.
 
@@ -85,6 +91,12 @@ class MegaDualProcessor(ProcessorMixin):
 
     def batch_decode(self, *args, **kwargs):
         return self.tokenizer.batch_decode(*args, **kwargs)
+
+
+def _spelt(message: dict) -> dict:
+    """A message whose content is a list of parts."""
+    content = message["content"]
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _flat(images) -> list[Image.Image]:
