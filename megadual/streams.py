@@ -94,7 +94,7 @@ class Document:
     def from_row(cls, row: dict) -> "Document":
         """The document that `row()` stored."""
         document = cls(**row)
-        if not document.grids[0].any():
+        if not document.grids.item(0):
             document.grids = document.grids[:0]
             document.semantic, document.pixel = document.semantic[:0], document.pixel[:0]
         return document
@@ -123,6 +123,17 @@ class Sequence:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @classmethod
+    def padding(cls, length: int, depth: int, special: SpecialIds) -> "Sequence":
+        """Positions that hold no document: end-of-text tokens without targets."""
+        return cls(
+            tokens=np.full(length, special.end_of_text, dtype=np.int64),
+            semantic=np.zeros((length, depth), dtype=np.int64),
+            pixel=np.zeros((length, depth), dtype=np.int64),
+            text_targets=np.full(length, IGNORE, dtype=np.int64),
+            draw=np.zeros(length, dtype=bool),
+        )
+
 
 def arrange_text(text_ids: np.ndarray, draw_images: list[bool], image: int, pair: bool, drop_caption: bool):
     """The order of a document's text when it is read: a pair is image-first to describe, image-last to draw."""
@@ -142,7 +153,18 @@ def sequence_length(text_tokens: int, images: int, positions: int, dropped_capti
 
 
 def to_sequence(doc: Document, special: SpecialIds, draw_images: list[bool], drop_caption: bool = False) -> Sequence:
-    """Lay a document out as positions.
+    """One document as a sequence of its own; the arguments are those of `lay_out`."""
+    dropped = drop_caption and doc.is_pair and draw_images[0]
+    length = sequence_length(len(doc.text_ids), len(doc.grids), len(doc.semantic), dropped)
+    sequence = Sequence.padding(length, doc.semantic.shape[1], special)
+    lay_out(doc, special, draw_images, drop_caption, sequence, 0)
+    return sequence
+
+
+def lay_out(
+    doc: Document, special: SpecialIds, draw_images: list[bool], drop_caption: bool, on: Sequence, begin: int
+) -> int:
+    """Lay a document out as positions on the padding of `on`, from position `begin`; returns where they end.
 
     draw_images says for each image whether it is to be drawn (between the gen tokens, with visual targets)
     or only looked at. A pair is re-ordered by its direction; other documents keep their order.
@@ -151,31 +173,29 @@ def to_sequence(doc: Document, special: SpecialIds, draw_images: list[bool], dro
     """
     if len(draw_images) != len(doc.grids):
         raise ValueError(f"document '{doc.key}': {len(draw_images)} directions for {len(doc.grids)} images")
+    if doc.semantic.shape[1] != on.semantic.shape[1]:
+        raise ValueError(f"document '{doc.key}' has {doc.semantic.shape[1]} codes a stream, not {on.semantic.shape[1]}")
     drop_caption = drop_caption and doc.is_pair and draw_images[0]
     text = arrange_text(doc.text_ids, draw_images, special.image, doc.is_pair, drop_caption)
-    sizes = [rows * columns for rows, columns in doc.grids.tolist()]
-    length = len(text) + len(sizes) + sum(sizes) + 1
-    tokens = np.full(length, special.image, dtype=np.int64)
-    draw = np.zeros(length, dtype=bool)
-    semantic, pixel = (np.zeros((length, getattr(doc, stream).shape[1]), dtype=np.int64) for stream in STREAMS)
+    at, read, codes = begin, 0, 0  # positions laid out, text and codes used
     before_image = []  # where positions stand whose next one is an image position
-    at = read = codes = 0  # positions laid out, text and codes used
-    for place, size, drawn in zip(np.flatnonzero(text == special.image).tolist(), sizes, draw_images, strict=True):
-        start = at + place - read
-        tokens[at:start] = text[read:place]
-        tokens[start] = special.image_gen_start if drawn else special.image_start
-        before_image.append(slice(start, start + size))
-        draw[start : start + size] = drawn
-        semantic[start + 1 : start + 1 + size] = doc.semantic[codes : codes + size]
-        pixel[start + 1 : start + 1 + size] = doc.pixel[codes : codes + size]
-        tokens[start + 1 + size] = special.image_gen_end if drawn else special.image_end
-        at, read, codes = start + size + 2, place + 1, codes + size
-    tokens[at:-1] = text[read:]
-    tokens[-1] = special.end_of_text
-
-    targets = np.empty(length, dtype=np.int64)
-    targets[:-1] = tokens[1:]
-    targets[-1] = IGNORE
+    places = (text == special.image).nonzero()[0].tolist()
+    for place, (rows, columns), drawn in zip(places, doc.grids.tolist(), draw_images, strict=True):
+        start, size = at + place - read, rows * columns
+        end = start + 1 + size
+        on.tokens[at:start] = text[read:place]
+        on.tokens[start] = special.image_gen_start if drawn else special.image_start
+        on.tokens[start + 1 : end] = special.image
+        on.tokens[end] = special.image_gen_end if drawn else special.image_end
+        on.semantic[start + 1 : end] = doc.semantic[codes : codes + size]
+        on.pixel[start + 1 : end] = doc.pixel[codes : codes + size]
+        on.draw[start : end - 1] = drawn
+        before_image.append(slice(start, end - 1))
+        at, read, codes = end + 1, place + 1, codes + size
+    last = at + len(text) - read
+    on.tokens[at:last] = text[read:]
+    on.tokens[last] = special.end_of_text
+    on.text_targets[begin:last] = on.tokens[begin + 1 : last + 1]
     for positions in before_image:
-        targets[positions] = IGNORE
-    return Sequence(tokens, semantic, pixel, targets, draw)
+        on.text_targets[positions] = IGNORE
+    return last + 1

@@ -14,7 +14,7 @@ from megadual.config import DataConfig
 from megadual.data.mds_reader import ShardSet
 from megadual.data.packing import PackedRows, Piece
 from megadual.errors import UserError
-from megadual.streams import IGNORE, Sequence, SpecialIds, to_sequence
+from megadual.streams import IGNORE, Sequence, SpecialIds, lay_out
 
 
 @dataclass
@@ -55,33 +55,35 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-def _padding(length: int, end_of_text: int, depth: int) -> Sequence:
-    codes = np.zeros((length, depth), dtype=np.int64)
-    ignored = np.full(length, IGNORE, dtype=np.int64)
-    return Sequence(np.full(length, end_of_text, dtype=np.int64), codes, codes, ignored, np.zeros(length, dtype=bool))
-
-
 def collate(sequences: list[Sequence], special: SpecialIds, keys: list[str]) -> MicroBatch:
     """Sequences laid end to end; `keys` are those of the ones that are documents, "" that of padding."""
-    lengths = [len(sequence) for sequence in sequences]
+    whole = Sequence(*(np.concatenate([getattr(s, column.name) for s in sequences]) for column in fields(Sequence)))
+    return _micro_batch(whole, [len(sequence) for sequence in sequences], special, keys)
+
+
+def _micro_batch(sequence: Sequence, lengths: list[int], special: SpecialIds, keys: list[str]) -> MicroBatch:
+    """A micro-batch of what is laid out on `sequence`, parts of `lengths`."""
     ends = np.cumsum([0] + lengths)
-    columns = {
-        field.name: torch.from_numpy(np.concatenate([getattr(sequence, field.name) for sequence in sequences]))
-        for field in fields(Sequence)
-    }
     # Indices are found here and not on the GPU, where finding them would wait for it.
-    draw_positions = columns.pop("draw").nonzero().flatten()
+    draw_positions = np.flatnonzero(sequence.draw)
+    drawn = draw_positions + 1
+    arrays = {
+        "tokens": sequence.tokens,
+        "positions": np.arange(ends[-1]) - np.repeat(ends[:-1], lengths),
+        "cu_seqlens": ends.astype(np.int32),
+        "semantic": sequence.semantic,
+        "pixel": sequence.pixel,
+        "text_targets": sequence.text_targets,
+        "image_positions": np.flatnonzero(sequence.tokens == special.image),
+        "text_positions": np.flatnonzero(sequence.text_targets != IGNORE),
+        "draw_positions": draw_positions,
+        "draw_targets": np.stack([sequence.semantic[drawn], sequence.pixel[drawn]], axis=1),
+    }
     return MicroBatch(
-        image_positions=(columns["tokens"] == special.image).nonzero().flatten(),
-        text_positions=(columns["text_targets"] != IGNORE).nonzero().flatten(),
-        draw_positions=draw_positions,
-        draw_targets=torch.stack([columns["semantic"], columns["pixel"]], dim=1)[draw_positions + 1],
-        positions=torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)),
-        cu_seqlens=torch.from_numpy(ends.astype(np.int32)),
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
         keys=[key for key in keys if key],
         lengths=[length for length, key in zip(lengths, keys, strict=True) if key],
         longest=max(lengths),
-        **columns,
     )
 
 
@@ -132,8 +134,7 @@ class PackedDataset:
         start = s * self.rows_per_step + self.first
         size = self.micro_batch_size
         return [
-            self._collate([self.rows[start + r] for r in range(i, i + size)])
-            for i in range(0, self.rows_per_rank, size)
+            self._read([self.rows[start + r] for r in range(i, i + size)]) for i in range(0, self.rows_per_rank, size)
         ]
 
     def iterate(self, start_step: int = 0) -> Iterator[list[MicroBatch]]:
@@ -145,24 +146,23 @@ class PackedDataset:
                 ready, ahead = ahead.result(), reader.submit(self.step, start_step)
                 yield ready
 
-    def _read(self, piece: Piece) -> tuple[str, Sequence]:
-        document = self.sets[piece.set][piece.document]
-        try:
-            document.check(self.special)
-        except ValueError as error:
-            raise UserError(f"shard set '{self.sets[piece.set].root}': {error}") from error
-        return document.key, to_sequence(document, self.special, list(piece.draw_images), piece.drop_caption)
-
-    def _collate(self, rows: list[list[Piece]]) -> MicroBatch:
-        keys, parts = [], []
-        for row in rows:
-            used = 0
+    def _read(self, rows: list[list[Piece]]) -> MicroBatch:
+        special, keys, lengths, whole = self.special, [], [], None
+        for i, row in enumerate(rows):
+            begin = end = i * self.seq_len
             for piece in row:
-                key, sequence = self._read(piece)
-                keys.append(key)
-                parts.append(sequence)
-                used += len(sequence)
-            if used < self.seq_len:
-                parts.append(_padding(self.seq_len - used, self.special.end_of_text, parts[-1].semantic.shape[1]))
+                document = self.sets[piece.set][piece.document]
+                if whole is None:
+                    whole = Sequence.padding(len(rows) * self.seq_len, document.semantic.shape[1], special)
+                try:
+                    document.check(special)
+                    end = lay_out(document, special, piece.draw_images, piece.drop_caption, whole, begin)
+                except ValueError as error:
+                    raise UserError(f"shard set '{self.sets[piece.set].root}': {error}") from error
+                keys.append(document.key)
+                lengths.append(end - begin)
+                begin = end
+            if rest := (i + 1) * self.seq_len - end:
                 keys.append("")
-        return collate(parts, self.special, keys)
+                lengths.append(rest)
+        return _micro_batch(whole, lengths, special, keys)

@@ -32,15 +32,19 @@ class Lengths(NamedTuple):
     positions: np.ndarray
 
 
+# An array's first byte (number of axes << 2 | log2 of the bytes of each, the fewest that do) -> its shape after that.
+_SHAPES = {axes << 2 | log2: struct.Struct(f"<{axes}{kind}") for axes in (1, 2) for log2, kind in enumerate("BHIQ")}
+
+
 def _decode_array(buffer: bytes, start: int, size: int, dtype: np.dtype) -> np.ndarray:
-    kind = buffer[start]  # number of axes << 2 | log2 of the bytes of each, the fewest that do
-    axes, width = kind >> 2, 1 << (kind & 3)
-    values = start + 1 + axes * width
-    shape = [int.from_bytes(buffer[at : at + width], "little") for at in range(start + 1, values, width)]
+    shape = _SHAPES.get(buffer[start])
+    if shape is None:
+        raise ValueError(f"an array of one or two axes doesn't begin with the byte {buffer[start]}")
+    values = start + 1 + shape.size
     count, rest = divmod(start + size - values, dtype.itemsize)
     if rest:
         raise ValueError(f"{rest} bytes more than whole values of {dtype}")
-    return np.frombuffer(buffer, dtype, count, values).reshape(shape)
+    return np.frombuffer(buffer, dtype, count, values).reshape(shape.unpack_from(buffer, start + 1))
 
 
 class _Shard:

@@ -1,6 +1,5 @@
 """Resuming goes on as if nothing had happened, under the same layout and others."""
 
-import dataclasses
 import os
 import resource
 import signal
@@ -14,6 +13,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from megadual.errors import UserError
 from megadual.testing import layouts, tiny
+from megadual.testing.checkpoints import train_part, train_through
 from megadual.testing.distributed import run_distributed
 from megadual.train.checkpoint import (
     Checkpointer,
@@ -25,21 +25,6 @@ from megadual.train.checkpoint import (
 
 STEPS = 6
 LAYOUTS = layouts.LAYOUTS | {"one": (1, [])}
-
-
-def train_part(run, start: int, stop: int, save: bool):
-    """Steps start..stop; on from the latest checkpoint if start > 0. Returns the losses and the full weights."""
-    engine, data = tiny.build(run)
-    checkpointer = Checkpointer(run)
-    if start:
-        assert checkpointer.load(engine, checkpointer.latest()) == start
-    results = [dataclasses.asdict(engine.train_step(data.step(s))) for s in range(start, stop)]
-    if save:
-        checkpointer.save(engine, stop)
-        checkpointer.finish()
-    weights = {name: p.detach().clone() for name, p in engine.chunks[0].named_parameters()}
-    engine.shutdown()
-    return results, weights
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +57,6 @@ def test_resume_under_another_layout(run_in, uninterrupted, tmp_path, saved, loa
     for a, b in zip(got, uninterrupted[0][3:], strict=True):
         for name in ("loss", "loss_text", "loss_semantic", "loss_pixel", "grad_norm"):
             assert a[name] == pytest.approx(b[name], abs=1e-5)
-
-
-def train_through(run, save_at: int):
-    """All steps, with a checkpoint written in the background after one of them; the results."""
-    engine, data = tiny.build(run)
-    checkpointer, results = Checkpointer(run), []
-    for s in range(STEPS):
-        results.append(dataclasses.asdict(engine.train_step(data.step(s))))
-        checkpointer.poll()
-        if s + 1 == save_at:
-            checkpointer.save(engine, save_at)
-    checkpointer.finish()
-    engine.shutdown()
-    return results
 
 
 @pytest.mark.parametrize("layout, precision", [

@@ -2,7 +2,6 @@
 
 import functools
 
-import numpy as np
 import pytest
 
 from megadual.data.mds_reader import ShardSet
@@ -113,13 +112,12 @@ def losses_with_empty_rows(run):
 
     from megadual.data.dataset import collate
     from megadual.engine.topology import Topology
-    from megadual.streams import IGNORE, Sequence
+    from megadual.streams import Sequence
     from megadual.train import setup
 
     engine, _ = tiny.build(run)
-    rows, length = run.train.global_batch_tokens // run.train.seq_len // 2, run.train.seq_len
-    codes, ids = np.zeros((length, tiny.DEPTH), np.int64), np.full(length, tiny.SPECIAL.end_of_text, np.int64)
-    padding = Sequence(ids, codes, codes, np.full(length, IGNORE, np.int64), np.zeros(length, bool))
+    rows = run.train.global_batch_tokens // run.train.seq_len // 2
+    padding = Sequence.padding(run.train.seq_len, tiny.DEPTH, tiny.SPECIAL)
     one_rank = Topology(world=1, data=1, rows_per_step=rows, microbatches=rows)
     data = setup.dataset(run, [ShardSet(root) for root in run.data.sets], tiny.SPECIAL, one_rank, 0)
     empty = [collate([padding], tiny.SPECIAL, [""])] * rows

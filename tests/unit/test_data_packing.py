@@ -179,6 +179,13 @@ def test_a_batch_is_its_documents_laid_end_to_end(root):
     assert next(documents, None) is None and batch.filled == filled
 
 
+def test_sets_of_other_depths_do_not_mix(root, tmp_path):
+    deeper = write_shard_set(tmp_path / "deeper", random_documents(500, depth=3))
+    data = PackedDataset([ShardSet(root), ShardSet(deeper)], DataConfig(sets=[]), SEQ, 8, 8, 0, SPECIAL)
+    with pytest.raises(UserError, match="'random-0/.*' has [23] codes a stream, not [23]"):
+        data.step(0)
+
+
 def test_targets_of_a_pair_in_every_direction(tmp_path):
     (document,) = random_documents(1, grid=(1, 2), caption=(2, 2))
     document.text_ids[1:] = (70, 71)

@@ -58,6 +58,18 @@ def test_damaged_offsets_are_named(root):
         ShardSet(root)
 
 
+def test_a_damaged_array_is_named(root):
+    shard = sorted(root.glob("part/*.mds"))[1]
+    raw = bytearray(shard.read_bytes())
+    record = int.from_bytes(raw[12:16], "little")  # of document 2
+    raw[record + 4 * 6] = 0xFF  # after the sizes of six columns: the first byte of the first, grids
+    shard.write_bytes(raw)
+    read = ShardSet(root).shards[1]
+    read[1], read[3]
+    with pytest.raises(UserError, match=f"{shard.name}' is damaged at its document 2.*255"):
+        read[2]
+
+
 def test_missing_shard_is_named(root):
     shard = sorted(root.glob("part/*.mds"))[2]
     shard.unlink()
