@@ -202,14 +202,14 @@ class DeepSpeedEngine(SavedState):
     def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
         mine = owner == self.data_rank
         with self._gathered(parameter):
-            yield "", parameter.detach().cpu().clone() if mine else None
+            yield "", parameter.detach().to("cpu", copy=True) if mine else None
         if parameter.requires_grad:
             for prefix, key in OPTIMIZER_STATE.items():
                 if key == "param":
                     tensor = safe_get_full_fp32_param(parameter)
                 else:
                     tensor = safe_get_full_optimizer_state(parameter, key)
-                yield prefix, tensor.cpu().clone() if mine else None
+                yield prefix, tensor.to("cpu", copy=True) if mine else None
 
     def _fill(self, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
         with self._gathered(parameter, modifier_rank=0):

@@ -143,14 +143,14 @@ class MegatronEngine(SavedState):
     def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
         group = data_parallel_group()
         mine = owner == dist.get_rank(group)
-        yield "", parameter.detach().cpu().clone() if mine else None
+        yield "", parameter.detach().to("cpu", copy=True) if mine else None
         for prefix, key in OPTIMIZER_STATE.items() if parameter.requires_grad else ():
             whole = torch.zeros(parameter.numel(), device=parameter.device)
             for place, held in self._held(parameter):
                 whole[place] = held[key]
             # Each number is on one rank, the others add zero bits: exact, minus zeros and NaNs too.
             dist.reduce(whole.view(torch.int32), dist.get_global_rank(group, owner), group=group)
-            yield prefix, whole.view(parameter.shape).cpu().clone() if mine else None
+            yield prefix, whole.view(parameter.shape).to("cpu", copy=True) if mine else None
 
     def _fill(self, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
         parameter.copy_(tensors[""])

@@ -32,7 +32,7 @@ class SavedState(ABC):
 
     @abstractmethod
     def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """(entry's prefix, tensor on the host) of a parameter and, if it is trained, of its OPTIMIZER_STATE.
+        """(entry's prefix, copy on the host) of a parameter and, if it is trained, of its OPTIMIZER_STATE.
 
         None on other data-parallel ranks than `owner` (collective over them).
         """
@@ -62,14 +62,17 @@ class SavedState(ABC):
         """Optimizer steps taken; steps that were skipped don't count."""
         return sharded.updates(self._adam()) if self._adam() else 0
 
-    def save(self, folder: Path, copy: bool) -> sharded.ShardedWrite:
-        """Weights, fp32 weights and moments on their way to `folder`; every rank calls it."""
+    def save(self, folder: Path) -> sharded.ShardedWrite:
+        """Weights, fp32 weights and moments on their way to `folder`; every rank calls it.
+
+        They are copied, so training can go on; buffers are constant.
+        """
         rank, state = dist.get_rank(data_parallel_group()), {"buffers": self.buffers}
         for name, owner in self._owners().items():
             whole = list(self._whole(self.parameters[name], owner))
             if owner == rank:
                 state[name] = [self._entry(name, prefix, tensor, alone=True) for prefix, tensor in whole]
-        return sharded.ShardedWrite(state, folder, copy)
+        return sharded.ShardedWrite(state, folder)
 
     def load(self, folder: Path, step: int, updates: int) -> None:
         """Fill from what either engine's `save` wrote under any layout after `step` steps."""

@@ -33,8 +33,8 @@ class ShardedWrite:
     thread, while training goes on; `finish` completes the checkpoint once all ranks have written (collective).
     """
 
-    def __init__(self, state: dict, folder: Path, copy: bool):
-        """`copy`: the tensors change before `write` has run, so those that are on the host already are copied."""
+    def __init__(self, state: dict, folder: Path):
+        """Tensors of `state` that are on the host already are not copied and must not change until `write` has run."""
         filesystem_async._results_queue = queue.Queue()  # otherwise a manager process on every rank holds it
         logging.getLogger(torch_strategy.__name__).setLevel(
             logging.ERROR
@@ -45,11 +45,6 @@ class ShardedWrite:
         self.request = dist_checkpointing.save(state, str(folder), **options)
         self.files = self.request.preload_fn() if self.request.async_fn else []
         self.checksums: dict[str, str] = {}
-        if copy and not torch.cuda.is_available():
-            self.files = [
-                (path, key, (texts, [(item, tensor.clone()) for item, tensor in tensors]))
-                for path, key, (texts, tensors) in self.files
-            ]
 
     def write(self) -> None:
         """Write this rank's files and note their checksums. OSError where the disk refuses."""

@@ -69,15 +69,14 @@ class Checkpointer:
         self.finish()
         final, partial = self.folder / f"{step:08d}", self.folder / f"{PARTIAL}{step:08d}"
         self._on_first_rank(final, lambda: (self.clean(), partial.mkdir(parents=True)))
-        background = self.run.checkpoint.background
         try:
-            write = engine.save(partial, copy=background)
+            write = engine.save(partial)
         except OSError as error:
             raise self._unwritable(final, error) from error
         updates = torch.tensor([engine.updates], device=torch.cuda.current_device())
         dist.all_reduce(updates, op=dist.ReduceOp.MAX)  # a stage without trained parts has made none
         self.saving = _Saving(write, partial, final, {"step": step, "updates": updates.item()})
-        if background:
+        if self.run.checkpoint.background:
             self.saving.start()
         else:
             self.saving.run()

@@ -210,7 +210,7 @@ def test_refused_step_changes_nothing_but_the_schedule(run_in, uninterrupted, tm
 
 def bytes_to_write(run, folder) -> int:
     engine, _ = tiny.build(run)
-    write = engine.save(folder, copy=False)
+    write = engine.save(folder)
     engine.shutdown()
     return sum(tensor.nbytes for _, _, (_, tensors) in write.files for _, tensor in tensors)
 
