@@ -9,6 +9,7 @@ from megadual.model.dual_lm import Vocabulary
 from megadual.model.fused import LOGITS_AT_ONCE
 
 GIB = 1 << 30
+DEEPSPEED_BUCKET = 500_000_000  # gradients that DeepSpeed reduces at once, its default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +79,14 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
             logits += (table / tensor + 2 * vocabulary.depth * codebook_size * head.width) * width
             drawn = positions * traffic.drawn / inner
             logits += 2 * drawn * vocabulary.depth * head.layers * (8 * head.width + 3 * head.ffn) * width
+        bucket = DEEPSPEED_BUCKET * per_gradient if run.engine == "deepspeed" else 0
         stages.append(
             StageEstimate(
                 layers=layers,
                 parameters=split + whole,
                 flops_share=shares[stage] / total_share,
                 weights=on_gpu * per_weight / (data if stage_zero == 3 else 1),
-                gradients=on_gpu * per_gradient / (data if stage_zero >= 2 else 1),
+                gradients=on_gpu * per_gradient / (data if stage_zero >= 2 else 1) + bucket,
                 optimizer=on_gpu * per_optimizer / data,
                 activations=in_flight * layers * positions * kept,
                 logits=logits,
