@@ -1,6 +1,7 @@
 """Ray: joining or starting a cluster, and handing whole input shards to its workers."""
 
 import os
+import time
 from collections import Counter, deque
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megadual.errors import UserError
 
 SAMPLES_BEFORE_STOP = 1000  # no run is stopped early for its bad fraction before it has finished as many
 FAILED_INPUTS_BEFORE_STOP = 10  # or before as many inputs have failed
+SECONDS_BEFORE_WORD = 60  # without any worker
 
 
 def connect(workers: WorkersConfig) -> bool:
@@ -42,31 +44,40 @@ def connect(workers: WorkersConfig) -> bool:
     return True
 
 
-def worker_count(workers: WorkersConfig, shards: int) -> int:
-    """Workers to start: as many as asked for, else as there is room for, but no more than shards."""
-    if workers.count:
-        return min(workers.count, shards)
+def resources(workers: WorkersConfig) -> str:
+    """What a worker needs beside what there is, in words."""
     room = ray.cluster_resources()
+    return (
+        f"one needs {workers.cpus} CPUs and {workers.gpus} GPUs on one node, the cluster has "
+        f"{room.get('CPU', 0)} CPUs and {room.get('GPU', 0)} GPUs"
+    )
+
+
+def worker_count(workers: WorkersConfig, shards: int, can_grow: bool) -> int:
+    """Workers to start: as many as asked for, else as there is room for, but no more than shards.
+
+    UserError where there is room for none; where they were asked for and the cluster can grow, they may wait for it.
+    """
     needs = {"CPU": workers.cpus, "GPU": workers.gpus}
-    fitting = min(int(room.get(name, 0) / share) for name, share in needs.items() if share)
-    if fitting == 0:
-        raise UserError(
-            f"workers: one needs {workers.cpus} CPUs and {workers.gpus} GPUs, the cluster has "
-            f"{room.get('CPU', 0)} CPUs and {room.get('GPU', 0)} GPUs"
-        )
-    return min(fitting, shards)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fitting = sum(
+        min((int(node.get(name, 0) / share) for name, share in needs.items() if share), default=1) for node in nodes
+    )
+    if fitting == 0 and not (workers.count and can_grow):
+        raise UserError(f"workers: {resources(workers)}")
+    return min(workers.count or fitting, shards)
 
 
-def encode_all(config: PipelineConfig, plan: Plan, board: Board) -> dict[str, str]:
+def encode_all(config: PipelineConfig, plan: Plan, board: Board, can_grow: bool) -> dict[str, str]:
     """Encode the plan's shards on Ray workers; returns the URLs of those given up, with the last error of each.
 
     Ends early when too much of what is finished is unusable or too many inputs failed. A worker gets a shard only
-    when it is ready, so that no shard waits for a worker that cannot start.
+    when it is ready, so that no shard waits for a worker that cannot start. `can_grow`: the cluster may get nodes.
     """
     worker_class = ray.remote(num_cpus=config.workers.cpus, num_gpus=config.workers.gpus)(Encoder)
     todo, attempts, given_up = deque(plan.todo), Counter(), {}
     waiting = {}  # what a worker will answer -> (worker, its shard; None while it starts)
-    failed_starts = 0
+    failed_starts, last_answer = 0, time.monotonic()
 
     def start_worker() -> None:
         worker = worker_class.remote(config, plan.identity)
@@ -84,10 +95,16 @@ def encode_all(config: PipelineConfig, plan: Plan, board: Board) -> dict[str, st
             ray.kill(worker)
 
     try:
-        for _ in range(worker_count(config.workers, len(todo))):
+        for _ in range(worker_count(config.workers, len(todo), can_grow)):
             start_worker()
         while unfinished() and not too_many_failures(config, plan, board, len(given_up)):
-            for answer in ray.wait(list(waiting), num_returns=1, timeout=1)[0]:
+            answers = ray.wait(list(waiting), num_returns=1, timeout=1)[0]
+            if answers or any(shard is not None for _, shard in waiting.values()):
+                last_answer = time.monotonic()
+            elif time.monotonic() - last_answer > SECONDS_BEFORE_WORD:
+                last_answer = time.monotonic()
+                board.say(f"waiting for a worker: {resources(config.workers)}")
+            for answer in answers:
                 worker, shard = waiting.pop(answer)
                 try:
                     if shard is None:

@@ -42,12 +42,12 @@ class EncodeConfig:
 
 @dataclass
 class WorkersConfig:
-    """How the work is spread; no byte of the set depends on it."""
+    """How the work is spread; no byte of the set depends on it, but for whether `gpus` is 0."""
 
     address: str | None = None  # of a Ray cluster; `local` starts one; unset takes a running one, else starts one
     count: int = 0  # workers; 0 is as many as the cluster has room for
     cpus: float = 1.0  # of one worker
-    gpus: float = 0.0
+    gpus: float = 0.0  # 0 encodes in fp32 on the CPU, more in bf16, which picks other codes: a set holds one kind
     decode_threads: int = 1  # of one worker, beside the encoder
     attempts: int = 3  # per input shard
     object_store_mb: int = 300  # of a Ray started here; no image passes through it
@@ -68,4 +68,5 @@ class PipelineConfig:
 
     def recipe(self) -> dict:
         """The settings that decide a shard's bytes; a set holds shards of one recipe only."""
-        return {"read": asdict(self.read), "filters": asdict(self.filters), "encode": asdict(self.encode)}
+        sections = {"read": asdict(self.read), "filters": asdict(self.filters), "encode": asdict(self.encode)}
+        return {**sections, "precision": "bf16" if self.workers.gpus else "fp32"}

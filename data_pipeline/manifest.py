@@ -62,8 +62,15 @@ def check_identity(output: str, markers: dict[str, dict], identity: dict) -> Non
                     f"'{output}' holds shards made with {part} {made[part][:16]} ({name}), this run has {part} "
                     f"{identity[part][:16]}; give the same {part} or another output"
                 )
-        for section, values in identity["recipe"].items():
-            for key, value in values.items():
+        precision = identity["recipe"]["precision"]
+        known = made["recipe"].get("precision", precision)  # earlier versions did not say
+        if known != precision:
+            raise UserError(
+                f"'{output}' holds shards encoded in {known} ({name}), this run would encode in {precision}; start "
+                f"it with workers.gpus{'=0' if known == 'fp32' else ' above 0'}, or give another output"
+            )
+        for section in ("read", "filters", "encode"):
+            for key, value in identity["recipe"][section].items():
                 if made["recipe"][section].get(key) != value:
                     raise UserError(
                         f"'{output}' holds shards made with {section}.{key}={made['recipe'][section].get(key)} "

@@ -14,9 +14,10 @@ import braceexpand
 import fsspec
 import pyarrow
 from pyarrow.parquet import ParquetFile
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from megadual.errors import UserError
+from megadual.tars import tar_members
 
 ROWS = 64  # of a parquet file, decoded at a time
 SUFFIXES = (".tar", ".parquet", ".jsonl", ".jsonl.gz")
@@ -102,6 +103,30 @@ def list_inputs(patterns: list[str]) -> list[InputShard]:
     return [shards[name] for name in sorted(shards)]
 
 
+class Damage(Exception):
+    """The rest of an input shard cannot be decoded; the message says where and why."""
+
+
+class Source:
+    """An input's stream that remembers a failed read: decoders turn it into errors that look like damage."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.error = stream, None
+
+    def read(self, *size: int) -> bytes:
+        try:
+            return self.stream.read(*size)
+        except Exception as error:  # every file system has errors of its own
+            self.error = error
+            raise
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def read_samples(shard: InputShard) -> Iterator[tuple[RawSample, int]]:
     """The samples of an input shard in order, each with the bytes of the shard read so far.
 
@@ -111,34 +136,40 @@ def read_samples(shard: InputShard) -> Iterator[tuple[RawSample, int]]:
     suffix = next(suffix for suffix in SUFFIXES if shard.url.endswith(suffix))
     read = {".tar": _read_tar, ".parquet": _read_parquet}.get(suffix, _read_json_lines)
     with fsspec.open(shard.url, "rb") as stream:
-        yield from read(shard, stream)
+        source = Source(stream)
+        try:
+            yield from read(shard, source)
+        except Damage as damage:
+            if source.error:
+                raise source.error from None
+            yield RawSample(f"{shard.name}/", damage=str(damage)), shard.size
 
 
-def _read_tar(shard: InputShard, stream: BinaryIO) -> Iterator[tuple[RawSample, int]]:
+def _read_tar(shard: InputShard, stream: Source) -> Iterator[tuple[RawSample, int]]:
     """Webdataset samples; a last one also names each member that a sample holds twice."""
-    damage = []
+    twice, damage = [], []
 
     def keep_first_of_two(error: Exception) -> bool:
-        damage.append(error)
+        twice.append(error)
         return True  # goes on
 
-    def stop_if_damaged(error: Exception) -> bool:
-        if not isinstance(error, (tarfile.TarError, EOFError, zlib.error)):
-            raise error
-        damage.append(error)
-        return False  # ends the tar
+    def members() -> Iterator[dict]:
+        try:
+            yield from tar_members(stream, shard.url)
+        except tarfile.TarError as error:  # kept, so that what is complete of the last sample still comes
+            damage.append(error)
 
-    source = [{"url": shard.url, "stream": stream}]
-    files = tar_file_expander(source, handler=stop_if_damaged, eof_value=None)
-    for sample in group_by_keys(files, handler=keep_first_of_two):
-        members = {suffix: data for suffix, data in sample.items() if not suffix.startswith("__")}
+    for sample in group_by_keys(members(), handler=keep_first_of_two):
+        found = {suffix: data for suffix, data in sample.items() if not suffix.startswith("__")}
         key = sample["__key__"].encode("utf-8", "replace").decode()  # names in a tar may be any bytes
-        yield RawSample(f"{shard.name}/{key}", members), stream.tell()
-    for error in damage:
+        yield RawSample(f"{shard.name}/{key}", found), stream.tell()
+    for error in twice:
         yield RawSample(f"{shard.name}/", damage=f"damaged tar: {error.args[0]}"), shard.size
+    for error in damage:
+        raise Damage(f"damaged tar: {error}")
 
 
-def _read_parquet(shard: InputShard, stream: BinaryIO) -> Iterator[tuple[RawSample, int]]:
+def _read_parquet(shard: InputShard, stream: Source) -> Iterator[tuple[RawSample, int]]:
     """Rows; a `key` column, as img2dataset writes it, names them, else their number."""
     done = 0
     try:
@@ -150,12 +181,10 @@ def _read_parquet(shard: InputShard, stream: BinaryIO) -> Iterator[tuple[RawSamp
                 done += 1
                 yield RawSample(f"{shard.name}/{key}", row), shard.size * done // file.metadata.num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the file system's, not the decoder's
-            raise
-        yield RawSample(f"{shard.name}/", damage=f"damaged parquet after {done} rows: {error}"), shard.size
+        raise Damage(f"damaged parquet after {done} rows: {error}") from error
 
 
-def _read_json_lines(shard: InputShard, stream: BinaryIO) -> Iterator[tuple[RawSample, int]]:
+def _read_json_lines(shard: InputShard, stream: Source) -> Iterator[tuple[RawSample, int]]:
     """One JSON object a line, named by the number of its line."""
     lines = gzip.GzipFile(fileobj=stream) if shard.url.endswith(".gz") else stream
     number = -1
@@ -172,4 +201,4 @@ def _read_json_lines(shard: InputShard, stream: BinaryIO) -> Iterator[tuple[RawS
             else:
                 yield RawSample(key, damage="the line is not a JSON object"), stream.tell()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield RawSample(f"{shard.name}/", damage=f"damaged gzip after {number + 1} lines: {error}"), shard.size
+        raise Damage(f"damaged gzip after {number + 1} lines: {error}") from error

@@ -18,7 +18,7 @@ def encode_todo(config: PipelineConfig, plan: Plan) -> tuple[dict[str, str], str
     started_ray = connect(config.workers)
     board = Board(plan.todo)
     try:
-        failed = encode_all(config, plan, board)
+        failed = encode_all(config, plan, board, can_grow=not started_ray)
     finally:
         board.close()
         if started_ray:
@@ -54,6 +54,13 @@ def tokenize(config: PipelineConfig) -> dict:
         raise UserError(
             f"{len(failed)} of {len(plan.inputs)} input shards failed {config.workers.attempts} times, more than "
             f"max_bad_fraction={config.max_bad_fraction}; run again when they can be read:{reasons}"
+        )
+    missing = [shard.name for shard in plan.inputs if shard.name not in markers and shard.url not in failed]
+    if missing:
+        raise UserError(
+            f"stopped early, since more than max_bad_fraction={config.max_bad_fraction} of what this run finished is "
+            f"unusable: {len(missing)} of {len(plan.inputs)} input shards are not done; see {store.url}/"
+            "quarantine.jsonl, then mend the inputs or raise max_bad_fraction, and run again"
         )
     manifest = write_manifest(store, markers, failed, plan.description)
     store.clean()

@@ -24,6 +24,7 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 
 from data_pipeline import browse, verify
+from data_pipeline.cluster import worker_count
 from data_pipeline.config import PipelineConfig
 from data_pipeline.plan import make_plan
 from data_pipeline.run import main, tokenize
@@ -358,6 +359,66 @@ def test_more_inputs_extend_the_set(inputs, cluster, tmp_path):
 def test_too_many_unusable_samples_stop_the_run(inputs, shards):
     with pytest.raises(UserError, match=f"{BAD} of {SAMPLES} samples are unusable.*quarantine.jsonl"):
         tokenize(make_config(inputs, shards, "max_bad_fraction=0.01"))
+
+
+def test_early_stop_is_no_finished_set(inputs, cluster, tmp_path, monkeypatch):
+    """The set as a whole is within the bound, but what was added is not: it stops, and inputs are missing."""
+    monkeypatch.setattr("data_pipeline.cluster.SAMPLES_BEFORE_STOP", BROKEN)
+    corpus, output = tmp_path / "corpus", tmp_path / "shards"
+    corpus.mkdir()
+    shutil.copy(inputs / "corpus" / "heldout-00000.tar", corpus)
+    config = make_config(inputs, output, f"inputs=['{corpus}/*.tar']", "workers.count=1", "max_bad_fraction=0.15")
+    tokenize(config)
+    for name in "xyz":
+        shutil.copy(inputs / "corpus" / "broken-00000.tar", corpus / f"{name}.tar")
+    before = (output / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match="stopped early, .* 2 of 4 input shards are not done; see .*quarantine.jsonl"):
+        tokenize(config)
+    assert (output / "manifest.json").read_bytes() == before
+    assert len(tokenize(dataclasses.replace(config, max_bad_fraction=0.5))["shards"]) == 4
+
+
+def test_waits_for_a_node_and_says_so(inputs, cluster, tmp_path, monkeypatch):
+    """A cluster that was joined may grow; one that was started here cannot."""
+    monkeypatch.setattr("data_pipeline.cluster.SECONDS_BEFORE_WORD", 0.5)
+    said, nodes = [], []
+
+    def say(board, message: str) -> None:
+        said.append(message)
+        if not nodes:
+            nodes.append(cluster.add_node(num_cpus=3))
+
+    monkeypatch.setattr("data_pipeline.board.Board.say", say)
+    inputs_and_workers = [f"inputs=['{inputs}/corpus/lines.jsonl.gz']", "workers.count=2", "workers.cpus=3"]
+    config = make_config(inputs, tmp_path / "shards", *inputs_and_workers)
+    with pytest.raises(UserError, match="workers: one needs 3.0 CPUs and 0.0 GPUs on one node, the cluster has 2.0"):
+        worker_count(config.workers, 5, can_grow=False)
+    assert tokenize(config)["documents"] == 2
+    assert said[0].startswith("waiting for a worker: one needs 3.0 CPUs")
+    cluster.remove_node(*nodes)
+
+
+def test_own_cluster_without_room_is_an_error(inputs, tmp_path):
+    overrides = ["workers.address=local", "workers.count=4", "workers.gpus=1000"]
+    command = [sys.executable, "data_pipeline/tokenize.py", *arguments(inputs, tmp_path / "out", *overrides)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "error: workers: one needs 1.0 CPUs and 1000.0 GPUs on one node" in done.stderr
+
+
+def test_other_precision_is_refused(inputs, shards, tmp_path):
+    """CPU and GPU do not pick the same codes; shards of earlier versions do not say where they were encoded."""
+    assert json.loads((shards / "manifest.json").read_text())["config"]["precision"] == "fp32"
+    with pytest.raises(UserError, match=r"encoded in fp32 \(.*would encode in bf16; start it with workers.gpus=0"):
+        make_plan(make_config(inputs, shards, "workers.gpus=0.5"))
+    shutil.copytree(shards, tmp_path / "old")
+    for path in (tmp_path / "old").glob("*/_SUCCESS"):
+        marker = json.loads(path.read_text())
+        del marker["identity"]["recipe"]["precision"]
+        path.write_text(json.dumps(marker))
+    for gpus in (0, 0.5):
+        assert not make_plan(make_config(inputs, tmp_path / "old", f"workers.gpus={gpus}")).todo
 
 
 def test_other_tokenizers_are_refused(inputs, shards, tmp_path):

@@ -1,13 +1,20 @@
 """The pipeline before any encoding: which shards there are, what is in them, why a sample is unusable."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
+import random
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.exceptions import FSTimeoutError
 from PIL import Image
 
 from data_pipeline.config import EncodeConfig, FilterConfig, ReadConfig
@@ -99,6 +106,78 @@ def test_damaged_tar_keeps_what_was_read(corpus, tmp_path):
     assert 5 < len(samples) < 20
     assert samples[0].key == "cut/train-000000"
     assert [sample.damage != "" for sample, _ in read_samples(garbage)] == [True]
+
+
+MEMBERS = [(f"{number}.txt", b"x" * 600) for number in range(20)]
+HEADER = 10 * 3 * 512  # where the header of 10.txt begins: a header and two blocks of data each
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda tar: tar[: HEADER + 8] + b"?" + tar[HEADER + 9 :], "bad checksum"),
+        (lambda tar: tar[:HEADER], "no end marker"),
+        (lambda tar: tar[: HEADER + 100], "truncated header"),
+        (lambda tar: tar[: HEADER + 700], "unexpected end of data"),
+        (lambda tar: tar[:HEADER] + bytes(512) + tar[HEADER + 512 :], "more behind the end marker"),
+        (lambda tar: gzip.compress(tar)[:-100], "unexpected end of data|no end marker|truncated header"),
+    ],
+    ids=["checksum", "cut at a header", "cut in a header", "cut in data", "zeroed header", "cut gzip"],
+)
+def test_every_damage_of_a_tar_is_told(tmp_path, damage, reason):
+    """Also what tarfile takes for the end of a tar; and always in the same words."""
+    write_tar(tmp_path / "a.tar", MEMBERS)
+    (tmp_path / "a.tar").write_bytes(damage((tmp_path / "a.tar").read_bytes()))
+    (shard,) = list_inputs([f"{tmp_path}/*.tar"])
+    *samples, last = (sample for sample, _ in read_samples(shard))
+    assert len(samples) == 10 or "gzip" in damage.__code__.co_names
+    assert not any(sample.damage for sample in samples)
+    assert re.fullmatch(f"damaged tar: .*({reason})", last.damage)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_whole_tar_is_not_called_damaged(tmp_path, pack):
+    """Long names have headers of their own, and some tools pad a tar with more zeros."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in [("n" * 150 + ".txt", b"a"), ("\xe9.txt", b"b"), ("__notes__/x.txt", b"c")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (tmp_path / "a.tar").write_bytes(pack(buffer.getvalue() + bytes(3 << 20)))
+    (shard,) = list_inputs([f"{tmp_path}/*.tar"])
+    assert [sample.members for sample, _ in read_samples(shard)] == [{"txt": b"a"}, {"txt": b"b"}]
+
+
+class Dropped(io.FileIO):
+    """A file whose connection breaks behind its first bytes."""
+
+    def read(self, *size):
+        if self.tell() > 2000:
+            raise self.error
+        return super().read(*size)
+
+
+@pytest.mark.parametrize("error", [FSTimeoutError(), ConnectionError("reset"), EOFError(), RuntimeError("of a store")])
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.parquet", "a.jsonl.gz"])
+def test_failed_read_is_no_damage(tmp_path, monkeypatch, name, error):
+    """It is raised, for another attempt: a shard must not be committed without the samples behind it."""
+    noise = random.Random(0).randbytes
+    path = tmp_path / name.replace(".tar.gz", ".tar")
+    if ".tar" in name:
+        write_tar(path, [(f"{number}.txt", noise(600)) for number in range(200)])
+        if name.endswith(".gz"):
+            path.write_bytes(gzip.compress(path.read_bytes()))
+    elif name == "a.parquet":
+        write_img2dataset_parquet(path, rows=250)
+    else:
+        write_json_lines(path, [noise(600).hex() for _ in range(400)])
+    (shard,) = list_inputs([str(path)])
+    file = Dropped(path)
+    file.error = error
+    monkeypatch.setattr(fsspec, "open", lambda url, mode: file)
+    with pytest.raises(type(error)):
+        list(read_samples(shard))
 
 
 def test_read_errors_are_raised(tmp_path):
