@@ -50,7 +50,7 @@ def _training(run: PretrainConfig, step: int) -> str:
     sets = "\n".join(f"| `{shard_set}` | {_counts(shard_set)} |" for shard_set in run.data.sets)
     return f"""{step:,} steps of {run.train.steps:,}, each of {run.train.global_batch_tokens:,} positions.
 
-| data (its `manifest.json` names origin and license) | documents | images | positions |
+| data (its `manifest.json` names the input files and the filters) | documents | images | positions |
 | --- | --- | --- | --- |
 {sets}
 

@@ -22,7 +22,10 @@ BATCH = 8  # drawings made at once
 
 
 def read_pairs(pattern: str, count: int) -> list[tuple[str, Image.Image, str]]:
-    """(key, image, caption) of the first `count` samples of the webdataset tars that match."""
+    """(key, image, caption) of the first `count` samples of the webdataset tars that match.
+
+    Ends the program where one can't be read.
+    """
     pairs = []
     for path in sorted(glob.glob(pattern)):
         with tarfile.open(path) as tar:
@@ -32,7 +35,12 @@ def read_pairs(pattern: str, count: int) -> list[tuple[str, Image.Image, str]]:
                 sample = found.setdefault(key, {})
                 sample["image" if extension in ("png", "jpg", "jpeg") else extension] = tar.extractfile(member).read()
                 if "image" in sample and "txt" in sample:
-                    pairs.append((key, Image.open(io.BytesIO(sample["image"])), sample["txt"].decode().strip()))
+                    try:
+                        image = Image.open(io.BytesIO(sample["image"]))
+                        image.load()
+                        pairs.append((key, image, sample["txt"].decode().strip()))
+                    except Exception as error:  # of PIL's decoders: whatever unpacking wrong bytes leads to
+                        sys.exit(f"error: --data: sample '{key}' of '{path}' can't be read: {error}")
                     del found[key]
                     if len(pairs) == count:
                         return pairs

@@ -1,13 +1,16 @@
 """From undecoded images to RGB, or the reason why not; and the filters."""
 
+import contextlib
 import io
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.config import EncodeConfig, FilterConfig
 from data_pipeline.layouts import LeftOut, RawDocument, Unusable
+from megadual.vision.tokenizer import to_rgb
 
 
 @dataclass
@@ -28,28 +31,28 @@ class Decoded:
         return [part for part in self.parts if not isinstance(part, str)]
 
 
-def _image(data: bytes, max_pixels: int) -> Image.Image:
+@contextlib.contextmanager
+def _unusable_where_broken() -> Iterator[None]:
+    """Unusable for all that PIL raises on broken data, so that one image costs its sample and not its shard."""
     try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > max_pixels:
-            raise Unusable(f"the image has {image.width} x {image.height} pixels, more than max_pixels {max_pixels}")
-        image.load()
+        yield
+    except Unusable:
+        raise
     except UnidentifiedImageError as error:
         raise Unusable("not an image that can be read") from error
     except Image.DecompressionBombError as error:
         raise Unusable(f"the image is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what PIL's decoders raise on broken data
-        raise Unusable(f"the image is broken: {error}") from error
-    return image
+    except Exception as error:
+        raise Unusable(f"the image is broken: {str(error) or type(error).__name__}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Upright, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+def _image(data: bytes, max_pixels: int) -> Image.Image:
+    with _unusable_where_broken():
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > max_pixels:
+            raise Unusable(f"the image has {image.width} x {image.height} pixels, more than max_pixels {max_pixels}")
+        image.load()
+        return image
 
 
 def _filter_image(image: Image.Image, filters: FilterConfig) -> None:
@@ -85,7 +88,8 @@ def decode(document: RawDocument, filters: FilterConfig, encode: EncodeConfig) -
             left_out[str(reason)] += 1
             continue
         sizes.append(list(image.size))
-        parts.append(_to_rgb(image))
+        with _unusable_where_broken():
+            parts.append(to_rgb(image))
     _filter_text(parts, filters, document.layout)
     meta = {"layout": document.layout, "field": document.field, "sizes": sizes}
     return Decoded(document.key, parts, meta, left_out)

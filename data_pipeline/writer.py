@@ -1,5 +1,6 @@
 """One folder of the set for one input shard: MDS files with their index.json, the unusable samples, the marker."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,10 +8,12 @@ import socket
 import uuid
 from collections import Counter
 
+import numpy as np
+
 from data_pipeline.readers import InputShard
 from data_pipeline.store import MARKER, Store
 from megadual.data.mds import document_writer
-from megadual.streams import Document
+from megadual.streams import LENGTHS, Document
 
 QUARANTINE = "bad.jsonl"
 
@@ -32,6 +35,7 @@ class ShardWriter:
         self.mds = document_writer(self.folder, size_limit)
         self.bad = open(self.folder / QUARANTINE, "w", encoding="utf-8")
         self.counts = Counter(samples=0, documents=0, images=0, positions=0, text_ids=0, quarantined=0)
+        self.lengths: list[tuple[int, int, int]] = []
         self.left_out: Counter = Counter()
         self.left_out_images: Counter = Counter()  # of documents that were written without them
 
@@ -45,13 +49,9 @@ class ShardWriter:
     def write(self, document: Document, left_out_images: Counter) -> None:
         self.mds.write(document.row())
         self.left_out_images.update(left_out_images)
-        self.counts.update(
-            samples=1,
-            documents=1,
-            images=len(document.grids),
-            positions=len(document.semantic),
-            text_ids=len(document.text_ids),
-        )
+        text_ids, images, positions = len(document.text_ids), len(document.grids), len(document.semantic)
+        self.lengths.append((text_ids, images, positions))
+        self.counts.update(samples=1, documents=1, images=images, positions=positions, text_ids=text_ids)
 
     def quarantine(self, key: str, reason: str) -> None:
         self.bad.write(quarantine_line(key, reason))
@@ -69,6 +69,8 @@ class ShardWriter:
             {"file": file["raw_data"]["basename"], "sha256": file["raw_data"]["hashes"]["sha256"]}
             for file in self.mds.shards
         ]
+        np.save(self.folder / LENGTHS, np.array(self.lengths, dtype=np.int32).reshape(-1, 3))
+        files.append({"file": LENGTHS, "sha256": hashlib.sha256((self.folder / LENGTHS).read_bytes()).hexdigest()})
         marker = {
             "folder": self.shard.name,
             "source": self.shard.url,

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from megadual.errors import UserError, command
 from megadual.hf.folder import open_folder
+from megadual.vision.tokenizer import to_rgb
 
 HELP = """\
 describe PATH [TEXT]   a text for an image, going on from TEXT
@@ -91,7 +92,7 @@ def split(text: str) -> list[str]:
 
 def read_image(path: str) -> Image.Image:
     try:
-        return Image.open(path).convert("RGB")
+        return to_rgb(Image.open(path))
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"'{path}' cannot be read as an image: {error}") from error
 

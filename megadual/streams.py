@@ -24,6 +24,10 @@ MDS_COLUMNS = {
     "meta": "json",
 }
 
+# Beside a folder's MDS files: (documents, 3) int32, each document's text ids, images and image positions, so that rows
+# are packed without reading the documents.
+LENGTHS = "lengths.npy"
+
 IGNORE = -100  # text target of a position whose next position is not text
 
 

@@ -65,7 +65,12 @@ def page(model, name: str) -> gr.Blocks:
         with gr.Tab("Describe"), gr.Row():
             with gr.Column(scale=2):
                 shown = gr.Image(
-                    type="pil", label="Image", sources=["upload", "clipboard"], height=380, elem_id="shown"
+                    type="pil",
+                    image_mode=None,  # the processor knows what to do with transparency
+                    label="Image",
+                    sources=["upload", "clipboard"],
+                    height=380,
+                    elem_id="shown",
                 )
                 beginning = gr.Textbox(label="Beginning of the text", info="may be left empty", elem_id="beginning")
                 tell = gr.Button("Describe", variant="primary", elem_id="describe")

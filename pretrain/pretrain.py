@@ -52,6 +52,7 @@ def pretrain(run: PretrainConfig, layout: Topology, inputs) -> int:
     import torch
     import torch.distributed as dist
 
+    from megadual.engine.groups import collective_timeout_s
     from megadual.train import preflight, record, setup
     from megadual.train.lock import sole_trainer
     from megadual.train.loop import train
@@ -66,8 +67,7 @@ def pretrain(run: PretrainConfig, layout: Topology, inputs) -> int:
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # The watchdog comes first, and shows stacks; the backend's own timeout only ends the process.
-        timeout = datetime.timedelta(seconds=(run.run.hang_timeout or 1e6) + 120)
+        timeout = datetime.timedelta(seconds=collective_timeout_s(run))
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timeout)
         preflight.check_all_reduce(rank, world)
         engine = setup.engine(run, layout, inputs.vocabulary)

@@ -14,7 +14,7 @@ from megadual.config import DataConfig
 from megadual.data.mds_reader import ShardSet
 from megadual.data.packing import PackedRows, Piece
 from megadual.errors import UserError
-from megadual.streams import IGNORE, Sequence, SpecialIds, lay_out
+from megadual.streams import IGNORE, LENGTHS, Sequence, SpecialIds, lay_out
 
 
 @dataclass
@@ -119,6 +119,7 @@ class PackedDataset:
         self.rows_per_step = rows_per_step
         self.rows_per_rank = rows_per_step // dp_size
         self.first = dp_rank * self.rows_per_rank
+        self.offset = 0  # rows that steps so far took beyond `rows_per_step` each
 
     @property
     def dropped(self) -> int:
@@ -130,20 +131,36 @@ class PackedDataset:
         """Share of positions that documents take, over the windows packed so far."""
         return self.rows.fill
 
+    def rows_before(self, s: int) -> int:
+        """Rows that steps 0 to s - 1 take, of all ranks."""
+        return self.offset + s * self.rows_per_step
+
+    def go_on(self, s: int, position: dict) -> bool:
+        """Let step s begin where `position` says (`iterate`), however many rows the steps before it had.
+
+        False where the sets, their weights, the seed or seq_len have changed, so that rows are others now.
+        """
+        self.offset = position["row"] - s * self.rows_per_step
+        return self.rows.go_on(position)
+
     def step(self, s: int) -> list[MicroBatch]:
-        start = s * self.rows_per_step + self.first
+        start = self.rows_before(s) + self.first
         size = self.micro_batch_size
         return [
             self._read([self.rows[start + r] for r in range(i, i + size)]) for i in range(0, self.rows_per_rank, size)
         ]
 
-    def iterate(self, start_step: int = 0) -> Iterator[list[MicroBatch]]:
-        """Steps from `start_step` on, each read one step ahead in a thread."""
+    def iterate(self, start_step: int = 0) -> Iterator[tuple[list[MicroBatch], dict]]:
+        """Steps from `start_step` on, each read one step ahead in a thread, and the position after each."""
+
+        def read(s: int) -> tuple[list[MicroBatch], dict]:
+            return self.step(s), self.rows.position(self.rows_before(s + 1))
+
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as reader:
-            ahead = reader.submit(self.step, start_step)
+            ahead = reader.submit(read, start_step)
             while True:
                 start_step += 1
-                ready, ahead = ahead.result(), reader.submit(self.step, start_step)
+                ready, ahead = ahead.result(), reader.submit(read, start_step)
                 yield ready
 
     def _read(self, rows: list[list[Piece]]) -> MicroBatch:
@@ -157,6 +174,8 @@ class PackedDataset:
                 try:
                     document.check(special)
                     end = lay_out(document, special, piece.draw_images, piece.drop_caption, whole, begin)
+                    if end > (i + 1) * self.seq_len:
+                        raise ValueError(f"document '{document.key}' is longer than its folder's {LENGTHS} says")
                 except ValueError as error:
                     raise UserError(f"shard set '{self.sets[piece.set].root}': {error}") from error
                 keys.append(document.key)

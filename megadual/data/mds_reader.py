@@ -4,17 +4,18 @@ A shard is mosaicml-streaming's MDS file: uint32 count, uint32[count + 1] offset
 record per document: the byte sizes of its columns (uint32 each), then the columns.
 """
 
+import itertools
 import json
-import mmap
 import struct
 from bisect import bisect_right
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from megadual.errors import UserError
-from megadual.streams import MDS_COLUMNS, Document
+from megadual.streams import LENGTHS, MDS_COLUMNS, Document
 
 # The type of an array column's values, None where it holds text.
 _DTYPES = {
@@ -25,7 +26,7 @@ _SIZES = struct.Struct(f"<{len(MDS_COLUMNS)}I")
 
 
 class Lengths(NamedTuple):
-    """What `streams.sequence_length` needs, for every document of a set: int64 arrays of one length."""
+    """What `streams.sequence_length` needs, for every document of a set: int32 arrays of one length."""
 
     text_tokens: np.ndarray
     images: np.ndarray
@@ -47,6 +48,18 @@ def _decode_array(buffer: bytes, start: int, size: int, dtype: np.dtype) -> np.n
     return np.frombuffer(buffer, dtype, count, values).reshape(shape.unpack_from(buffer, start + 1))
 
 
+def _map(path: Path) -> memoryview:
+    """A file's bytes, mapped into memory. No descriptor stays open, as Python's own maps keep one: sets are large."""
+    try:
+        mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise UserError(
+            f"shard '{path}' can't be mapped into memory ({str(error).splitlines()[0]}); a process may map as many "
+            "files as `sysctl vm.max_map_count` says: raise it, or make the set again with larger shards"
+        ) from error
+    return memoryview(mapped.numpy())
+
+
 class _Shard:
     """One MDS file."""
 
@@ -64,8 +77,7 @@ class _Shard:
                 f"shard '{path}' has {path.stat().st_size:,} bytes, index.json says {info['raw_data']['bytes']:,}: "
                 "it is damaged or cut off; make it again with data_pipeline/tokenize.py"
             )
-        with open(path, "rb") as file:
-            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.bytes = _map(path)
         count = int.from_bytes(self.bytes[:4], "little")
         if count != info["samples"]:
             raise UserError(f"shard '{path}' says it holds {count} documents, index.json says {info['samples']}")
@@ -77,7 +89,7 @@ class _Shard:
         return len(self.offsets) - 1
 
     def __getitem__(self, i: int) -> Document:
-        record = self.bytes[self.offsets[i] : self.offsets[i + 1]]
+        record = bytes(self.bytes[self.offsets[i] : self.offsets[i + 1]])
         start, values = _SIZES.size, {}
         try:
             for name, size in zip(self.columns, _SIZES.unpack_from(record), strict=True):
@@ -113,7 +125,8 @@ class _Shard:
         kind = buffer[begin].astype(np.int64)
         first_rows = begin + 1 + (kind >> 2 << (kind & 3))
         has_images = (buffer[first_rows] | buffer[first_rows + 1]) > 0  # a 0 x 0 grid stands for none
-        return Lengths(values("text_ids", 4), np.where(has_images, values("grids", 2) // 2, 0), positions * has_images)
+        images = np.where(has_images, values("grids", 2) // 2, 0)
+        return Lengths(*(column.astype(np.int32) for column in (values("text_ids", 4), images, positions * has_images)))
 
 
 class ShardSet:
@@ -135,7 +148,23 @@ class ShardSet:
                 f"shard set '{root}': index.json lists {self._ends[-1]} documents, "
                 f"manifest.json {self.manifest['documents']}; finish it with data_pipeline/tokenize.py"
             )
-        self.lengths = Lengths(*map(np.concatenate, zip(*(shard.lengths() for shard in self.shards), strict=True)))
+        self.lengths = self._read_lengths()
+
+    def _read_lengths(self) -> Lengths:
+        """As the pipeline noted them; where it did not, from the documents, which reads most of a set's pages."""
+        parts = []
+        for folder, group in itertools.groupby(self.shards, lambda shard: shard.path.parent):
+            shards, noted = list(group), None
+            if (folder / LENGTHS).is_file():
+                try:
+                    noted = np.load(folder / LENGTHS)
+                except ValueError as error:
+                    raise UserError(f"'{folder / LENGTHS}' is damaged ({error}); remove it to do without") from error
+            if noted is not None and noted.shape == (sum(map(len, shards)), len(Lengths._fields)):
+                parts.append(noted.T)
+            else:
+                parts += [np.stack(shard.lengths()) for shard in shards]
+        return Lengths(*np.concatenate(parts, axis=1))
 
     def _read_json(self, name: str) -> dict:
         path = self.root / name

@@ -3,9 +3,11 @@
 No document is cut; one that is longer than a row is left out and counted. Each epoch of a set is a seeded
 permutation taken in windows; within a window documents are put together so that rows are full, and the rows
 are shuffled. The direction of every image (draw or look at) and caption dropout are drawn per window too: nothing
-but the number of consumed rows has to be saved to go on exactly, under any number of data-parallel ranks.
+but the number of consumed rows has to be saved to go on exactly, under any number of data-parallel ranks. Which window
+a row is in is known only by packing all before it, so a position also says that (`PackedRows.position`).
 """
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -71,28 +73,44 @@ class _SetRows:
         self.draw_probability, self.caption_dropout = draw_probability, caption_dropout
         self.lengths = shard_set.lengths
         self.full = sequence_length(*self.lengths)
-        self.without_caption = sequence_length(*self.lengths, dropped_caption=True)
         # Measured with the caption, so that which documents are left out does not change from epoch to epoch.
-        self.kept = np.flatnonzero(self.full <= seq_len)
+        self.kept = np.flatnonzero(self.full <= seq_len).astype(np.int32)
         if not len(self.kept):
             raise UserError(
                 f"shard set '{shard_set.root}': every document is longer than train.seq_len {seq_len} "
                 f"(the shortest takes {self.full.min()} positions)"
             )
         self.windows = -(-len(self.kept) // WINDOW)  # per epoch
-        self.ends: list[int] = []  # rows up to the end of each window packed so far
-        self.filled = 0  # positions that documents take in those rows
+        self.go_on(0, 0)
         self._window: tuple[int, list[list[Piece]]] = (-1, [])
         self._order: tuple[int, np.ndarray] = (-1, self.kept)
 
+    def go_on(self, window: int, rows: int) -> None:
+        """Start packing at a window that has `rows` rows before it."""
+        self.first, self.before = window, rows
+        self.ends: list[int] = []  # rows up to the end of each window from `first` on that was packed
+        self.filled = 0  # positions that documents take in those
+
     def __getitem__(self, k: int) -> list[Piece]:
-        while not self.ends or self.ends[-1] <= k:
-            rows, filled = self._pack(len(self.ends))
-            self.ends.append((self.ends[-1] if self.ends else 0) + len(rows))
-            self.filled += filled
-        window = bisect_right(self.ends, k)
+        window, before = self.window_of(k)
         rows, _ = self._pack(window)
-        return rows[k - (self.ends[window - 1] if window else 0)]
+        return rows[k - before]
+
+    def window_of(self, k: int) -> tuple[int, int]:
+        """The number of the window that holds row k, counted over epochs, and the rows before it."""
+        if k < self.before:
+            self.go_on(0, 0)
+        while not self.ends or self.ends[-1] <= k:
+            rows, filled = self._pack(self.first + len(self.ends))
+            self.ends.append((self.ends[-1] if self.ends else self.before) + len(rows))
+            self.filled += filled
+        i = bisect_right(self.ends, k)
+        return self.first + i, self.ends[i - 1] if i else self.before
+
+    @property
+    def packed(self) -> int:
+        """Rows of the windows packed so far."""
+        return self.ends[-1] - self.before if self.ends else 0
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
@@ -115,7 +133,8 @@ class _SetRows:
         drawn_pair = images == 1
         drawn_pair[drawn_pair] = draw[first[drawn_pair]]
         drop = drawn_pair & (random.random(len(documents)) < self.caption_dropout)
-        lengths = np.where(drop, self.without_caption[documents], self.full[documents])
+        without_caption = sequence_length(*(column[documents] for column in self.lengths), dropped_caption=True)
+        lengths = np.where(drop, without_caption, self.full[documents])
         draw, first, images = draw.tolist(), first.tolist(), images.tolist()
         rows = fill_rows(lengths, self.seq_len)
         shuffled = [
@@ -154,17 +173,49 @@ class PackedRows:
         ]
         shares = np.array(weights or [rows.full[rows.kept].sum() for rows in self.sets], dtype=np.float64)
         self.bounds = np.cumsum(shares / shares.sum())[:-1]
-        self._blocks: list[np.ndarray] = [np.zeros(len(sets), dtype=np.int64)]  # rows of each set before each block
+        sizes = [[len(rows.full), len(rows.kept), int(rows.full[rows.kept].sum())] for rows in self.sets]
+        of = [seq_len, seed, draw_probability, caption_dropout, self.bounds.tolist(), sizes]
+        self.order = hashlib.sha256(repr(of).encode()).hexdigest()[:16]  # equal where rows of one number are
+        self._start_blocks(0, [0] * len(sets))
         self._block: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __getitem__(self, r: int) -> list[Piece]:
+        chosen = int(self._mix(r // _MIX_BLOCK)[r % _MIX_BLOCK])
+        return self.sets[chosen][int(self._taken(r)[chosen])]
+
+    def position(self, r: int) -> dict:
+        """Where row r is: what `go_on` needs, in plain numbers and text."""
+        taken = self._taken(r)
+        block = r // _MIX_BLOCK
+        return {
+            "row": r,
+            "order": self.order,
+            "block": [block, self._blocks[block - self._first].tolist()],
+            "windows": [list(rows.window_of(k)) for rows, k in zip(self.sets, taken.tolist(), strict=True)],
+        }
+
+    def go_on(self, position: dict) -> bool:
+        """Go on from there without packing what is before it; False where it is of another order of rows."""
+        if position["order"] != self.order:
+            return False
+        self._start_blocks(*position["block"])
+        for rows, (window, before) in zip(self.sets, position["windows"], strict=True):
+            rows.go_on(window, before)
+        return True
+
+    def _start_blocks(self, block: int, taken: list[int]) -> None:
+        self._first, self._blocks = block, [np.array(taken)]  # rows of each set before each block from there on
+
+    def _taken(self, r: int) -> np.ndarray:
+        """(sets,) rows of each set before row r."""
         block, place = divmod(r, _MIX_BLOCK)
-        while len(self._blocks) <= block:
-            taken = np.bincount(self._mix(len(self._blocks) - 1), minlength=len(self.sets))
+        if block < self._first:
+            self._start_blocks(0, [0] * len(self.sets))
+        while len(self._blocks) <= block - self._first:
+            taken = np.bincount(self._mix(self._first + len(self._blocks) - 1), minlength=len(self.sets))
             self._blocks.append(self._blocks[-1] + taken)
-        mix = self._mix(block)
-        chosen = int(mix[place])
-        return self.sets[chosen][int(self._blocks[block][chosen] + (mix[:place] == chosen).sum())]
+        within = np.bincount(self._mix(block)[:place], minlength=len(self.sets))
+        return self._blocks[block - self._first] + within
 
     def _mix(self, block: int) -> np.ndarray:
         """(_MIX_BLOCK,) which set each row of a block comes from: stratified, so shares hold to a row or two."""
@@ -182,5 +233,5 @@ class PackedRows:
     @property
     def fill(self) -> float:
         """Share of positions that documents take, over the windows packed so far."""
-        packed = sum(rows.ends[-1] for rows in self.sets if rows.ends) * self.seq_len
+        packed = sum(rows.packed for rows in self.sets) * self.seq_len
         return sum(rows.filled for rows in self.sets) / packed if packed else 0.0

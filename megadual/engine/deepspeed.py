@@ -211,15 +211,15 @@ class DeepSpeedEngine(SavedState):
                     tensor = safe_get_full_optimizer_state(parameter, key)
                 yield prefix, tensor.to("cpu", copy=True) if mine else None
 
-    def _fill(self, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        with self._gathered(parameter, modifier_rank=0):
-            parameter.copy_(tensors[""])
-        for prefix, key in OPTIMIZER_STATE.items() if parameter.requires_grad else ():
-            tensor = tensors[prefix].to(parameter.device)
-            if key == "param":
-                safe_set_full_fp32_param(parameter, tensor)
-            else:
-                safe_set_full_optimizer_state(parameter, tensor, key)
+    def _fill(self, parameter: torch.nn.Parameter, prefix: str, tensor: torch.Tensor) -> None:
+        tensor = tensor.to(parameter.device)
+        if not prefix:
+            with self._gathered(parameter, modifier_rank=0):
+                parameter.copy_(tensor)
+        elif (key := OPTIMIZER_STATE[prefix]) == "param":
+            safe_set_full_fp32_param(parameter, tensor)
+        else:
+            safe_set_full_optimizer_state(parameter, tensor, key)
 
     def _hold_moments(self) -> None:
         """Give AdamW its state before the first step, and DeepSpeed's parameters their views of it."""

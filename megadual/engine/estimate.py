@@ -33,6 +33,8 @@ class StageEstimate:
 def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traffic: Traffic) -> list[StageEstimate]:
     """The stages of a resolved run, first to last."""
     model, parallel, train = run.model, run.parallel, run.train
+    llm, heads = "llm" in train.parts, "heads" in train.parts
+    virtual = parallel.virtual_pipeline
     hidden, head, tensor, data = model.hidden, model.head, parallel.tensor, layout.data
     kv = model.kv_heads * (hidden // model.heads)
     layer = hidden * (2 * hidden + 2 * kv) + hidden + 2 * kv + 3 * hidden * model.ffn + 2 * hidden
@@ -44,9 +46,9 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
     one_head += vocabulary.depth * (codebook_size + 1) * head.width + head.width
 
     cost = costs(run, vocabulary, traffic)
-    per_stage = [sum(parallel.stage_layers[stage :: parallel.pipeline]) for stage in range(parallel.pipeline)]
-    shares = [layers * cost.layer for layers in per_stage]
-    shares[0] += cost.embedding
+    per_stage = [parallel.stage_layers[stage :: parallel.pipeline] for stage in range(parallel.pipeline)]
+    shares = [sum(chunks) * cost.layer for chunks in per_stage]
+    shares[0] += cost.embedding + per_stage[0][0] * (cost.first - 1) * cost.layer
     shares[-1] += cost.heads
     total_share = sum(shares)
 
@@ -57,38 +59,49 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
     positions = train.seq_len * train.micro_batch_size / parallel.context
     data *= parallel.context  # these ranks split gradients' and optimizer's memory as data-parallel ones do
     inner = tensor if parallel.sequence else 1
-    # kept for backward per layer and position: inputs of both norms, q, k, v, attention's output, gate, up, product
-    kept = (2 * hidden / inner + (2 * hidden + 2 * kv + 3 * model.ffn) / tensor + 2 * hidden / inner) * width
+    # kept for backward per layer and position: inputs of both norms, q, k, v, attention's output, gate, up; and for the
+    # gradients of weights: outputs of both norms, product
+    kept = (2 * hidden / inner + (2 * hidden + 2 * kv + 2 * model.ffn) / tensor) * width
+    if llm:
+        kept += (2 * hidden / inner + model.ffn / tensor) * width
     if train.recompute:
         kept = hidden / inner * width
 
     stages = []
-    for stage, layers in enumerate(per_stage):
+    for stage, chunks in enumerate(per_stage):
         first, last = stage == 0, stage == parallel.pipeline - 1
-        split = layers * layer + (table if first else 0)
-        whole = projector if first else 0  # not split over tensor-parallel ranks
+        split = sum(chunks) * layer + (table if first else 0)
+        # not split over tensor-parallel ranks, by part
+        whole = {"projector": projector if first else 0, "llm": 0, "heads": 0}
         if last:
             split += 0 if model.tie_embeddings and first else table
-            whole += 2 * one_head + hidden  # and the last norm
-        on_gpu = split / tensor + whole
-        in_flight = min(parallel.pipeline - stage, layout.microbatches)
+            whole["llm"], whole["heads"] = hidden, 2 * one_head  # the last norm
+        on_gpu = split / tensor + sum(whole.values())
+        trained = llm * split / tensor + sum(whole[part] for part in set(train.parts))
+        # passes through a chunk that wait for their backward, of which there are `virtual` a micro-batch
+        in_flight = parallel.pipeline - stage
+        if virtual > 1:  # megatron-core's interleaved schedule
+            in_flight = 2 * (in_flight - 1) + (virtual - 1) * parallel.pipeline + 1
+        in_flight = min(in_flight, layout.microbatches * virtual)
+        # a frozen first chunk keeps nothing; the others do, for backward goes through whatever a stage receives
+        kept_layers = sum(chunks) - (chunks[0] if first and not (llm or "projector" in train.parts) else 0)
         logits = 0.0
         if last:
-            # one chunk's logits, the classifiers' gradients, which are made with them, and the visual heads' states
+            # one chunk's logits, the trained classifiers' gradients, made with them, and the visual heads' states
             logits = min(LOGITS_AT_ONCE, positions * traffic.text * vocabulary.padded_text_size / tensor) * width
-            logits += (table / tensor + 2 * vocabulary.depth * codebook_size * head.width) * width
+            logits += (llm * table / tensor + heads * 2 * vocabulary.depth * codebook_size * head.width) * width
             drawn = positions * traffic.drawn / inner
             logits += 2 * drawn * vocabulary.depth * head.layers * (8 * head.width + 3 * head.ffn) * width
         bucket = DEEPSPEED_BUCKET * per_gradient if run.engine == "deepspeed" else 0
         stages.append(
             StageEstimate(
-                layers=layers,
-                parameters=split + whole,
+                layers=sum(chunks),
+                parameters=split + sum(whole.values()),
                 flops_share=shares[stage] / total_share,
                 weights=on_gpu * per_weight / (data if stage_zero == 3 else 1),
-                gradients=on_gpu * per_gradient / (data if stage_zero >= 2 else 1) + bucket,
-                optimizer=on_gpu * per_optimizer / data,
-                activations=in_flight * layers * positions * kept,
+                gradients=trained * per_gradient / (data if stage_zero >= 2 else 1) + bucket,
+                optimizer=trained * per_optimizer / data,
+                activations=in_flight / virtual * kept_layers * positions * kept,
                 logits=logits,
             )
         )

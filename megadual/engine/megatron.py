@@ -152,11 +152,12 @@ class MegatronEngine(SavedState):
             dist.reduce(whole.view(torch.int32), dist.get_global_rank(group, owner), group=group)
             yield prefix, whole.view(parameter.shape).to("cpu", copy=True) if mine else None
 
-    def _fill(self, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        parameter.copy_(tensors[""])
-        for place, held in self._held(parameter) if parameter.requires_grad else ():
-            for prefix, key in OPTIMIZER_STATE.items():
-                held[key].copy_(tensors[prefix].flatten()[place])
+    def _fill(self, parameter: torch.nn.Parameter, prefix: str, tensor: torch.Tensor) -> None:
+        if not prefix:
+            parameter.copy_(tensor)
+            return
+        for place, held in self._held(parameter):
+            held[OPTIMIZER_STATE[prefix]].copy_(tensor.flatten()[place])
 
     def _held(self, parameter: torch.nn.Parameter) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
         """This rank's share of a parameter's state, if it has one, and its place in the flat parameter."""

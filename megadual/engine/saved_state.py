@@ -24,7 +24,7 @@ class SavedState(ABC):
 
     Data-parallel ranks hold a parameter's optimizer state together, and under ZeRO-3 the parameter too. Each
     parameter is made whole on one of them, which writes it: so a rank has 1 / ranks of the checkpoint on its host,
-    and all of them write. Loading reads a part of the parameters at a time.
+    and all of them write. The same one reads it for all, a part of the parameters at a time.
     """
 
     chunks: list[DualLM]
@@ -38,8 +38,8 @@ class SavedState(ABC):
         """
 
     @abstractmethod
-    def _fill(self, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        """Put back what `_whole` gave; every rank has all of it (collective over the data-parallel ranks)."""
+    def _fill(self, parameter: torch.nn.Parameter, prefix: str, tensor: torch.Tensor) -> None:
+        """Put back one that `_whole` gave; every rank has it (collective over the data-parallel ranks)."""
 
     @abstractmethod
     def _adam(self) -> torch.optim.Optimizer | None:
@@ -71,7 +71,7 @@ class SavedState(ABC):
         for name, owner in self._owners().items():
             whole = list(self._whole(self.parameters[name], owner))
             if owner == rank:
-                state[name] = [self._entry(name, prefix, tensor, alone=True) for prefix, tensor in whole]
+                state[name] = [self._entry(name, prefix, tensor) for prefix, tensor in whole]
         return sharded.ShardedWrite(state, folder)
 
     def load(self, folder: Path, step: int, updates: int) -> None:
@@ -79,12 +79,24 @@ class SavedState(ABC):
         total = sum(math.prod(shape) for shape in self.shapes.values())
         parts = torch.tensor([total // LOADED_AT_ONCE + 1], device=torch.cuda.current_device())
         dist.all_reduce(parts, op=dist.ReduceOp.MAX)  # reading is collective, and stages differ in size
+        group, owners = data_parallel_group(), self._owners()
         for part in range(parts.item()):
             names = list(self.parameters)[part :: parts.item()]
-            state = {name: dict(self._empty_entries(name)) for name in names}
-            for name, tensors in sharded.read(state, folder).items():
-                with torch.no_grad():
-                    self._fill(self.parameters[name], tensors)
+            mine = [name for name in names if owners[name] == dist.get_rank(group)]
+            entries = {
+                name: {prefix: self._entry(name, prefix, tensor) for prefix, tensor in self._empty(name)}
+                for name in mine
+            }
+            loaded = sharded.read(entries, folder)
+            for name in names:
+                parameter, read = self.parameters[name], loaded.get(name)
+                for prefix, empty in self._empty(name):
+                    tensor = read.pop(prefix) if read else torch.empty_like(empty, device=parameter.device)
+                    if group.size() > 1:
+                        tensor = tensor.to(parameter.device)
+                        dist.broadcast(tensor, dist.get_global_rank(group, owners[name]), group=group)
+                    with torch.no_grad():
+                        self._fill(parameter, prefix, tensor)
         if self._adam():
             sharded.set_updates(self._adam(), updates)
         self.scheduler.step(increment=step)
@@ -97,21 +109,20 @@ class SavedState(ABC):
             loads[owners[name]] += math.prod(self.shapes[name])
         return owners
 
-    def _entry(self, name: str, prefix: str, tensor: torch.Tensor, alone: bool):
-        """A sharded state's entry for this rank's whole share of a parameter or its optimizer state."""
+    def _entry(self, name: str, prefix: str, tensor: torch.Tensor):
+        """A sharded state's entry for all of a parameter or its optimizer state, which this data-parallel rank has."""
         entry = self.entries[name]
-        values = {"key": prefix + entry.key, "data": tensor}
+        values = {"key": prefix + entry.key, "data": tensor, "replica_id": (*entry.replica_id[:-1], 0)}
         if hasattr(entry, "dtype"):
             values["dtype"] = tensor.dtype
-        if alone:  # no other data-parallel rank offers it
-            values["replica_id"] = (*entry.replica_id[:-1], 0)
         return replace(entry, **values)
 
-    def _empty_entries(self, name: str) -> Iterator[tuple[str, object]]:
+    def _empty(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """What `_whole` gives of a parameter, not filled."""
         shape, parameter = self.shapes[name], self.parameters[name]
-        yield "", self._entry(name, "", torch.empty(shape, dtype=parameter.dtype), alone=False)
+        yield "", torch.empty(shape, dtype=parameter.dtype)
         for prefix in OPTIMIZER_STATE if parameter.requires_grad else ():
-            yield prefix, self._entry(name, prefix, torch.empty(shape), alone=False)
+            yield prefix, torch.empty(shape)
 
 
 def data_parallel_group() -> dist.ProcessGroup:

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import numpy as np
+
 from megadual.config import PretrainConfig
+from megadual.data.packing import PackedRows
 from megadual.model.dual_lm import Vocabulary
 from megadual.model.flops import work
-from megadual.streams import sequence_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,34 +20,38 @@ class Traffic:
     attended: float  # positions of its document, weighted by length: attention's work per position
 
     @classmethod
-    def of(cls, sets, draw_probability: float) -> "Traffic":
-        """The average over all documents of the shard sets."""
-        text = images = positions = squares = total = 0.0
-        for shard_set in sets:
-            lengths = shard_set.lengths
-            whole = sequence_length(*lengths).astype("float64")
-            total, squares = total + whole.sum(), squares + (whole**2).sum()
-            text, images = text + (whole - lengths.positions).sum(), images + lengths.positions.sum()
-            positions += len(whole)
-        text -= positions  # a document's last position predicts nothing
-        return cls(text / total, draw_probability * images / total, images / total, squares / total)
+    def of(cls, rows: PackedRows, draw_probability: float) -> "Traffic":
+        """The average over the documents that are read, each set by its share of the rows."""
+        shares = np.diff(rows.bounds, prepend=0, append=1)
+        sets = []
+        for packed in rows.sets:
+            whole = packed.full[packed.kept].astype(np.float64)
+            images, total = packed.lengths.positions[packed.kept].sum(dtype=np.float64), whole.sum()
+            text = total - images - len(whole)  # a document's last position predicts nothing
+            sets.append([text / total, images / total, (whole**2).sum() / total])
+        text, image, attended = (shares @ sets).tolist()
+        return cls(text, draw_probability * image, image, attended)
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Forward multiply-adds per position."""
+    """Multiply-adds per position, forward and backward."""
 
     layer: float
     embedding: float
     heads: float
+    first: float = 1.0  # a layer of the first chunk, where backward may end, in units of `layer`
 
 
 def costs(run: PretrainConfig, vocabulary: Vocabulary, traffic: Traffic) -> Costs:
-    each = work(run.model, vocabulary)
+    forward, parts = work(run.model, vocabulary), run.train.parts
+    first, others = (forward.with_backward(parts, received) for received in (False, run.parallel.pipeline > 1))
+    first_layer, layer = (each.layer_position + each.attention * traffic.attended for each in (first, others))
     return Costs(
-        layer=each.layer_position + each.attention * traffic.attended,
-        embedding=each.embed_image * traffic.image,
-        heads=each.text_target * traffic.text + each.drawn_target * traffic.drawn,
+        layer=layer,
+        embedding=first.embed_image * traffic.image,
+        heads=others.text_target * traffic.text + others.drawn_target * traffic.drawn,
+        first=first_layer / layer,
     )
 
 
@@ -67,7 +73,7 @@ def split_layers(layers: int, chunks: int, cost: Costs) -> list[int]:
             if first + sum(middle) != others:
                 continue
             split = [first, *middle, last]
-            worst = max([first + before, *middle, last + after])
+            worst = max([first * cost.first + before, *middle, last + after])
             key = (worst, sum(layers**2 for layers in split))  # of equal ones, the most even
             if best is None or key < best[0]:
                 best = (key, split)

@@ -54,7 +54,7 @@ class GlobalLosses:
         dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
         text, drawn, images, positions, filled, squares = counts.tolist()
         self.text_count, self.draw_count = max(text, 1), max(drawn, 1)
-        self.flops = step_flops(run.model, vocabulary, filled, squares, images, text, drawn)
+        self.flops = step_flops(run.model, vocabulary, filled, squares, images, text, drawn, run.train.parts)
         self.fill = filled / positions
         self.sums = torch.zeros(1 + 2 * self.depth, dtype=torch.float64, device=torch.cuda.current_device())
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from megadual.config import PretrainConfig
+from megadual.engine.limits import check_limits
 from megadual.errors import UserError
 from megadual.model.parts import check_parts
 
@@ -33,15 +34,9 @@ class Topology:
 def topology(run: PretrainConfig, world: int) -> Topology:
     """Check that the run's layout divides; UserError shows the product that does not. `run.model` is resolved."""
     parallel, model, train = run.parallel, run.model, run.train
-    if run.engine not in ("megatron", "deepspeed"):
-        raise UserError(f"engine '{run.engine}' is unknown; known: megatron, deepspeed")
-    _check_engine(run)
-    if train.precision not in ("fp32", "bf16"):
-        raise UserError(f"train.precision '{train.precision}' is unknown; known: fp32, bf16")
+    check_limits(run)
     check_parts(train.parts)
-    for name in ("tensor", "pipeline", "virtual_pipeline", "context"):
-        if getattr(parallel, name) < 1:
-            raise UserError(f"parallel.{name}={getattr(parallel, name)} must be at least 1")
+    _check_engine(run)
 
     inner = parallel.tensor * parallel.pipeline * parallel.context
     if world % inner:
@@ -102,14 +97,10 @@ def topology(run: PretrainConfig, world: int) -> Topology:
 
 def _check_engine(run: PretrainConfig) -> None:
     parallel, stage, trained = run.parallel, run.parallel.zero_stage, set(run.train.parts)
-    if stage not in (1, 2, 3):
-        raise UserError(f"parallel.zero_stage={stage} is unknown; known: 1, 2, 3")
     if run.engine == "megatron" and stage != 1:
         raise UserError(
             f"parallel.zero_stage={stage} needs engine=deepspeed; megatron's distributed optimizer is stage 1"
         )
-    if run.train.bad_loss not in ("stop", "skip"):
-        raise UserError(f"train.bad_loss '{run.train.bad_loss}' is unknown; known: stop, skip")
     drawn_every, saved_every = run.run.samples_every, run.checkpoint.every
     if drawn_every is not None and not (run.run.samples and saved_every and drawn_every % saved_every == 0):
         raise UserError(

@@ -1,14 +1,18 @@
 """From text, images and chat messages to what the exported model takes."""
 
+import io
+import os
+from urllib.request import urlopen
+
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 
 from megadual.streams import IMAGE
 from megadual.vision.tokenizer import centre_crop, to_tensor
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # Qwen's marks around a message
+ADDRESSES = ("http://", "https://", "data:")
 
 _CONTENT = f"""{{%- if message['content'] is string -%}}{{{{ message['content'] }}}}{{%- else -%}}
 {{%- for part in message['content'] -%}}
@@ -44,8 +48,8 @@ class MegaDualProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """input_ids and attention_mask (B, S), left-padded, and pixel_values (I, 3, h, w) in [-1, 1].
 
-        `images` is an image (PIL, path or address), or a list, nested or not; without text each image is a sequence
-        of its own. ValueError where the texts' `<image>`s and the images do not count the same.
+        `images` is an image (PIL, path, address or base64), or a list, nested or not; without text each image is a
+        sequence of its own. ValueError where the texts' `<image>`s and the images do not count the same.
         """
         images = _flat(images)
         text = [IMAGE] * len(images) if text is None else [text] if isinstance(text, str) else list(text)
@@ -102,7 +106,26 @@ def _spelt(message: dict) -> dict:
 def _flat(images) -> list[Image.Image]:
     if isinstance(images, (list, tuple)):
         return [image for entry in images for image in _flat(entry)]
-    return [] if images is None else [load_image(images)]
+    return [] if images is None else [_open(images)]
+
+
+def _open(image: Image.Image | str) -> Image.Image:
+    """An image, or the one in a file, at an address or in base64; ValueError where there is none.
+
+    As it is stored: transformers' load_image would put what is transparent on black.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, str):
+        raise TypeError(f"an image is a PIL image, a path, an address or base64, not {type(image).__name__}")
+    if os.path.isfile(image):
+        return Image.open(image)
+    address = image if image.startswith(ADDRESSES) else f"data:;base64,{image}"
+    try:
+        with urlopen(address) as stream:
+            return Image.open(io.BytesIO(stream.read()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"'{image[:200]}' is no image file, address or base64 of an image: {error}") from error
 
 
 def _filled(content: str | list[dict], waiting: list[Image.Image]) -> str | list[dict]:

@@ -12,7 +12,7 @@ def train_part(run: PretrainConfig, start: int, stop: int, save: bool):
     engine, data = tiny.build(run)
     checkpointer = Checkpointer(run)
     if start:
-        assert checkpointer.load(engine, checkpointer.latest()) == start
+        assert checkpointer.load(engine, checkpointer.latest())["step"] == start
     results = [dataclasses.asdict(engine.train_step(data.step(s))) for s in range(start, stop)]
     if save:
         checkpointer.save(engine, stop)

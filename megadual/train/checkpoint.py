@@ -4,6 +4,7 @@ RUN/checkpoints/00000100/ holds torch_dist shards (megadual/engine/sharded.py) a
 RUN/checkpoints/latest names the newest complete one and moves only after every rank has written.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -27,6 +28,8 @@ CONFIG = "config.yaml"
 PROGRESS = "progress.json"
 CHECKSUMS = "checksums.json"
 PARTIAL = ".partial-"
+# What a disk says that may be well again when training starts anew, which jobs do by themselves.
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EREMOTEIO, errno.EAGAIN, errno.EINTR}
 
 
 class _Saving(threading.Thread):
@@ -51,6 +54,10 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
+def _told(error: BaseException) -> tuple[str, int | None]:
+    return str(error), getattr(error, "errno", None)
+
+
 class Checkpointer:
     """Writes and reads a run's checkpoints. Every rank calls its methods, `latest` excepted."""
 
@@ -60,11 +67,13 @@ class Checkpointer:
         self.folder = Path(run.run.dir) / "checkpoints"
         self.saving: _Saving | None = None
 
-    def save(self, engine, step: int) -> None:
+    def save(self, engine, step: int, data: dict | None = None) -> None:
         """Write the state after `step` steps, with `checkpoint.background` while training goes on.
 
-        `poll` and `finish` complete it and prune the oldest ones. UserError on every rank where it can't be written;
-        `latest` is then as it was.
+        `data` is the data's position then, of rank 0.
+
+        `poll` and `finish` complete it and prune the oldest ones. UserError on every rank where it can't be written,
+        RuntimeError where that may pass (PASSING); `latest` is then as it was.
         """
         self.finish()
         final, partial = self.folder / f"{step:08d}", self.folder / f"{PARTIAL}{step:08d}"
@@ -72,10 +81,10 @@ class Checkpointer:
         try:
             write = engine.save(partial)
         except OSError as error:
-            raise self._unwritable(final, error) from error
+            raise self._unwritable(final, *_told(error)) from error
         updates = torch.tensor([engine.updates], device=torch.cuda.current_device())
         dist.all_reduce(updates, op=dist.ReduceOp.MAX)  # a stage without trained parts has made none
-        self.saving = _Saving(write, partial, final, {"step": step, "updates": updates.item()})
+        self.saving = _Saving(write, partial, final, {"step": step, "updates": updates.item(), "data": data})
         if self.run.checkpoint.background:
             self.saving.start()
         else:
@@ -97,15 +106,15 @@ class Checkpointer:
         saving, self.saving = self.saving, None
         if saving.is_alive():
             saving.join()
-        errors: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, str(_cause(saving.error)) if saving.error else None)
+        errors: list[tuple[str, int | None] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, _told(_cause(saving.error)) if saving.error else None)
         for rank, error in enumerate(errors):
             if error:
-                raise self._unwritable(saving.final, f"rank {rank}: {error}")
+                raise self._unwritable(saving.final, f"rank {rank}: {error[0]}", error[1])
         try:
             saving.write.finish()
         except (OSError, CheckpointException) as error:
-            raise self._unwritable(saving.final, error) from error
+            raise self._unwritable(saving.final, *_told(_cause(error))) from error
         parts: list[dict[str, str]] = [{} for _ in errors]
         dist.all_gather_object(parts, saving.write.checksums)
         checksums = {name: value for part in parts for name, value in part.items()}
@@ -129,23 +138,23 @@ class Checkpointer:
 
     def _on_first_rank(self, final: Path, action: Callable[[], object]) -> None:
         """Do something to the files on rank 0; every rank hears whether it worked."""
-        error: list[str | None] = [None]
+        error: list[tuple[str, int | None] | None] = [None]
         if dist.get_rank() == 0:
             try:
                 action()
             except OSError as failure:
-                error = [str(failure)]
+                error = [_told(failure)]
         dist.broadcast_object_list(error, src=0)
         if error[0]:
-            raise self._unwritable(final, error[0])
+            raise self._unwritable(final, *error[0])
 
-    def _unwritable(self, final: Path, error: object) -> UserError:
+    def _unwritable(self, final: Path, error: str, number: int | None) -> Exception:
         latest = self.latest()
         kept = f"the last good one is '{latest}'" if latest else "the run has none yet"
-        return UserError(
-            f"checkpoint '{final}' could not be written ({error}); {kept}; make room there, or give another run.dir, "
-            "and start again"
-        )
+        told = f"checkpoint '{final}' could not be written ({error}); {kept}"
+        if number in PASSING:
+            return RuntimeError(told)
+        return UserError(f"{told}; make room there, or give another run.dir, and start again")
 
     def clean(self) -> None:
         """Remove what a save that was cut short has left behind (rank 0)."""
@@ -157,15 +166,21 @@ class Checkpointer:
         pointer = self.folder / LATEST
         return self.folder / pointer.read_text().strip() if pointer.is_file() else None
 
-    def load(self, engine, checkpoint: Path) -> int:
-        """Fill the engine from a checkpoint of any layout; returns the number of steps it had done.
+    def to_resume(self) -> Path | None:
+        """The checkpoint that the run goes on from, the one that rank 0 sees: shared disks answer late (collective)."""
+        found = [self.latest() if self.run.checkpoint.resume else None]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def load(self, engine, checkpoint: Path) -> dict:
+        """Fill the engine from a checkpoint of any layout; returns the `step` it was made after and `data`.
 
         UserError names the files that are not what was written.
         """
         verify(checkpoint)
         progress = json.loads((checkpoint / PROGRESS).read_text())
-        engine.load(checkpoint, **progress)
-        return progress["step"]
+        engine.load(checkpoint, progress["step"], progress["updates"])
+        return progress
 
 
 def verify(checkpoint: Path) -> None:
@@ -203,7 +218,7 @@ def starting_weights(run: PretrainConfig) -> Path | None:
 
     Verified (collective).
     """
-    if not run.checkpoint.start or (run.checkpoint.resume and Checkpointer(run).latest()):
+    if not run.checkpoint.start or Checkpointer(run).to_resume():
         return None
     checkpoint = resolve_checkpoint(run.checkpoint.start)
     verify(checkpoint)

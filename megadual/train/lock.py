@@ -76,13 +76,14 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._released.wait(self.beat_s):
-            holder = _read(self.path)
-            if holder is not None and holder != self.me:
-                where = f"{holder['name']}, process {holder['pid']}"
-                print(f"error: run.dir '{self.path.parent}' was taken over by {where}", file=sys.stderr, flush=True)
-                os._exit(EXIT_LOST)
-            if holder is not None:
-                os.utime(self.path)
+            with contextlib.suppress(OSError, ValueError):  # a shared disk's bad moment: the next beat tries again
+                holder = _read(self.path)
+                if holder is not None and holder != self.me:
+                    where = f"{holder['name']}, process {holder['pid']}"
+                    print(f"error: run.dir '{self.path.parent}' was taken over by {where}", file=sys.stderr, flush=True)
+                    os._exit(EXIT_LOST)
+                if holder is not None:
+                    os.utime(self.path)
 
     def _replaced_dead(self, mine: Path) -> bool:
         """Put `mine` in a dead holder's place. False where the lock has changed meanwhile: look again."""

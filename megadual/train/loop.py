@@ -28,21 +28,33 @@ def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], N
     checkpointer = Checkpointer(run, sampling.start)
     if dist.get_rank() == 0:
         checkpointer.clean()
-    latest = checkpointer.latest() if run.checkpoint.resume else None
-    start = checkpointer.load(engine, latest) if latest else 0
+    latest = checkpointer.to_resume()
+    progress = checkpointer.load(engine, latest) if latest else {"step": 0}
+    beat()
+    start, position = progress["step"], progress.get("data")
+    same_rows = data.go_on(start, position) if position else True
     log = MetricsLog(run, start) if dist.get_rank() == 0 else None
     if log and latest:
         log.bar.write(f"resumed from {latest}")
+        if not same_rows:
+            log.bar.write(
+                "warning: data.sets, data.weights or what else orders documents (train.seq_len, train.seed, ...) is "
+                f"not as in {latest}; training goes on at row {data.rows_before(start):,} of the new order",
+                sys.stderr,
+            )
     stop, watch, skips = StopSignal(), LossWatch(run.train), run.train.bad_loss == "skip"
     world, peak = dist.get_world_size(), peak_flops()
 
-    batches = data.iterate(start)
+    batches, ended = data.iterate(start), time.perf_counter()
     for step in range(start + 1, run.train.steps + 1):
         waited = time.perf_counter()
-        microbatches = next(batches)
-        begun = time.perf_counter()
+        microbatches, position = next(batches)
+        waited = time.perf_counter() - waited
+        beat()
         result = engine.train_step(microbatches, watch.approve if skips else None)
-        seconds = time.perf_counter() - begun
+        # From one step's end to the next: what waits for data and for checkpoints is no faster for it.
+        begun, ended = ended, time.perf_counter()
+        seconds = ended - begun
         beat()
         if log:
             per_gpu = result.flops / seconds / world
@@ -50,11 +62,11 @@ def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], N
                 entry_of(
                     step,
                     result,
-                    tokens=step * run.train.global_batch_tokens,
+                    tokens=data.rows_before(step) * run.train.seq_len,
                     tokens_per_s=run.train.global_batch_tokens / seconds,
                     model_tflops=per_gpu / 1e12,
                     mfu=per_gpu / peak if peak else None,
-                    data_wait_s=begun - waited,
+                    data_wait_s=waited,
                 )
             )
             log.picture(step, sampling.poll())
@@ -78,7 +90,7 @@ def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], N
         stopping = stop.agreed()
         every = run.checkpoint.every
         if stopping or (every and (step % every == 0 or step == run.train.steps)):
-            checkpointer.save(engine, step)
+            checkpointer.save(engine, step, position)
             beat()
         if stopping and step < run.train.steps:
             checkpointer.finish()

@@ -5,6 +5,7 @@ import dataclasses
 from megadual.config import PretrainConfig
 from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
+from megadual.data.packing import PackedRows
 from megadual.engine.estimate import estimate, table
 from megadual.engine.stages import Traffic, costs, split_layers
 from megadual.engine.topology import Topology
@@ -23,6 +24,7 @@ class Inputs:
     sets: list[ShardSet]
     special: SpecialIds
     vocabulary: Vocabulary
+    traffic: Traffic | None = None  # set by `resolve_stages`
 
 
 def read_inputs(run: PretrainConfig) -> Inputs:
@@ -48,10 +50,14 @@ def read_inputs(run: PretrainConfig) -> Inputs:
 
 
 def resolve_stages(run: PretrainConfig, inputs: Inputs) -> None:
-    """Set `run.parallel.stage_layers`, where it is null, by what the data asks of the model."""
-    parallel = run.parallel
+    """Measure what the data asks of the model; by that set `run.parallel.stage_layers`, where it is null."""
+    parallel, data = run.parallel, run.data
+    rows = PackedRows(
+        inputs.sets, data.weights, run.train.seq_len, run.train.seed, data.draw_probability, data.caption_dropout
+    )
+    inputs.traffic = Traffic.of(rows, data.draw_probability)
     if parallel.stage_layers is None:
-        cost = costs(run, inputs.vocabulary, Traffic.of(inputs.sets, run.data.draw_probability))
+        cost = costs(run, inputs.vocabulary, inputs.traffic)
         parallel.stage_layers = split_layers(run.model.layers, parallel.pipeline * parallel.virtual_pipeline, cost)
 
 
@@ -80,8 +86,8 @@ def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
         f"model: {run.model.layers} layers of {run.model.hidden}, {vocabulary.text_size:,} text tokens, "
         f"2 streams of {vocabulary.depth} codes among {len(vocabulary.codebooks['pixel']):,}"
     )
-    traffic = Traffic.of(inputs.sets, run.data.draw_probability)
-    return about + "\n" + table(estimate(run, layout, vocabulary, traffic), run.parallel.gpu_memory_gib)
+    stages = estimate(run, layout, vocabulary, inputs.traffic)
+    return about + "\n" + table(stages, run.parallel.gpu_memory_gib)
 
 
 def dataset(

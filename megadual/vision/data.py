@@ -3,17 +3,19 @@
 Shape suffixes: B batch, T text length.
 """
 
+import contextlib
 import glob
 import hashlib
 import io
 import math
 import random
+import tarfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 import torch
@@ -21,15 +23,18 @@ import webdataset as wds
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from megadual.errors import UserError
+from megadual.tars import tar_members
 
-from .tokenizer import centre_crop, to_tensor
+from .tokenizer import centre_crop, to_rgb, to_tensor
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 LOG_ASPECT = math.log(4 / 3)
-RETRY_PAUSES = (1.0, 4.0, 0.0)  # seconds behind each failed try to open a shard
+# Seconds behind each failed try to read from a shard: minutes, but fewer than other ranks wait for one (NCCL: 10).
+RETRY_PAUSES = (1, 5, 20, 60, 120)
+PIECE = 1 << 20  # bytes
 
 
 @dataclass
@@ -57,26 +62,67 @@ def _matches(name: str) -> list[str]:
         return [name]
     if "://" not in name:
         return sorted(glob.glob(name))
-    if "*" not in name:
-        return [name]
     try:
         filesystem, path = fsspec.core.url_to_fs(name)
+        if "*" not in name:
+            return [name]
         return sorted(filesystem.unstrip_protocol(match) for match in filesystem.glob(path))
     except Exception as error:  # every store has errors of its own
         raise UserError(f"shards '{name}' can't be listed: {type(error).__name__}: {error}") from error
 
 
-def _open_shard(url: str) -> BinaryIO:
-    """A shard's bytes; UserError where it can't be opened, after two more tries."""
-    if url.startswith("pipe:"):
-        return wds.gopen(url)
-    for pause in RETRY_PAUSES:
-        try:
-            return fsspec.open(url, "rb").open()
-        except Exception as error:  # every store has errors of its own; HTTP's says why in its cause
-            problem = error.__cause__ or error
-            time.sleep(pause)
-    raise UserError(f"shard '{url}' can't be opened: {type(problem).__name__}: {problem}") from problem
+class Shard:
+    """A shard's bytes in order. A store that fails is asked again for minutes, from the byte that was due.
+
+    UserError where the store knows no such shard. OSError where it goes on failing: a later start may read on.
+    """
+
+    def __init__(self, url: str):
+        self.url, self.position, self.file = url, 0, None
+
+    def read(self, size: int) -> bytes:
+        for pause in (*RETRY_PAUSES, None):
+            try:
+                if self.file is None:
+                    self._open()
+                data = self.file.read(size)
+                if not data and self.url.startswith("pipe:"):
+                    self.file.wait_for_child()  # raises where the command failed: this is not the shard's end then
+                self.position += len(data)
+                return data
+            except Exception as error:  # every store has errors of its own; HTTP's says why in its cause
+                problem = error.__cause__ or error
+            self.close()
+            told = f"shard '{self.url}' can't be read: {type(problem).__name__}: {problem}"
+            missing = isinstance(problem, FileNotFoundError) or getattr(problem, "status", None) == 404
+            if missing and "://" in self.url:  # it may never have been there; a path was, when shards were listed
+                raise UserError(told)
+            if pause is not None:
+                warnings.warn(f"{told}; the next try is in {pause} s", stacklevel=2)
+                time.sleep(pause)
+        raise OSError(told)
+
+    def _open(self) -> None:
+        """`file`, where reading was."""
+        left = self.position
+        if self.url.startswith("pipe:"):
+            self.file = wds.gopen(self.url)
+        else:
+            self.file = fsspec.open(self.url, "rb").open()
+            with contextlib.suppress(ValueError):  # of a server that sends whole files only
+                self.file.seek(left)
+                left = 0
+        while left:
+            piece = self.file.read(min(left, PIECE))
+            if not piece:
+                raise OSError(f"it ends before byte {self.position}, up to which it was read before")
+            left -= len(piece)
+
+    def close(self) -> None:
+        file, self.file = self.file, None
+        if file:
+            with contextlib.suppress(Exception):  # its bytes are read, or it has failed before
+                file.close()
 
 
 def random_crop(image: Image.Image, size: int, min_area: float, rng: random.Random) -> Image.Image:
@@ -84,8 +130,8 @@ def random_crop(image: Image.Image, size: int, min_area: float, rng: random.Rand
 
     Where no such crop is found, the largest central one of these aspects: torchvision's RandomResizedCrop.
     """
+    image = to_rgb(image)
     width, height = image.size
-    image = image.convert("RGB")
     for _ in range(10):
         area = width * height * rng.uniform(min_area, 1.0)
         aspect = math.exp(rng.uniform(-LOG_ASPECT, LOG_ASPECT))
@@ -116,16 +162,21 @@ def _skip(sample: dict, error: Exception) -> None:
 
 
 def shard_samples(shards: list[str]) -> Iterator[dict]:
-    """The samples of shards, in order: {"__key__", "__url__", member's suffix: its bytes}."""
+    """The samples of shards, in order: {"__key__", "__url__", member's suffix: its bytes}.
 
-    def opened() -> Iterator[dict]:
-        for url in shards:
-            with _open_shard(url) as stream:
-                yield {"url": url, "stream": stream}
+    A damaged shard is read to its damage, with a warning.
+    """
+    return group_by_keys(_members(shards), handler=wds.warn_and_continue)
 
-    # A shard that breaks off is read to there, with a warning.
-    members = tar_file_expander(opened(), handler=wds.warn_and_continue)
-    return group_by_keys(members, handler=wds.warn_and_continue)
+
+def _members(shards: list[str]) -> Iterator[dict]:
+    for url in shards:
+        try:
+            with contextlib.closing(Shard(url)) as stream:
+                yield from tar_members(stream, url)
+        except tarfile.TarError as error:
+            warnings.warn(f"shard '{url}' is damaged, the rest of it is left out: {error}", stacklevel=2)
+        yield {}  # to group_by_keys: the next shard's samples are others, whatever their keys
 
 
 @dataclass
@@ -176,7 +227,7 @@ class TrainingImages(IterableDataset):
                     rng = random.Random(f"{self.seed}/{epoch}/{sample['__key__']}")
                     crop = partial(random_crop, size=self.size, min_area=self.config.min_crop, rng=rng)
                     image, caption = _open(sample, crop)
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                except Exception as error:  # of PIL's decoders: whatever unpacking wrong bytes leads to
                     _skip(sample, error)
                     continue
                 images.append(image)
@@ -223,7 +274,7 @@ def read_pairs(pattern: str, size: int, limit: int | None = None) -> tuple[Tenso
             break
         try:
             image, caption = _open(sample, partial(centre_crop, size=size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # see TrainingImages
             _skip(sample, error)
             continue
         images.append(image)

@@ -139,7 +139,7 @@ class Evaluation:
             figures |= found
             definitions |= measure.definitions if found else {}
             if not found:
-                self.left_out["retrieval"] = f"no image of '{options.data}' has a caption"
+                self.left_out |= measure.nothing
         return {
             "n": self.gallery.seen,
             **figures,
@@ -184,6 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     print(", ".join(f"{name} {value:.6g}" for name, value in report.items() if isinstance(value, int | float)))
     for name, reason in report["left_out"].items():
         print(f"left out: {name}: {reason}")
+    if unreadable := report["unreadable"]:
+        print(f"unreadable: {len(unreadable)}, listed in report.json; the first: {unreadable[0]}")
 
 
 if __name__ == "__main__":

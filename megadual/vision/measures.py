@@ -92,12 +92,20 @@ class Frechet:
 
 
 class CodeUsage:
+    """Streams differ in their sizes, and in having one codebook for all depths or one for each."""
+
     def __init__(self, model: DualToken):
-        shape = (model.config.depth, model.config.codebook_size)
-        self.counts_DK = {stream: torch.zeros(shape, dtype=torch.int64) for stream in STREAMS}
+        self.config = model.config
+        self.counts_DK = {
+            stream: torch.zeros(
+                self.config.size(stream, "depth"), self.config.size(stream, "codebook_size"), dtype=torch.int64
+            )
+            for stream in STREAMS
+        }
         self.definitions = {
-            "code_usage": "share of the codebook's entries used at least once, at any depth, over all held-out images",
-            "perplexity": "exp of the entropy of the codes, all depths together",
+            "code_usage": "share of a codebook's entries used at least once, over all held-out images",
+            "perplexity": "exp of the entropy of a codebook's codes; where each depth has a codebook of its own, both "
+            "are means over depths",
         }
 
     def update(self, seen: Seen) -> None:
@@ -108,16 +116,18 @@ class CodeUsage:
     def result(self) -> dict[str, float]:
         report = {}
         for stream, counts_DK in self.counts_DK.items():
-            counts_K = counts_DK.sum(dim=0)
-            report[f"code_usage_{stream}"] = (counts_K > 0).float().mean().item()
-            report[f"perplexity_{stream}"] = perplexity(counts_K.double())
-        report["codes_per_stream"] = counts_DK.sum().item()
+            shared = self.config.size(stream, "shared_codebook")
+            books = counts_DK.sum(dim=0, keepdim=True) if shared else counts_DK
+            report[f"code_usage_{stream}"] = (books > 0).float().mean().item()
+            report[f"perplexity_{stream}"] = sum(perplexity(counts_K.double()) for counts_K in books) / len(books)
+            report[f"codes_{stream}"] = counts_DK.sum().item()
         return report
 
 
 class Retrieval:
     """R@1 between images and captions, among the images that have any. Keeps the embeddings: 4 P bytes each."""
 
+    nothing = {"retrieval": "no image has a caption"}
     definitions = {
         "retrieval_r1": "images whose nearest caption, among all, is one of theirs; quantized: through semantic codes, "
         "teacher: SigLIP itself",
@@ -157,7 +167,9 @@ class Retrieval:
 
 
 class ZeroShot:
-    """Accuracy of classification by prompts."""
+    """Accuracy of classification by prompts, over the images whose label can be read."""
+
+    nothing = {"zero_shot": "no image has a label that can be read"}
 
     def __init__(self, classes: Classes, classes_KP: Tensor, templates: list[str]):
         self.classes, self.classes_KP = classes, classes_KP
@@ -170,14 +182,18 @@ class ZeroShot:
 
     def update(self, seen: Seen) -> None:
         samples = seen.samples
-        wanted = [self.classes.number(*pair) for pair in zip(samples.labels, samples.names, strict=True)]
+        labelled = [i for i, label in enumerate(samples.labels) if label is not None]
+        wanted = [self.classes.number(samples.labels[i], samples.names[i]) for i in labelled]
         wanted_B1 = torch.tensor(wanted, device=self.classes_KP.device)[:, None]
         self.count += len(wanted)
         for name, pooled_BP in seen.pooled.items():
-            best = class_logits(pooled_BP, self.classes_KP).topk(min(5, len(self.classes.names))).indices
+            best = class_logits(pooled_BP[labelled], self.classes_KP).topk(min(5, len(self.classes.names))).indices
             for key, hits in {"top1": best[:, :1] == wanted_B1, "top5": best == wanted_B1}.items():
                 key = f"zero_shot_{key}_{name}"
                 self.correct[key] = self.correct.get(key, 0) + hits.any(dim=1).sum().item()
 
     def result(self) -> dict[str, float]:
-        return {name: correct / self.count for name, correct in self.correct.items()}
+        """Empty where no label can be read."""
+        if not self.count:
+            return {}
+        return {name: correct / self.count for name, correct in self.correct.items()} | {"zero_shot_images": self.count}

@@ -68,13 +68,20 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max((folder / "checkpoints").glob("*.pt"), default=None)
 
 
+def _patterns(config: TrainTokenizerConfig) -> dict[str, str]:
+    """The shards that a run reads, by config key."""
+    return {"data.train": config.data.train} | ({"pictures": config.pictures} if config.pictures else {})
+
+
 def check(config: TrainTokenizerConfig) -> None:
     """Refuse what cannot work before any work starts."""
-    list_shards(config.data.train)
+    for key, pattern in _patterns(config).items():
+        try:
+            list_shards(pattern)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
     if config.precision not in ("fp32", "bf16"):
         raise UserError(f"precision is '{config.precision}', must be fp32 or bf16")
-    if config.pictures:
-        list_shards(config.pictures)
     if config.start:
         try:
             DualTokenConfig.load(config.start)
@@ -134,6 +141,18 @@ def _siglip_config(name: str) -> SiglipConfig:
         raise UserError(f"no SigLIP in '{name}': {str(error).splitlines()[0]}") from error
 
 
+def _how_many(pattern: str) -> str:
+    try:
+        return f"{len(list_shards(pattern))} shards"
+    except UserError as error:
+        return f"not there yet: {error}"
+
+
+def _start(config: TrainTokenizerConfig) -> str:
+    there = not config.start or (Path(config.start) / "config.json").is_file()
+    return f"{config.start or config.siglip}{'' if there else ', not there yet: start=FOLDER, or start=null'}"
+
+
 def plan(config: TrainTokenizerConfig, ranks: int) -> str:
     """What a run would train, on what and how long; nothing is loaded."""
     model_config = dataclasses.replace(config.model, siglip=_siglip_config(config.siglip).to_dict())
@@ -146,15 +165,13 @@ def plan(config: TrainTokenizerConfig, ranks: int) -> str:
     )
     (rows, columns), batch = model_config.grid, config.accumulate * config.data.batch_size * ranks
     terms = [f"{weight:g} {name}" for name, weight in dataclasses.asdict(config.loss).items() if weight]
-    try:
-        shards = f"{len(list_shards(config.data.train))} shards"
-    except UserError as error:
-        shards = f"not there yet: {error}"
+    shards = {key: _how_many(pattern) for key, pattern in _patterns(config).items()}
     lines = {
         "steps": f"{config.steps} of {batch} images ({config.accumulate} x {config.data.batch_size} x {ranks} ranks)",
-        "data": shards,
+        "data": shards["data.train"],
+        "pictures": shards.get("pictures", "none"),
         "images": f"{model_config.image_size} px, {rows} x {columns} positions",
-        "start": config.start or config.siglip,
+        "start": _start(config),
         "trained": f"{trained:.1f} M of {total:.1f} M parameters",
         "frozen": ", ".join(["siglip_model.text_model", *config.freeze]),
         "loss": " + ".join(terms),

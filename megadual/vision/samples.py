@@ -17,17 +17,18 @@ from megadual.errors import UserError
 from .data import IMAGES, list_shards, shard_samples
 from .tokenizer import centre_crop, to_tensor
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
 
 @dataclass
 class Samples:
-    """images (B, 3, h, w) in [-1, 1]; each one's name, captions (one a line) and label, "" where there is none."""
+    """images (B, 3, h, w) in [-1, 1]; each one's name, captions (one a line) and label, "" where there is none.
+
+    A label that can't be read is None.
+    """
 
     images: Tensor
     names: list[str]
     captions: list[str]
-    labels: list[str]
+    labels: list[str | None]
 
 
 class SampleReader(IterableDataset):
@@ -47,8 +48,8 @@ class SampleReader(IterableDataset):
         else:
             self.shards = list_shards(source)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, str, str, str] | str]:
-        """(image, name, caption, label) of each sample, or the error of one that can't be read."""
+    def __iter__(self) -> Iterator[tuple[Tensor, str, str, str | None] | str]:
+        """(image, name, caption, label) of each sample, and the errors of what can't be read."""
         worker = get_worker_info()
         number, of = (worker.id, worker.num_workers) if worker else (0, 1)
         for i, (name, image, caption, label) in enumerate(self._files() if self.folder else self._members()):
@@ -59,39 +60,42 @@ class SampleReader(IterableDataset):
             try:
                 data = image.read_bytes() if isinstance(image, Path) else image
                 yield to_tensor(centre_crop(Image.open(io.BytesIO(data)), self.size)), name, caption, label
+                if label is None:
+                    yield f"{name}: its label can't be read"
             except UnidentifiedImageError:
                 yield f"{name}: {'no image' if not data else 'not an image'}"
-            except UNREADABLE as error:
+            except Exception as error:  # of PIL's decoders: whatever unpacking wrong bytes leads to
                 yield f"{name}: {error}"
 
     def _files(self) -> Iterator[tuple[str, Path, str, str]]:
         for path in self.files:
             caption = path.with_suffix(".txt")
             label = path.parent.name if path.parent != self.folder else ""
-            text = caption.read_text().strip() if caption.is_file() else ""
+            text = _text(caption.read_bytes()) if caption.is_file() else ""
             yield str(path.relative_to(self.folder)), path, text, label
 
-    def _members(self) -> Iterator[tuple[str, bytes, str, str]]:
+    def _members(self) -> Iterator[tuple[str, bytes, str, str | None]]:
         for sample in shard_samples(self.shards):
             image = next((sample[extension] for extension in IMAGES if extension in sample), b"")
-            label = (
-                sample["cls"].decode() if "cls" in sample else json.loads(sample.get("json", b"{}")).get("label", "")
-            )
-            yield sample["__key__"], image, sample.get("txt", b"").decode(errors="replace").strip(), str(label).strip()
+            yield sample["__key__"], image, _text(sample.get("txt", b"")), _label(sample)
 
 
-def _label(sample: dict) -> str:
-    if "cls" in sample:
-        return sample["cls"].decode(errors="replace").strip()
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", errors="replace").strip()
+
+
+def _label(sample: dict) -> str | None:
     try:
-        fields = json.loads(sample.get("json", b"{}"))
-    except ValueError:
-        return ""
-    return str(fields.get("label", "")) if isinstance(fields, dict) else ""
+        if "cls" in sample:
+            return sample["cls"].decode("utf-8").strip()
+        label = json.loads(sample.get("json", b"{}")).get("label")
+        return "" if label is None else str(label).strip()
+    except (ValueError, AttributeError, RecursionError):  # no UTF-8, no JSON, or JSON that is no object
+        return None
 
 
 def _collate(samples: list) -> tuple[Samples | None, list[str]]:
-    """(the readable samples as one batch, the others' errors)."""
+    """(the readable samples as one batch, the errors)."""
     good, bad = [s for s in samples if not isinstance(s, str)], [s for s in samples if isinstance(s, str)]
     if not good:
         return None, bad
@@ -102,7 +106,7 @@ def _collate(samples: list) -> tuple[Samples | None, list[str]]:
 def batches(
     source: str, size: int, batch_size: int, workers: int = 0, limit: int | None = None, progress: str = "images"
 ) -> Iterator[tuple[Samples | None, list[str]]]:
-    """Batches of the samples with the errors of unreadable ones; UserError where there is nothing to read.
+    """Batches of the samples with the errors of what can't be read; UserError where there is nothing to read.
 
     source: a folder, or the glob pattern of tars. workers: decoding processes. limit: samples that are read at most.
     """

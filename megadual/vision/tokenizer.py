@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -24,6 +24,15 @@ from .projection import AttnProjection
 from .quantizer import ResidualQuantizer
 
 QUANTIZERS = {"semantic": "quantizer_sem", "pixel": "quantizer_pix"}
+UPRIGHT = {  # what EXIF's orientations take to be upright; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass
@@ -204,9 +213,36 @@ class DualToken(nn.Module):
         load_model(self, str(_weights_file(folder)), device=str(next(self.parameters()).device))
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """Shortest side to `size` (bicubic), then the central square."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as it is meant to be seen: upright, transparency on white, 16 bits scaled to 8; again: no change.
+
+    Raises what PIL does on a broken image.
+    """
+    image.load()  # first, so that its errors are not taken for EXIF's
+    turn = _turn(image)
+    if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
+        grey = np.asarray(image)
+        light = np.where(grey == image.info.get("transparency"), 255, (grey >> 8).clip(0, 255))
+        image = Image.fromarray(light.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
+    image.info = {}  # its EXIF would turn it once more
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes an image upright; one with broken EXIF is taken to be."""
+    try:
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # of PIL's reader: whatever unpacking wrong bytes leads to
+        return None
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Any image in RGB, its shortest side at `size` (bicubic), then the central square."""
+    image = to_rgb(image)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)

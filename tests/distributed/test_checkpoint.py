@@ -1,5 +1,6 @@
 """Resuming goes on as if nothing had happened, under the same layout and others."""
 
+import errno
 import os
 import resource
 import signal
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
+from megadual.engine import sharded
 from megadual.errors import UserError
 from megadual.testing import layouts, tiny
 from megadual.testing.checkpoints import train_part, train_through
@@ -127,6 +129,24 @@ def test_full_disk_is_told_on_every_rank_and_keeps_the_last_good(run_in, tmp_pat
     run_distributed(fill_the_disk, 2, run_in(tmp_path, "parallel.pipeline=2"))
 
 
+def save_on_a_failing_disk(run, number):
+    engine, _ = tiny.build(run)
+    checkpointer = Checkpointer(run)
+
+    def write(self):
+        raise OSError(number, os.strerror(number))
+
+    sharded.ShardedWrite.write = write
+    checkpointer.save(engine, 1)
+    checkpointer.finish()
+
+
+@pytest.mark.parametrize("number, kind", [(errno.EIO, "RuntimeError"), (errno.ENOSPC, "UserError")])
+def test_only_errors_that_last_keep_a_job_from_starting_again(run_in, tmp_path, number, kind):
+    with pytest.raises(RuntimeError, match=rf"{kind}: checkpoint .*00000001' could not be written \(rank 0: .Errno"):
+        run_distributed(save_on_a_failing_disk, 1, run_in(tmp_path), number)
+
+
 def test_folder_that_cannot_be_made_is_told_on_every_rank(run_in, tmp_path):
     (tmp_path / "checkpoints").write_text("a file, not a folder")
     with pytest.raises(RuntimeError, match="UserError: .*00000001' could not be written .*the run has none yet"):
@@ -222,6 +242,32 @@ def test_a_rank_holds_its_share_of_a_checkpoint(run_in, tmp_path, layout):
     held = run_distributed(bytes_to_write, 4, run_in(tmp_path, "train.precision=bf16", *overrides), tmp_path)
     (whole,) = run_distributed(bytes_to_write, 1, run_in(tmp_path, "train.precision=bf16"), tmp_path)
     assert sum(held) == whole and max(held) < 0.3 * whole
+
+
+def numbers_read(run) -> int:
+    """Of the run's checkpoint, by this rank."""
+    engine, _ = tiny.build(run)
+    checkpointer, before, count = Checkpointer(run), sharded.read, 0
+
+    def read(state, folder):
+        nonlocal count
+        loaded = before(state, folder)
+        count += sum(tensor.numel() for entries in loaded.values() for tensor in entries.values())
+        return loaded
+
+    sharded.read = read
+    checkpointer.load(engine, checkpointer.latest())
+    engine.shutdown()
+    return count
+
+
+@pytest.mark.parametrize("layout", ["DP4", "DeepSpeed ZeRO-3 DP2"])
+def test_a_rank_reads_its_share_of_a_checkpoint(run_in, tmp_path, layout):
+    run_distributed(train_part, 1, run_in(tmp_path), 0, 1, True)
+    (whole,) = run_distributed(numbers_read, 1, run_in(tmp_path))
+    processes, overrides = LAYOUTS[layout]
+    read = run_distributed(numbers_read, processes, run_in(tmp_path, *overrides))
+    assert sum(read) == whole and max(read) < 1.2 * whole / processes
 
 
 def test_full_state_and_pruning(run_in, tmp_path):

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from checkpoints_tools import convert_from_hf, convert_to_hf, verify
+from checkpoints_tools import convert_from_hf, convert_to_hf, try_export, verify
 from checkpoints_tools.tensors import CheckpointTensors, FolderTensors
 from megadual.engine.topology import topology
 from megadual.errors import UserError
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
-from megadual.testing.corpus import make_corpus
+from megadual.testing.corpus import make_corpus, png_bytes, write_tar
 from megadual.testing.distributed import run_distributed
 from megadual.testing.models import write_dualtoken, write_run
 from megadual.train import setup
@@ -219,6 +219,15 @@ def test_try_export_describes_and_draws(layout_4, tmp_path):
     both = descriptions + drawings
     assert all((tmp_path / "use" / record["file"]).is_file() for record in both)
     assert len({record["caption"] for record in both}) == 5
+
+
+@pytest.mark.parametrize("image", [b"no image", png_bytes(Image.new("RGB", (32, 32)))[:60]], ids=["none", "cut"])
+def test_try_export_names_an_image_that_it_cannot_read(tmp_path, image):
+    write_tar(tmp_path / "a.tar", [("good.png", png_bytes(Image.new("RGB", (8, 8)))), ("good.txt", b"a cat")])
+    write_tar(tmp_path / "b.tar", [("bad.png", image), ("bad.txt", b"a dog")])
+    arguments = ["--model", "none", "--output", str(tmp_path / "use"), "--describe", "1", "--draw", "1"]
+    with pytest.raises(SystemExit, match="^error: --data: sample 'bad' of '.*b.tar' can't be read: "):
+        try_export.main([*arguments, "--data", str(tmp_path / "*.tar")])
 
 
 def error_of(main, capsys, *args) -> str:

@@ -57,6 +57,10 @@ def test_trains_and_resumes(inputs, tmp_path):
         "tokens", "tokens_per_s", "model_tflops", "mfu", "fill", "data_wait_s",
     }  # fmt: skip
     assert (tmp_path / "checkpoints" / "latest").read_text() == "00000004"
+    again = pretrain(*run, "train.steps=5", "train.global_batch_tokens=512", "train.seed=7")
+    assert "not as in" in again.stderr and "goes on at row" in again.stderr
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["tokens"] == 4 * 256 + 512
     assert list(tmp_path.glob("wandb/offline-run-*"))
 
 
@@ -150,7 +154,7 @@ def test_spikes_are_skipped_and_named_until_there_are_too_many(inputs, tmp_path)
     bad = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in bad] == [3, 4, 5] and all(step["documents"] for step in bad)
     progress = json.loads((tmp_path / "checkpoints" / "00000003" / "progress.json").read_text())
-    assert progress == {"step": 3, "updates": 2}
+    assert (progress["step"], progress["updates"], progress["data"]["row"]) == (3, 2, 3 * 4)
 
 
 def test_loss_that_is_not_finite_stops_and_names_documents(inputs, tmp_path):

@@ -95,6 +95,17 @@ def test_presets_fill_only_what_is_null():
     (2, ["engine=deepspeed", "parallel.pipeline=2", "train.parts=[heads]"], "a stage .* with nothing to train"),
     (2, ["engine=deepspeed", "parallel.pipeline=2", "parallel.virtual_pipeline=2"], "needs engine=megatron"),
     (1, ["parallel.tensor=0"], "parallel.tensor=0 must be at least 1"),
+    (1, ["train.micro_batch_size=0"], "train.micro_batch_size=0 must be at least 1"),
+    (1, ["train.seq_len=0"], "train.seq_len=0 must be at least 1"),
+    (1, ["checkpoint.keep=0"], "checkpoint.keep=0 must be at least 1"),
+    (1, ["checkpoint.every=0"], "checkpoint.every=0 must be at least 1"),
+    (1, ["train.warmup_steps=-1"], "train.warmup_steps=-1 must be 0 or more"),
+    (1, ["train.lr=1e-5"], "train.min_lr=3e-05 must not be over train.lr=1e-05"),
+    (1, ["data.draw_probability=50"], "data.draw_probability=50.0 must be between 0 and 1"),
+    (1, ["train.beta2=1"], "train.beta2=1.0 must be below 1"),
+    (1, ["run.device=gpu"], "run.device 'gpu' is unknown; known: cuda, cpu"),
+    (1, ["run.wandb=on"], "run.wandb '.*' is unknown"),
+    (1, ["data.sets=[]"], "names no shard set"),
     (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch_tokens=192"], "micro-batches"),
 ])  # fmt: skip
 def test_layout_that_does_not_divide(world, overrides, message):

@@ -1,6 +1,7 @@
 """Packing and batching: every document once per epoch, the same rows however they are read."""
 
 import itertools
+import json
 from collections import Counter
 
 import numpy as np
@@ -106,6 +107,21 @@ def test_random_access_restart_and_seed(root):
     assert [rows_of(root, seed=1)[r] for r in range(20)] != straight[:20]
 
 
+def test_a_position_is_gone_on_from_without_packing_what_is_before(root, small_root, monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW", 64)
+    straight = rows_of(root, small_root)
+    for r in (0, 700, 1023, 1024, 2600):  # within and at the ends of windows, epochs and mixed blocks
+        expected = [straight[k] for k in range(r, r + 40)]
+        resumed = rows_of(root, small_root)
+        assert resumed.go_on(json.loads(json.dumps(straight.position(r))))
+        assert [resumed[k] for k in range(r, r + 40)] == expected
+        assert sum(len(rows.ends) for rows in resumed.sets) <= 12  # of hundreds
+        assert resumed[5] == straight[5]
+    assert 0 < resumed.fill <= 1
+    for other in (rows_of(root), rows_of(root, small_root, seed=1), rows_of(root, small_root, weights=[1.0, 1.0])):
+        assert not other.go_on(straight.position(700))
+
+
 def test_mixing_holds_the_shares(root, small_root):
     rows = rows_of(root, small_root, weights=[3.0, 1.0])
     taken = [rows[r][0].set for r in range(1024 + 200)]
@@ -146,7 +162,8 @@ def test_rows_that_do_not_divide_are_refused(root):
 def test_iterate_reads_ahead_the_same_steps(root):
     data = dataset(root)
     steps = dataset(root).iterate(5)
-    for s, batches in zip(range(5, 9), steps, strict=False):
+    for s, (batches, position) in zip(range(5, 9), steps, strict=False):
+        assert position["row"] == 4 * (s + 1)
         for got, expected in zip(batches, data.step(s), strict=True):
             assert torch.equal(got.tokens, expected.tokens) and got.keys == expected.keys
     steps.close()
@@ -184,6 +201,17 @@ def test_sets_of_other_depths_do_not_mix(root, tmp_path):
     data = PackedDataset([ShardSet(root), ShardSet(deeper)], DataConfig(sets=[]), SEQ, 8, 8, 0, SPECIAL)
     with pytest.raises(UserError, match="'random-0/.*' has [23] codes a stream, not [23]"):
         data.step(0)
+
+
+def test_another_batch_size_goes_on_at_the_same_row(root):
+    """Resumed with larger steps, no document is left out and none read twice."""
+    first, resumed = dataset(root, rows=4), dataset(root, rows=12)
+    *_, (_, position) = zip(range(3), first.iterate(), strict=False)
+    assert resumed.go_on(3, position[1])
+    keys = [batch.keys for part in (map(first.step, range(3)), map(resumed.step, (3, 4))) for s in part for batch in s]
+    whole = dataset(root, rows=1)
+    assert keys == [whole.step(r)[0].keys for r in range(3 * 4 + 2 * 12)]
+    assert resumed.rows_before(5) == 36
 
 
 def test_targets_of_a_pair_in_every_direction(tmp_path):

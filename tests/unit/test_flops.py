@@ -1,5 +1,6 @@
 """Model FLOPs against a count of what torch really multiplies."""
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -8,6 +9,8 @@ from megadual.config import HeadConfig, ModelConfig
 from megadual.model.depth_head import DepthHead
 from megadual.model.dual_lm import Vocabulary
 from megadual.model.flops import step_flops, work
+from megadual.testing import tiny
+from megadual.testing.distributed import run_distributed
 
 MODEL = ModelConfig(
     layers=3, hidden=64, ffn=160, heads=4, kv_heads=2, tie_embeddings=False, dualtoken="", text_tokenizer="",
@@ -41,3 +44,26 @@ def test_visual_heads():
     forward = counted(lambda: head(hidden, codes, VOCABULARY.codebooks["pixel"]))
     ours = step_flops(MODEL, VOCABULARY, 0, 0, 0, 0, drawn) / 3 / 2  # two heads
     assert abs(ours - forward) < 0.1 * forward  # the first depth has no code to project, attention is halved
+
+
+def counted_steps(runs) -> list[tuple[float, float]]:
+    """FLOPs of a step of each run: what torch multiplies, and what the step says."""
+    steps = []
+    for run in runs:
+        engine, data = tiny.build(run)
+        batches, results = data.step(0), []
+        torch_says = counted(lambda: results.append(engine.train_step(batches)))  # noqa: B023
+        steps.append((torch_says, results[0].flops))
+        engine.shutdown()
+    return steps
+
+
+def test_frozen_parts(tmp_path):
+    """Relative to a step that trains everything; torch counts padding and the masked half of attention too."""
+    shards = tiny.write_tiny_set(tmp_path / "set", count=20)
+    parts = ["projector,llm,heads", "projector", "heads", "projector,llm", "llm"]
+    runs = [tiny.tiny_run(tmp_path, shards, f"train.parts=[{part}]") for part in parts]
+    (steps,) = run_distributed(counted_steps, 1, runs)
+    every, *frozen = steps
+    for step in frozen:
+        assert step[1] / every[1] == pytest.approx(step[0] / every[0], rel=0.05) and step[1] < every[1]

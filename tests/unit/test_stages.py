@@ -1,8 +1,12 @@
 """Pipeline stages cut by cost, and the plan's numbers against a model that was built."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
-from megadual.data.mds_reader import ShardSet
+from megadual.data.mds_reader import Lengths, ShardSet
+from megadual.data.packing import PackedRows
 from megadual.engine.estimate import estimate, table
 from megadual.engine.stages import Costs, Traffic, split_layers
 from megadual.engine.topology import topology
@@ -29,16 +33,36 @@ def test_embedding_counts_too():
     assert split_layers(8, 2, Costs(layer=1.0, embedding=2.0, heads=0.0)) == [3, 5]
 
 
+def test_frozen_layers_of_the_first_chunk_cost_less():
+    assert split_layers(12, 2, Costs(layer=2.0, embedding=0.0, heads=0.0, first=0.5)) == [8, 4]
+
+
+def test_traffic_is_that_of_the_rows_read():
+    """Sets count by their share of the rows; a document that no row holds counts nothing."""
+
+    def stub(*documents):
+        return SimpleNamespace(root="", lengths=Lengths(*np.array(documents, np.uint32).T))
+
+    text = stub((9, 0, 0), (9, 0, 0), (500, 0, 0))  # documents of 10 positions, and one that is longer than a row
+    pairs = stub((10, 1, 9))  # 9 text tokens, the image's 9 positions, its two marks, the end
+    for weights, share in (None, 20 / 41), ([1, 3], 1 / 4):
+        traffic = Traffic.of(PackedRows([text, pairs], weights, 64, 0, 0.5, 0.0), draw_probability=0.5)
+        assert traffic.image == pytest.approx((1 - share) * 9 / 21)
+        assert traffic.drawn == traffic.image / 2
+        assert traffic.text == pytest.approx(share * 9 / 10 + (1 - share) * 11 / 21)
+        assert traffic.attended == pytest.approx(share * 10 + (1 - share) * 21)
+
+
 def planned(run, world: int):
     inputs = setup.Inputs([ShardSet(root) for root in run.data.sets], tiny.SPECIAL, tiny.vocabulary())
     setup.resolve_stages(run, inputs)
-    traffic = Traffic.of(inputs.sets, run.data.draw_probability)
-    return estimate(run, topology(run, world), inputs.vocabulary, traffic)
+    return estimate(run, topology(run, world), inputs.vocabulary, inputs.traffic)
 
 
-def built_parameters(run) -> int:
+def built_parameters(run, trained: bool = False) -> int:
     engine, _ = tiny.build(run)
-    return sum(parameter.numel() for chunk in engine.chunks for parameter in chunk.parameters())
+    parameters = [parameter for chunk in engine.chunks for parameter in chunk.parameters()]
+    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad or not trained)
 
 
 def test_planned_parameters_are_those_built(tmp_path):
@@ -58,3 +82,45 @@ def test_planned_memory(tmp_path):
     assert shared.weights == one.weights == 4 * one.parameters
     assert "will not fit" in table([one], gpu_memory_gib=1e-6)
     assert "will not fit" not in table([one], gpu_memory_gib=1)
+
+
+@pytest.mark.parametrize("part", ["projector", "llm", "heads"])
+def test_what_is_frozen_needs_its_weights_only(tmp_path, part):
+    shards = tiny.write_tiny_set(tmp_path / "set", count=20)
+    layout = "parallel.pipeline=2", "parallel.stage_layers=[2,2]"
+    run = tiny.tiny_run(tmp_path, shards, *layout, f"train.parts=[{part}]")
+    every, stages = planned(tiny.tiny_run(tmp_path, shards, *layout), 2), planned(run, 2)
+    assert [stage.weights for stage in stages] == [stage.weights for stage in every]
+    trained = run_distributed(built_parameters, 2, run, True)
+    assert [stage.gradients / 4 for stage in stages] == [stage.optimizer / 8 for stage in stages] == trained
+    # Backward ends above the first stage where nothing is trained there, and goes through the other.
+    kept = [stage.activations / other.activations for stage, other in zip(stages, every, strict=True)]
+    assert kept[0] == (0 if part == "heads" else kept[1]) and 0.5 < kept[1] <= 1
+    assert (kept[1] == 1) == (part == "llm")
+    assert stages[1].logits < every[1].logits
+
+
+def test_frozen_layers_are_cut_by_their_cost(tmp_path):
+    shards = tiny.write_tiny_set(tmp_path / "set", count=20)
+    every, heads = (
+        tiny.tiny_run(tmp_path, shards, "parallel.pipeline=2", "model.layers=40", f"train.parts={parts}")
+        for parts in ("[projector,llm,heads]", "[heads]")
+    )
+    for run in every, heads:
+        shares = [stage.flops_share for stage in planned(run, 2)]
+        assert shares == pytest.approx([0.5, 0.5], abs=0.02)
+    assert heads.parallel.stage_layers[0] > every.parallel.stage_layers[0]
+
+
+@pytest.mark.parametrize("rows, expected", [(8, [2.5, 1.5]), (2, [2, 1.5])])
+def test_virtual_pipeline_keeps_more(tmp_path, rows, expected):
+    """5 and 3 passes through half a stage wait for their backward, as far as there are micro-batches."""
+    shards = tiny.write_tiny_set(tmp_path / "set", count=20)
+    layout = "parallel.pipeline=2", f"train.global_batch_tokens={64 * rows}"
+    plain, virtual = (
+        planned(tiny.tiny_run(tmp_path, shards, *layout, f"parallel.virtual_pipeline={chunks}", split), 2)
+        for chunks, split in ((1, "parallel.stage_layers=[2,2]"), (2, "parallel.stage_layers=[1,1,1,1]"))
+    )
+    one = plain[1].activations  # the last stage's single micro-batch
+    assert plain[0].activations == 2 * one
+    assert [stage.activations / one for stage in virtual] == expected

@@ -1,5 +1,6 @@
 """The lock of a run folder, the watchdog, the checks of nodes, and what is recorded of starts."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -61,6 +62,24 @@ def test_a_dead_holder_elsewhere_is_watched(tmp_path):
     lock, begun = RunLock(tmp_path, BEAT), time.monotonic()
     lock.acquire()
     assert time.monotonic() - begun >= 4 * BEAT
+    lock.release()
+
+
+def test_a_holder_outlives_its_disks_bad_moment(tmp_path, monkeypatch):
+    failed = threading.Event()
+
+    def utime(path, times=None, before=os.utime):
+        if failed.is_set():
+            return before(path, times)
+        failed.set()
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "utime", utime)
+    lock = RunLock(tmp_path, BEAT)
+    lock.acquire()
+    assert failed.wait(30)
+    with pytest.raises(UserError, match="in use"):
+        RunLock(tmp_path, BEAT).acquire()
     lock.release()
 
 

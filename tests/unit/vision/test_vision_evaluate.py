@@ -63,7 +63,7 @@ def test_tars_with_captions(models, pairs, tmp_path):
     mean = images.mean(dim=0, keepdim=True).expand_as(images)
     assert report["psnr_mean_image"] == pytest.approx(psnr(mean, images).mean().item(), rel=1e-5)
     assert report["code_usage_pixel"] == pytest.approx(codes.pixel.unique().numel() / 32)
-    assert report["codes_per_stream"] == codes.pixel.numel()
+    assert report["codes_semantic"] == report["codes_pixel"] == codes.pixel.numel()
     texts = text_embeddings(siglip, load_tokenizer(models["siglip"]), captions)
     assert report["retrieval_r1_quantized"] == retrieval_r1(codes.pooled, texts, captions)
     teacher = image_embeddings(siglip, images)
@@ -168,6 +168,73 @@ def test_labels_of_tars_and_captions_of_folders(tmp_path):
     (tmp_path / "x.txt").write_text("a red field\n")
     ((samples, _),) = batches(str(tmp_path), 16, 4)
     assert samples.captions == ["a red field"] and samples.labels == [""]
+
+
+def write_tar(path, members: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_labels_and_captions_that_cannot_be_read_are_listed(models, tmp_path, capsys):
+    """They cost no more than their part in zero-shot classification."""
+    image = io.BytesIO()
+    Image.new("RGB", (20, 16), "red").save(image, "PNG")
+    labels = {
+        "a.cls": b"red", "b.cls": b"\xff", "c.json": b'{"label": ', "d.json": b"[1, 2]", "e.json": b'{"label": "red"}',
+        "f.json": b"[" * 100_000,
+    }  # fmt: skip
+    members = {}
+    for name, label in labels.items():
+        members |= {f"{name[0]}.png": image.getvalue(), name: label}
+    data = write_tar(tmp_path / "some.tar", members)
+    (tmp_path / "classes.txt").write_text("green\nred\n")
+    arguments = ["--model", models["model"], "--siglip", models["siglip"], "--classes", str(tmp_path / "classes.txt")]
+    main([*arguments, "--data", data, "--output", str(tmp_path / "out"), "--device", "cpu"])
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["n"] == 6 and report["zero_shot_images"] == 2 and report["zero_shot_top5_teacher"] == 1
+    assert report["unreadable"] == [f"{name}: its label can't be read" for name in "bcdf"]
+    assert "unreadable: 4, listed in report.json; the first: b: its label" in capsys.readouterr().out
+
+    data = write_tar(tmp_path / "none.tar", {k: v for k, v in members.items() if k[0] in "bcd"})
+    report = evaluate(Options(**models, data=data, output=tmp_path, classes=tmp_path / "classes.txt"))
+    assert report["left_out"]["zero_shot"] == "no image has a label that can be read"
+    assert "zero_shot_images" not in report
+
+    (tmp_path / "images").mkdir()
+    for name in "xy":
+        (tmp_path / f"images/{name}.png").write_bytes(image.getvalue())
+        (tmp_path / f"images/{name}.txt").write_bytes(b"caf\xe9\n")
+    ((samples, _),) = batches(str(tmp_path / "images"), 16, 4)
+    assert samples.captions == ["caf\ufffd"] * 2
+
+
+@pytest.mark.parametrize("pixel", [{"pixel_depth": 4}, {"pixel_codebook_size": 64}, {"pixel_codebook_size": 16}])
+def test_use_of_codes_where_the_streams_differ(pixel, pairs, tmp_path):
+    model = tiny_dualtoken(**pixel)
+    model.save_pretrained(tmp_path / "model")
+    report = evaluate(Options(model=str(tmp_path / "model"), data=pairs, output=tmp_path))
+    codes = model.encode(read_pairs(pairs, 16)[0])
+    for stream in ("semantic", "pixel"):
+        found = getattr(codes, stream)
+        assert report[f"codes_{stream}"] == found.numel()
+        size = model.config.size(stream, "codebook_size")
+        assert report[f"code_usage_{stream}"] == pytest.approx(found.unique().numel() / size)
+
+
+def test_use_of_codes_where_each_depth_has_its_own(pairs, tmp_path):
+    """Code 1 of a depth and code 1 of another are two codes."""
+    model = tiny_dualtoken(shared_codebook=False)
+    model.save_pretrained(tmp_path / "model")
+    report = evaluate(Options(model=str(tmp_path / "model"), data=pairs, output=tmp_path))
+    codes = model.encode(read_pairs(pairs, 16)[0]).pixel.flatten(0, 2).T
+    assert report["code_usage_pixel"] == pytest.approx(sum(depth.unique().numel() for depth in codes) / (3 * 32))
+    shares = [torch.bincount(depth) / depth.numel() for depth in codes]
+    entropies = [-(share[share > 0] * share[share > 0].log()).sum() for share in shares]
+    assert report["perplexity_pixel"] == pytest.approx(sum(e.exp().item() for e in entropies) / 3, rel=1e-5)
 
 
 def test_loading_processes_read_every_sample_once(pairs):

@@ -1,5 +1,7 @@
 """The recipes of the three stages: what each trains, and what its loss is."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -7,15 +9,17 @@ import torch
 from torch.nn import functional as F
 
 from megadual.config import load_config
+from megadual.errors import UserError
 from megadual.testing.vision import tiny_dualtoken, tiny_dualtoken_config, write_tiny_pairs, write_tiny_siglip
 from megadual.vision import DualToken
 from megadual.vision.loop import Ranks
 from megadual.vision.presets import BACKBONES, preset
-from megadual.vision.recipe import TrainTokenizerConfig, frozen_modules, plan
+from megadual.vision.recipe import TrainTokenizerConfig, check, frozen_modules, plan
 from megadual.vision.train import TokenizerTrainer
 from pretrain.train_tokenizer import main
 
-CONFIGS = Path(__file__).resolve().parents[3] / "pretrain/configs"
+ROOT = Path(__file__).resolve().parents[3]
+CONFIGS = ROOT / "pretrain/configs"
 SIZES = {"256_rvq4": "siglip2-so400m-256-rvq4", "384_rvq8": "siglip2-so400m-384-rvq8"}
 
 
@@ -126,6 +130,38 @@ def test_a_stage_starts_from_the_one_before_and_keeps_its_teacher(inputs, tmp_pa
     assert not torch.equal(trainer.teacher.embeddings.patch_embedding.weight, student)
 
 
+def commands(*files: str) -> list[list[str]]:
+    """The arguments of train_tokenizer.py in the code blocks of documents."""
+    lines = [line for file in files for line in (ROOT / file).read_text().splitlines()]
+    found = [re.search(r"^torchrun .* pretrain/train_tokenizer.py (.*)", line) for line in lines]
+    return [shlex.split(match[1], comments=True) for match in found if match]
+
+
+@pytest.mark.parametrize("arguments", commands("README.md", "docs/tokenizer.md"))
+def test_the_documents_commands_run_as_they_are_written(arguments, inputs, tmp_path, monkeypatch):
+    """After each other: a stage starts where the one before it ends."""
+    path, *overrides = (argument.replace("SHARDS", inputs[0]) for argument in arguments if argument != "--config")
+    config = load_config(TrainTokenizerConfig, ROOT / path, overrides)
+    stage = int(re.search(r"stage(\d)", path)[1])
+    monkeypatch.chdir(tmp_path)
+    for earlier in range(stage):
+        folder = load_config(TrainTokenizerConfig, ROOT / path.replace(f"stage{stage}", f"stage{earlier}")).output
+        tiny_dualtoken().save_pretrained(tmp_path / folder / "dualtoken")
+    check(config)
+    assert config.start is None or (tmp_path / config.start).is_dir()
+    assert "not there yet" not in plan(config, 8)
+
+
+def test_missing_shards_are_named_by_their_key(inputs, tmp_path):
+    for key in ("data.train", "pictures"):
+        config = tiny_run(1, inputs, tmp_path, f"{key}={tmp_path}/none-*.tar")
+        with pytest.raises(UserError, match=f"^{key}: no shard matches"):
+            check(config)
+    config = load_config(TrainTokenizerConfig, CONFIGS / "tokenizer_256_rvq4_stage1.yaml", ["pictures=none-*.tar"])
+    assert "pictures not there yet: no shard matches 'none-*.tar'" in plan(config, 8)
+    assert "start    runs/tokenizer_256_rvq4/stage0/dualtoken, not there yet" in plan(config, 8)
+
+
 def test_a_dry_run_prints_the_plan_without_data_or_weights(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     main(["--config", str(CONFIGS / "tokenizer_384_rvq8_stage1.yaml"), "--dry-run"])
@@ -135,6 +171,7 @@ def test_a_dry_run_prints_the_plan_without_data_or_weights(capsys, monkeypatch):
         "images   384 px, 27 x 27 positions",
         "frozen   siglip_model.text_model",
         "data     not there yet: no shard matches",
+        "pictures none",
     ):
         assert line in printed
     config = load_config(TrainTokenizerConfig, CONFIGS / "tokenizer_256_rvq4_stage0.yaml")

@@ -1,16 +1,28 @@
 """The whole tokenizer: shapes, consistency, storage, what each path runs through."""
 
+import base64
+import io
 import json
+import random
+import tarfile
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import SiglipModel
 
+from data_pipeline.config import EncodeConfig, FilterConfig
+from data_pipeline.decode import decode
+from data_pipeline.layouts import RawDocument
+from megadual.hf.processing_megadual import MegaDualProcessor
 from megadual.testing.vision import tiny_dualtoken, tiny_dualtoken_config, tiny_siglip_config
+from megadual.text import train_text_tokenizer
 from megadual.vision import DualToken, DualTokenConfig, read_codebooks
+from megadual.vision.data import random_crop, read_pairs
 from megadual.vision.fast import FastDualToken
-from megadual.vision.tokenizer import finish, hidden_states
+from megadual.vision.samples import SampleReader
+from megadual.vision.tokenizer import centre_crop, finish, hidden_states, to_tensor
 
 
 @pytest.fixture
@@ -199,3 +211,61 @@ def test_wrong_inputs_are_named(images, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
     with pytest.raises(ValueError, match="not a DualToken"):
         DualTokenConfig.load(tmp_path)
+
+
+def unusual_file(name: str) -> bytes:
+    """A file of 32 x 16 px whose left half is white, and whose right one is dark, once they are upright."""
+    seen = np.full((16, 32, 4), 255, dtype=np.uint8)
+    seen[:, 16:] = (0, 0, 0, 255)
+    clear = seen.copy()
+    clear[:, :16] = 0  # transparent
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    grey = np.where(seen[..., 0], 65535, 200).astype(np.uint16)
+    image, options = {
+        "alpha": (Image.fromarray(clear), {}),
+        "turned": (Image.fromarray(seen).convert("RGB").transpose(Image.Transpose.ROTATE_90), {"exif": turned}),
+        "both": (Image.fromarray(clear).transpose(Image.Transpose.ROTATE_90), {"exif": turned}),
+        "16 bits": (Image.fromarray(grey), {}),
+    }[name]
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["alpha", "turned", "both", "16 bits"])
+def test_a_file_is_the_same_image_everywhere(name, tmp_path):
+    """In the pipeline, in training, in evaluation of tars and folders, and to an exported model."""
+    data = unusual_file(name)
+    expected = torch.ones(3, 16, 16)
+    expected[:, :, 8:] = -1
+    model, open_image = tiny_dualtoken(), lambda: Image.open(io.BytesIO(data))
+    path, tar = tmp_path / "folder/x.png", tmp_path / "x.tar"
+    path.parent.mkdir()
+    path.write_bytes(data)
+    with tarfile.open(tar, "w") as file:
+        file.add(path, "x.png")
+    (piped,) = decode(RawDocument("k", "pair", "txt", [data, "x"]), FilterConfig(), EncodeConfig()).images
+    processor, text = MegaDualProcessor(train_text_tokenizer(["a"], 300), 16, 16), base64.b64encode(data).decode()
+    given = [open_image(), str(path), text, f"data:image/png;base64,{text}"]
+    images = {
+        "pipeline": to_tensor(centre_crop(piped, 16)),
+        "DualToken": model.preprocess(open_image()),
+        "FastDualToken": FastDualToken(model).preprocess(open_image()),
+        "training": read_pairs(str(tar), 16)[0][0],
+        "tars": next(iter(SampleReader(str(tar), 16)))[0],
+        "folder": next(iter(SampleReader(str(path.parent), 16)))[0],
+        **dict(zip(("PIL", "path", "base64", "data:"), processor(images=given)["pixel_values"], strict=True)),
+    }
+    for where, image in images.items():
+        assert (image - expected)[:, :, [0, 1, 2, -3, -2, -1]].abs().max() < 0.01, where  # bicubic at the edge between
+    crop = random_crop(open_image(), 16, 1.0, random.Random(0))
+    assert crop.getpixel((0, 0)) == (255, 255, 255) and crop.getpixel((15, 15)) == (0, 0, 0)
+
+
+def test_what_is_no_image_is_told(tmp_path):
+    processor = MegaDualProcessor(train_text_tokenizer(["a"], 300), 16, 16)
+    with pytest.raises(ValueError, match="'no/such.png' is no image file, address or base64"):
+        processor(images="no/such.png")
+    with pytest.raises(TypeError, match="not int"):
+        processor(images=5)

@@ -6,11 +6,13 @@ import random
 import subprocess
 import sys
 import tarfile
+import warnings
 from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,16 +137,104 @@ def test_remote_shards_equal_local_ones(corpus, server):
 
 
 def test_shards_that_cannot_be_read_are_named(server, monkeypatch):
-    monkeypatch.setattr(data, "RETRY_PAUSES", (0.0, 0.0))
+    """What the store does not have is a mistake, at once; a store that is away may come back for a later start."""
+    monkeypatch.setattr(data, "RETRY_PAUSES", (0, 0))
     url, _ = server
-    for shard, why in (
-        (f"{url}/none.tar", "ClientResponseError: 404"),
-        ("http://127.0.0.1:1/x.tar", "ClientConnector"),
-    ):
-        with pytest.raises(UserError, match=f"shard '{shard}' can't be opened: {why}"):
-            read_pairs(shard, 16)
-    with pytest.raises(UserError, match="'nowhere://bucket/x.tar' can't be opened: ValueError: Protocol not known"):
+    with warnings.catch_warnings(), pytest.raises(UserError, match=f"shard '{url}/none.tar' can't be read: .*404"):
+        warnings.simplefilter("error")  # no further try
+        read_pairs(f"{url}/none.tar", 16)
+    with pytest.warns(UserWarning, match="next try"), pytest.raises(OSError, match="127.0.0.1:1/x.tar' can't be read"):
+        read_pairs("http://127.0.0.1:1/x.tar", 16)
+    with pytest.raises(UserError, match="'nowhere://bucket/x.tar' can't be listed: ValueError: Protocol not known"):
         read_pairs("nowhere://bucket/x.tar", 16)
+
+
+class Store:
+    """Files behind fsspec.open whose store fails now and then: in opening, and after every so many bytes."""
+
+    def __init__(self, monkeypatch, openings: int, every: int, seekable: bool):
+        self.openings, self.every, self.seekable, self.failures, self.served = openings, every, seekable, 0, 0
+        self.waits = []
+        monkeypatch.setattr(data.fsspec, "open", lambda url, mode: SimpleNamespace(open=partial(self.open, url)))
+        monkeypatch.setattr(data.time, "sleep", self.waits.append)
+
+    def fail(self):
+        self.failures += 1
+        raise TimeoutError("the store is busy")
+
+    def open(self, url):
+        if self.openings:
+            self.openings -= 1
+            self.fail()
+        return StoredFile(self, url)
+
+
+class StoredFile:
+    def __init__(self, store, url):
+        self.store, self.file = store, open(url, "rb")
+        self.close = self.file.close
+
+    def seek(self, position):
+        if not self.store.seekable:
+            raise ValueError("cannot seek")
+        self.file.seek(position)
+
+    def read(self, size):
+        if self.store.served > self.store.every:
+            self.store.served = 0
+            self.store.fail()
+        piece = self.file.read(size)
+        self.store.served += len(piece)
+        return piece
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Two shards of some 100 kB, more than a tar's reader takes at once."""
+    return write_tiny_pairs(tmp_path_factory.mktemp("large"), shards=2, pairs=48)
+
+
+@pytest.mark.parametrize("seekable", [True, False])
+def test_a_store_that_fails_now_and_then_changes_no_batch(large, monkeypatch, seekable):
+    config = DataConfig(large, batch_size=8, shuffle=8)
+    whole = first_keys(TrainingImages(config, 16, seed=3), 14)
+    with monkeypatch.context() as patch:
+        store = Store(patch, openings=2, every=60_000 if seekable else 150_000, seekable=seekable)
+        with pytest.warns(UserWarning, match="pairs-0000.*TimeoutError: the store is busy; the next try is in"):
+            again = first_keys(TrainingImages(config, 16, seed=3), 14)
+    assert store.failures > 2 and store.waits[:2] == [1, 5]
+    for a, b in zip(whole, again, strict=True):
+        assert a.captions == b.captions and torch.equal(a.images, b.images) and a.position == b.position
+
+
+def test_a_listed_shard_is_asked_for_for_minutes_then_the_run_may_start_again(corpus, monkeypatch):
+    store = Store(monkeypatch, openings=1000, every=0, seekable=True)
+    with pytest.warns(UserWarning), pytest.raises(OSError, match="pairs-0000.*can't be read: TimeoutError"):
+        first_keys(TrainingImages(DataConfig(corpus, batch_size=8), 16, seed=3), 1)
+    assert 120 < sum(store.waits) < 600 and store.waits == sorted(store.waits)
+
+
+def test_a_command_that_fails_is_run_again(large, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    shard = large.replace("*", "00000")
+    local, captions = read_pairs(shard, 16)
+    command = f"test -e {tmp_path}/tried && cat {shard} || (touch {tmp_path}/tried; head -c 40000 {shard}; exit 3)"
+    with pytest.warns(UserWarning, match="exit 3"):
+        images, found = read_pairs(f"pipe:{command}", 16)
+    assert found == captions and torch.equal(images, local)
+
+
+@pytest.mark.parametrize("damage", ["cut", "header"])
+def test_a_damaged_shard_is_read_to_its_damage_and_the_next_one_whole(large, tmp_path, damage):
+    whole = [Path(large.replace("*", f"0000{i}")).read_bytes() for i in (0, 1)]
+    half = len(whole[0]) // 1024 * 512
+    first = whole[0][:half] if damage == "cut" else whole[0].replace(b"000030.png", b"\xff00030.png", 1)
+    (tmp_path / "0.tar").write_bytes(first)
+    (tmp_path / "1.tar").write_bytes(whole[1])
+    with pytest.warns(UserWarning, match="0.tar' is damaged, the rest of it is left out"):
+        keys = [sample["__key__"] for sample in data.shard_samples(data.list_shards(f"{tmp_path}/*.tar"))]
+    second = [key for key in keys if key.startswith("01")]
+    assert len(second) == 48 and 10 < len(keys) - 48 < 48
 
 
 @pytest.mark.parametrize("shape, kept", [((40, 40), 0.9), ((400, 40), 40 * 160 / 3 / 16000)])
