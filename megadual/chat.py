@@ -5,12 +5,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from megadual.errors import UserError, command
 from megadual.hf.folder import open_folder
-from megadual.vision.tokenizer import to_rgb
 
 HELP = """\
 describe PATH [TEXT]   a text for an image, going on from TEXT
@@ -92,8 +91,10 @@ def split(text: str) -> list[str]:
 
 def read_image(path: str) -> Image.Image:
     try:
-        return to_rgb(Image.open(path))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        image = Image.open(path)
+        image.load()
+        return image
+    except Exception as error:  # of PIL's decoders: whatever unpacking wrong bytes leads to
         raise UserError(f"'{path}' cannot be read as an image: {error}") from error
 
 

@@ -50,9 +50,12 @@ def test_a_conversation(monkeypatch, capsys, folder, picture, tmp_path):
 
 def test_mistakes_are_told_and_the_conversation_goes_on(monkeypatch, capsys, folder, tmp_path):
     (tmp_path / "notes.png").write_text("no image")
+    Image.new("RGB", (40, 40)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
     lines = [
         "describe nowhere.png",
         f"describe {tmp_path}/notes.png",
+        f"describe {tmp_path}/cut.png",
         "/set seed x",
         "/set speed 3",
         "ask 'two",
@@ -61,8 +64,8 @@ def test_mistakes_are_told_and_the_conversation_goes_on(monkeypatch, capsys, fol
     errors = talk(monkeypatch, capsys, folder, tmp_path, *lines, "/help").err.splitlines()
     errors = [line for line in errors if line.startswith("error: ")]
     expected = [
-        "'nowhere.png' cannot be read", "notes.png' cannot be read", "seed x: it takes a whole number",
-        "no option 'speed'", "a quote is not closed", "'paint' is not understood",
+        "'nowhere.png' cannot be read", "notes.png' cannot be read", "cut.png' cannot be read",
+        "seed x: it takes a whole number", "no option 'speed'", "a quote is not closed", "'paint' is not understood",
     ]  # fmt: skip
     assert len(errors) == len(expected) and all(part in error for part, error in zip(expected, errors, strict=True))
 
