@@ -1,6 +1,7 @@
 # make demo   the whole way on a laptop: corpus -> tokenizer -> shards -> LLM -> Hugging Face folder -> report
 # make test   the tests
 # make test-mcore, test-transformers, test-slurm   against other versions; jobs on a real Slurm, started here as root
+# make golden  renew the numbers of the golden runs, for a change that is meant to change them
 # make clean  remove the demo's run folder
 
 PYTHON   ?= python3
@@ -12,7 +13,7 @@ PARALLEL ?= pipeline=2
 # DeepSpeed's kernels are built when they are first used, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: install demo test test-mcore test-transformers test-slurm clean
+.PHONY: install demo test test-mcore test-transformers test-slurm golden clean
 install: $(VENV)/.installed
 demo: install
 	$(BIN)/python -m megadual.demo --parallel "$(PARALLEL)"
@@ -50,6 +51,9 @@ test-transformers: install
 # Installs Debian's Slurm packages where they are missing.
 test-slurm: install
 	$(BIN)/python -m pytest tests/slurm
+
+golden: install
+	$(BIN)/python -m megadual.testing.golden --renew
 
 clean:
 	rm -rf runs/demo

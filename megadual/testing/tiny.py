@@ -51,6 +51,19 @@ def tiny_run(folder: Path, shards: Path, *overrides: str) -> PretrainConfig:
     return run
 
 
+def golden_run(folder: Path, shards: Path, engine: str, steps: int) -> PretrainConfig:
+    """A resolved config of the tiny preset as it is, with warm-up, clipping and weights of the losses that count."""
+    overrides = [
+        f"engine={engine}", "model.preset=tiny", "model.dualtoken=unused", "model.text_tokenizer=unused",
+        f"data.sets=[{shards}]", f"train.steps={steps}", "train.seq_len=64", "train.global_batch_tokens=512",
+        "train.lr=1e-3", "train.min_lr=1e-4", "train.warmup_steps=5", "train.clip_grad=1.0",
+        "train.loss.text=0.5", "train.loss.semantic=1.5", "train.loss.pixel=0.75", f"run.dir={folder}",
+    ]  # fmt: skip
+    run = load_config(PretrainConfig, None, overrides)
+    run.model = presets.resolve(run.model)
+    return run
+
+
 def build(run: PretrainConfig):
     """(engine, data) of a tiny run in this process's group."""
     layout = topology(run, dist.get_world_size())

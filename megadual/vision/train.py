@@ -5,6 +5,7 @@ the discriminator and the position in the data too, so a resumed run goes on as 
 """
 
 import contextlib
+import math
 import sys
 import time
 from pathlib import Path
@@ -130,14 +131,14 @@ class TokenizerTrainer:
                     (terms["discriminator"] / config.accumulate).backward()
             for name, value in {"loss": total, **terms}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / config.accumulate
-        if config.optim.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip_norm)
+        most = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), most).item()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if with_gan:
             self._step_discriminator()
         self.steps_done += 1
-        metrics = {**sums, "lr": lr, **self._code_metrics(output)}
+        metrics = {**sums, "grad_norm": grad_norm, "lr": lr, **self._code_metrics(output)}
         for stream in STREAMS:  # equal on all ranks
             metrics[f"restarted_{stream}"] = self.model.quantizer(stream).restarted - restarted[stream]
         metrics = self.ranks.mean(metrics)
