@@ -11,7 +11,7 @@ from ablation_training import CodebookUpdates, fit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megadual.testing.corpus import make_corpus
+from megadual.synthetic.corpus import make_corpus
 from megadual.text import save_text_tokenizer, train_text_tokenizer
 from megadual.vision import DualToken
 from megadual.vision.config import DualTokenConfig

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from megadual.hf.configuration_megadual import MegaDualConfig
 from megadual.hf.decoding import Sampler, captured
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
-from megadual.hf.writer import Writer
+from megadual.hf.rollout import Rollout
 from megadual.kernels import few_rows
 from megadual.model.presets import PRESETS
 from megadual.streams import STREAMS, SpecialIds
@@ -142,9 +142,9 @@ def drawing(model, batch: int, plain_positions: int, floor: float) -> dict[str, 
         decode(drawn)
         pixels = seconds(lambda: decode(drawn), repeats=3)
     assert torch.equal(drawn["pixel"], draw()["pixel"]), "the same seed drew other codes"
-    writer = model._kept[1]
-    step = captured(lambda: writer.llm.step(writer.embeds_RH), model.device)
-    writer.llm.reset()
+    rollout = model._kept[1]
+    step = captured(lambda: rollout.llm.step(rollout.embeds_RH), model.device)
+    rollout.llm.reset()
     llm = seconds(lambda: [step() for _ in range(64)]) / 64
     plain_draw(model, captions, plain_positions)  # kernels for every length are chosen here
     plain = seconds(lambda: plain_draw(model, captions, plain_positions)) / plain_positions * positions
@@ -166,14 +166,14 @@ def drawing(model, batch: int, plain_positions: int, floor: float) -> dict[str, 
 def text(model, tokens: int, plain_tokens: int) -> dict[str, float]:
     """Greedy text after a prompt of 300 positions, every token read by the host as `describe` does."""
     ids = torch.arange(300, device=model.device)[None]
-    writer = Writer(model, 1, 1, ids.size(1) + tokens)
-    write = writer.write
-    writer.start(model.model.embed_tokens(ids), torch.ones_like(ids, dtype=torch.bool))
+    rollout = Rollout(model, 1, 1, ids.size(1) + tokens)
+    write = rollout.write
+    rollout.start(model.model.embed_tokens(ids), torch.ones_like(ids, dtype=torch.bool))
 
     def ours():
         for _ in range(tokens):
             write()
-            writer.tokens_B.tolist()
+            rollout.tokens_B.tolist()
 
     fast = tokens / seconds(ours)
     plain = lambda n: model.generate(

@@ -151,7 +151,7 @@ def measure(config: DualTokenConfig, batch: int, decode_batch: int) -> dict:
     result["plain_encode_ms"] = milliseconds(lambda: plain_encode(model, images, codebooks), repeats=5)
     result["plain_encode_gib"] = peak_gib(lambda: plain_encode(model, images, codebooks))
     xs = vectors(model, images)
-    search = lambda one: [one(x, codebooks[s], config.depth) for s, x in zip(STREAMS, xs, strict=True)]
+    search = lambda one: [one(x, codebooks[name], config.depth) for name, x in zip(STREAMS, xs, strict=True)]
     result["plain_search_ms"] = milliseconds(lambda: search(plain_residual_codes), repeats=5)
     result["fast_search_ms"] = milliseconds(lambda: search(residual_codes))
     fused, plain = search(residual_codes), search(plain_residual_codes)

@@ -34,11 +34,11 @@ from megadual.engine import cpu
 cpu.install()
 
 from checkpoints_tools.convert_to_hf import exported_shapes, model_config, read_dualtoken  # noqa: E402
-from checkpoints_tools.mapping import Sizes, origins  # noqa: E402
-from checkpoints_tools.tensors import FolderTensors, write_checkpoint, write_folder  # noqa: E402
 from megadual.config import PretrainConfig, load_config  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
 from megadual.hf.configuration_megadual import MegaDualConfig  # noqa: E402
+from megadual.hf.mapping import Sizes, origins  # noqa: E402
+from megadual.hf.tensors import FolderTensors, write_checkpoint, write_folder  # noqa: E402
 from megadual.model import presets  # noqa: E402
 from megadual.model.dual_lm import Vocabulary  # noqa: E402
 from megadual.model.init import initial  # noqa: E402

@@ -22,15 +22,15 @@ from megadual.engine import cpu
 
 cpu.install()
 
-from checkpoints_tools.carried_code import AUTO_MAP, write_code  # noqa: E402
-from checkpoints_tools.mapping import CODEBOOKS, Sizes, to_hf  # noqa: E402
-from checkpoints_tools.model_card import model_card  # noqa: E402
-from checkpoints_tools.tensors import CheckpointTensors, FolderTensors, write_folder  # noqa: E402
 from megadual.config import PretrainConfig  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
+from megadual.hf.carried_code import AUTO_MAP, write_code  # noqa: E402
 from megadual.hf.configuration_megadual import MegaDualConfig  # noqa: E402
+from megadual.hf.mapping import CODEBOOKS, Sizes, to_hf  # noqa: E402
+from megadual.hf.model_card import model_card  # noqa: E402
 from megadual.hf.modeling_megadual import MegaDualForCausalLM  # noqa: E402
 from megadual.hf.processing_megadual import MegaDualProcessor  # noqa: E402
+from megadual.hf.tensors import CheckpointTensors, FolderTensors, write_folder  # noqa: E402
 from megadual.model import presets  # noqa: E402
 from megadual.streams import SPECIAL_TOKENS, SpecialIds  # noqa: E402
 from megadual.text import load_text_tokenizer, save_text_tokenizer  # noqa: E402

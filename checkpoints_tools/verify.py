@@ -28,13 +28,13 @@ cpu.install()
 from megatron.core import parallel_state  # noqa: E402
 
 from checkpoints_tools.convert_to_hf import Exported  # noqa: E402
-from checkpoints_tools.mapping import origins, to_hf  # noqa: E402
-from checkpoints_tools.tensors import CheckpointTensors, FolderTensors  # noqa: E402
 from megadual.config import ParallelConfig, PretrainConfig  # noqa: E402
 from megadual.data.dataset import MicroBatch, collate  # noqa: E402
 from megadual.engine.groups import initialize_groups  # noqa: E402
 from megadual.engine.megatron import build_chunks  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
+from megadual.hf.mapping import origins, to_hf  # noqa: E402
+from megadual.hf.tensors import CheckpointTensors, FolderTensors  # noqa: E402
 from megadual.model import presets  # noqa: E402
 from megadual.streams import STREAMS, Sequence, sequence_length, to_sequence  # noqa: E402
 from megadual.text import load_text_tokenizer  # noqa: E402

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.config import EncodeConfig, FilterConfig
-from data_pipeline.layouts import LeftOut, RawDocument, Unusable
+from data_pipeline.documents import LeftOut, RawDocument, Unusable
 from megadual.vision.tokenizer import to_rgb
 
 

@@ -14,8 +14,8 @@ import torch
 
 from data_pipeline.config import PipelineConfig
 from data_pipeline.decode import Decoded, decode
+from data_pipeline.documents import LeftOut, RawDocument, Unusable, to_document
 from data_pipeline.images import Codes, ImageEncoder
-from data_pipeline.layouts import LeftOut, RawDocument, Unusable, to_document
 from data_pipeline.readers import InputShard, read_samples
 from data_pipeline.store import open_store
 from data_pipeline.writer import ShardWriter

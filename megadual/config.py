@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,20 @@ from omegaconf.errors import OmegaConfBaseException
 from megadual.errors import UserError
 
 
+def _section(type_: Any) -> type | None:
+    """The dataclass of a section, or of each entry of a mapping of sections (`dict[str, Section]`)."""
+    of = typing.get_args(type_)[1:] if typing.get_origin(type_) is dict else (type_,)
+    return next((each for each in of if dataclasses.is_dataclass(each)), None)
+
+
 def _leaves(schema: type, prefix: str = "") -> list[str]:
     names = []
     for field in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(field.type):
-            names += _leaves(field.type, f"{prefix}{field.name}.")
+        named = "NAME." if typing.get_origin(field.type) is dict else ""
+        if section := _section(field.type):
+            names += _leaves(section, f"{prefix}{field.name}.{named}")
         else:
-            names.append(prefix + field.name)
+            names.append(f"{prefix}{field.name}{named and '.NAME'}")
     return names
 
 
@@ -34,8 +42,12 @@ def _check_keys(given: Any, schema: type, place: str, prefix: str = "") -> None:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(_leaves(schema, prefix))}"
             raise UserError(f"{place}: unknown config key '{name}'; {hint}")
-        if dataclasses.is_dataclass(fields[key].type):
-            _check_keys(value, fields[key].type, place, f"{name}.")
+        section = _section(fields[key].type)
+        if section and typing.get_origin(fields[key].type) is dict:
+            for entry, keys in (value or {}).items():
+                _check_keys(keys, section, place, f"{name}.{entry}.")
+        elif section:
+            _check_keys(value, section, place, f"{name}.")
 
 
 def load_config(schema: type, path: str | Path | list[str] | None = None, overrides: list[str] = ()):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megadual.config import PretrainConfig, load_config
 from megadual.errors import UserError, command
-from megadual.train import lock
-from megadual.train.record import read_starts
+from megadual.run import lock
+from megadual.run.record import read_starts
 
 
 def describe(folder: Path) -> dict[str, str]:

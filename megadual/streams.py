@@ -10,6 +10,19 @@ import numpy as np
 
 STREAMS = ("semantic", "pixel")
 
+
+@dataclass(frozen=True)
+class Stream:
+    """One of a DualToken's streams of codes, as data and language models see it: D codes a position, each one of K
+    vectors of width C.
+    """
+
+    name: str
+    depth: int  # D
+    codebook_size: int  # K
+    code_dim: int  # C
+
+
 IMAGE = "<image>"  # stands for one image in a document's text, and for one image position in a sequence
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, IMAGE, "<image_start>", "<image_end>", "<image_gen_start>", "<image_gen_end>")

@@ -53,15 +53,16 @@ def pretrain(run: PretrainConfig, layout: Topology, inputs) -> int:
     import torch.distributed as dist
 
     from megadual.engine.groups import collective_timeout_s
-    from megadual.train import preflight, record, setup
-    from megadual.train.lock import sole_trainer
+    from megadual.run import nodes, record
+    from megadual.run.lock import sole_trainer
+    from megadual.run.signals import EXIT_BAD_LOSS, EXIT_STOPPED
+    from megadual.run.watchdog import Watchdog
+    from megadual.train import setup
     from megadual.train.loop import train
-    from megadual.train.stop import EXIT_BAD_LOSS, EXIT_STOPPED
-    from megadual.train.watchdog import Watchdog
 
     rank, world, folder = int(os.environ["RANK"]), layout.world, Path(run.run.dir)
-    store = preflight.open_store(rank, world)
-    peers = preflight.check_nodes(run, store, rank, world)
+    store = nodes.open_store(rank, world)
+    peers = nodes.check_nodes(run, store, rank, world)
     with sole_trainer(folder, store, rank, world):
         watchdog = Watchdog(folder / "logs", rank, run.run.hang_timeout, peers)
         cuda = torch.cuda.is_available()
@@ -69,7 +70,7 @@ def pretrain(run: PretrainConfig, layout: Topology, inputs) -> int:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         timeout = datetime.timedelta(seconds=collective_timeout_s(run))
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timeout)
-        preflight.check_all_reduce(rank, world)
+        nodes.check_all_reduce(rank, world)
         engine = setup.engine(run, layout, inputs.vocabulary)
         data = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank)
         if rank == 0:

@@ -42,7 +42,7 @@ class Training:
         ignoring = ["env", "--ignore-signal=USR1", sys.executable, "-u"]
         self.child = subprocess.Popen([*ignoring, *self.arguments], cwd=ROOT)
         code = self._wait()
-        from megadual.train.stop import EXIT_STOPPED
+        from megadual.run.signals import EXIT_STOPPED
 
         if code not in (0, EXIT_STOPPED):
             raise RuntimeError(f"{self.arguments[0]} ended with exit code {code}")

@@ -46,7 +46,7 @@ def stages(layout: list[str]) -> list[Stage]:
     return [
         Stage(
             "corpus", "compose captioned scenes from drawings, as webdataset tars",
-            f"-m megadual.testing.corpus --output {CORPUS}", CORPUS / "corpus.json",
+            f"-m megadual.synthetic.corpus --output {CORPUS}", CORPUS / "corpus.json",
         ),
         Stage(
             "text_tokenizer", "train a small text tokenizer on the captions",
@@ -64,7 +64,7 @@ def stages(layout: list[str]) -> list[Stage]:
         ),
         Stage(
             "evaluate", "measure reconstruction and retrieval on held-out images",
-            f"-m megadual.vision.evaluate --model {RUN}/tokenizer/dualtoken --siglip {RUN}/siglip --data {held_out} "
+            f"-m megadual.vision.eval --model {RUN}/tokenizer/dualtoken --siglip {RUN}/siglip --data {held_out} "
             f"--train-data '{CORPUS}/train-*.tar' --output {RUN}/tokenizer/eval",
             RUN / "tokenizer/eval/report.json",
         ),

@@ -36,8 +36,8 @@ from megadual.engine.saved_state import OPTIMIZER_STATE, SavedState
 from megadual.engine.step import GlobalLosses, StepResult, schedule
 from megadual.engine.topology import Topology
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
+from megadual.model.freezing import train_only
 from megadual.model.init import initialize
-from megadual.model.parts import train_only
 
 
 class ModelParallelUnit:

@@ -19,8 +19,8 @@ from megadual.engine.step import GlobalLosses, StepResult, schedule
 from megadual.engine.topology import Topology
 from megadual.model.context import context_share
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
+from megadual.model.freezing import train_only
 from megadual.model.init import initialize
-from megadual.model.parts import train_only
 
 
 def build_chunks(run: PretrainConfig, vocabulary: Vocabulary) -> list[DualLM]:

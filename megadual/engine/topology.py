@@ -5,7 +5,7 @@ import dataclasses
 from megadual.config import PretrainConfig
 from megadual.engine.limits import check_limits
 from megadual.errors import UserError
-from megadual.model.parts import check_parts
+from megadual.model.freezing import check_parts
 
 
 @dataclasses.dataclass(frozen=True)

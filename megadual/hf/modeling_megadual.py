@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel, Qwen2Model
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megadual.hf.configuration_megadual import MegaDualConfig
-from megadual.hf.using import Using
+from megadual.hf.generation import Generation
 from megadual.model.depth_head import DepthHead
 from megadual.streams import STREAMS
 from megadual.vision.quantizer import Codebook
@@ -33,7 +33,7 @@ class MegaDualOutput(CausalLMOutputWithPast):
 CACHE = next(name for name in ("cache", "past_key_values") if name in MegaDualOutput.__dataclass_fields__)
 
 
-class MegaDualForCausalLM(Using, PreTrainedModel, GenerationMixin):
+class MegaDualForCausalLM(Generation, PreTrainedModel, GenerationMixin):
     """Qwen2 decoder, visual projector, two depth heads and the DualToken whose codes they read and write."""
 
     config_class = MegaDualConfig

@@ -70,7 +70,7 @@ def _residual_codes(
                 score = tl.dot(lower, c_upper, score)
                 score = tl.dot(upper, c_lower, score)
                 score = tl.dot(upper, c_upper, score)
-                highest = score if tile == 0 else tl.maximum(highest, score)
+                highest = score if tile == 0 else tl.maximum(highest, score)  # noqa: F821
             better = highest > best
             best = tl.where(better, highest, best)
             best_group = tl.where(better, group, best_group)

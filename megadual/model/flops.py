@@ -12,7 +12,7 @@ import torch
 
 from megadual.config import ModelConfig
 from megadual.model.dual_lm import Vocabulary
-from megadual.model.parts import PARTS
+from megadual.model.freezing import PARTS
 
 # Dense bf16 peak of one GPU in FLOP/s, by a part of its name.
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}

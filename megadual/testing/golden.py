@@ -46,7 +46,9 @@ def pretrain_steps(engine: str, folder: Path) -> list[dict]:
     shards = tiny.write_tiny_set(folder / engine / "shards")
     run = tiny.golden_run(folder / engine, shards, engine, STEPS)
     (results,) = run_distributed(tiny.losses, 1, run)
-    return [flat({name: value for name, value in result.items() if name not in ("flops", "fill")}) for result in results]
+    return [
+        flat({name: value for name, value in result.items() if name not in ("flops", "fill")}) for result in results
+    ]
 
 
 def flat(result: dict) -> dict[str, float]:

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from megadual.config import PretrainConfig
 from megadual.data.dataset import PackedDataset
 from megadual.model.flops import peak_flops
-from megadual.train.bad_loss import LossWatch, all_keys, record_bad_step
+from megadual.run.bad_loss import LossWatch, all_keys, record_bad_step
+from megadual.run.signals import EXIT_BAD_LOSS, EXIT_STOPPED, StopSignal
 from megadual.train.checkpoint import Checkpointer
 from megadual.train.metrics import MetricsLog, entry_of
 from megadual.train.sampling import Sampling
-from megadual.train.stop import EXIT_BAD_LOSS, EXIT_STOPPED, StopSignal
 
 
 def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], None]) -> None:

@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from megadual.config import PretrainConfig
-from megadual.train.record import read_starts
-from megadual.train.step_log import StepLog
+from megadual.run.record import read_starts
+from megadual.run.step_log import StepLog
 
 
 class MetricsLog:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from megadual.config import to_yaml
-from megadual.train.step_log import StepLog
+from megadual.run.step_log import StepLog
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from megadual.errors import UserError
-from megadual.train.stop import EXIT_STOPPED, StopSignal
+from megadual.run.signals import EXIT_STOPPED, StopSignal
 
 from .config import STREAMS
 from .data import TrainingImages, read_pairs, training_batches

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import SiglipConfig
 
-from megadual.hf import writer
+from megadual.hf import rollout
 from megadual.hf.configuration_megadual import MegaDualConfig
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.streams import STREAMS, SpecialIds
@@ -47,7 +47,7 @@ def test_a_captured_graph_draws_what_the_steps_draw(model, monkeypatch):
     captured = drawn(model)
     colder = drawn(model, temperature=0.3)
     assert captured == drawn(model) and captured != colder
-    monkeypatch.setattr(writer, "captured", lambda step, device: step)
+    monkeypatch.setattr(rollout, "captured", lambda step, device: step)
     model._kept = (None, None)
     assert captured == drawn(model) and colder == drawn(model, temperature=0.3)
 

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import convert_from_hf, convert_to_hf, try_export, verify
-from checkpoints_tools.tensors import CheckpointTensors, FolderTensors
 from megadual.engine.topology import topology
 from megadual.errors import UserError
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
-from megadual.testing.corpus import make_corpus, png_bytes, write_tar
+from megadual.hf.tensors import CheckpointTensors, FolderTensors
+from megadual.synthetic.corpus import make_corpus, png_bytes, write_tar
 from megadual.testing.distributed import run_distributed
 from megadual.testing.models import write_dualtoken, write_run
 from megadual.train import setup

@@ -9,10 +9,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from checkpoints_tools import convert_from_hf, convert_to_hf
-from checkpoints_tools.tensors import CheckpointTensors
 from megadual.config import PretrainConfig, load_config
 from megadual.engine.topology import topology
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
+from megadual.hf.tensors import CheckpointTensors
 from megadual.streams import END_OF_TEXT, SPECIAL_TOKENS, SpecialIds
 from megadual.testing.distributed import run_distributed
 from megadual.testing.models import CAPTIONS, DEPTH, write_dualtoken

@@ -33,7 +33,7 @@ from megadual.data.mds import StreamingDataset
 from megadual.data.mds_reader import ShardSet
 from megadual.errors import UserError
 from megadual.streams import LENGTHS, SpecialIds
-from megadual.testing.corpus import make_corpus
+from megadual.synthetic.corpus import make_corpus
 from megadual.testing.models import write_dualtoken
 from megadual.testing.raw import plain_image, write_img2dataset_parquet, write_json_lines, write_pages_tar
 from megadual.text import load_text_tokenizer, read_captions, save_text_tokenizer, train_text_tokenizer

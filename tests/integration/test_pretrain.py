@@ -15,8 +15,8 @@ from PIL import Image
 
 from checkpoints_tools.draw_samples import main as main_of_samples
 from megadual.config import to_yaml
+from megadual.run.signals import EXIT_BAD_LOSS, EXIT_STOPPED
 from megadual.testing.models import write_dualtoken, write_run
-from megadual.train.stop import EXIT_BAD_LOSS, EXIT_STOPPED
 from pretrain.pretrain import main
 
 ROOT = Path(__file__).parents[2]

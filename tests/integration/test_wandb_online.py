@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from megadual.config import to_yaml
+from megadual.run.signals import EXIT_STOPPED
+from megadual.run.wandb_file import BLOCK, START, steps_in_wandb_files
 from megadual.testing.models import write_run
 from megadual.testing.wandb_server import WandbServer
-from megadual.train.stop import EXIT_STOPPED
-from megadual.train.wandb_file import BLOCK, START, steps_in_wandb_files
 
 ROOT = Path(__file__).parents[2]
 # Logs the steps from FIRST to LAST without training, then waits to be killed or ends.
@@ -23,7 +23,7 @@ LOG_STEPS = """
 import sys, time
 from pathlib import Path
 from megadual.config import PretrainConfig, load_config
-from megadual.train import record
+from megadual.run import record
 from megadual.train.metrics import MetricsLog
 
 config, first, last, end, *overrides = sys.argv[1:]

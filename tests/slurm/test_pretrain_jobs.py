@@ -11,7 +11,7 @@ from cluster import run as run_command
 from cluster import wait_for
 from conftest import MODEL, ROOT, losses, steps
 
-from megadual.train.wandb_file import steps_in_wandb_files
+from megadual.run.wandb_file import steps_in_wandb_files
 
 STEPS = 40
 

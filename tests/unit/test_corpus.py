@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from megadual.errors import UserError
-from megadual.testing import corpus
+from megadual.synthetic import corpus
 
 
 def read_tar(path) -> dict[str, bytes]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from checkpoints_tools.mapping import CODEBOOKS, Sizes, origins, to_hf
+from megadual.hf.mapping import CODEBOOKS, Sizes, origins, to_hf
 
 SIZES = Sizes(heads=6, kv_heads=2, text_size=300, padded_text_size=384)
 H, HEAD, FFN = 24, 4, 40

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from data_pipeline.config import EncodeConfig, FilterConfig
 from data_pipeline.decode import decode
-from data_pipeline.layouts import RawDocument, Unusable
+from data_pipeline.documents import RawDocument, Unusable
 
 TURNED = (0x0112, 3, 1, b"\6\0\0\0")  # orientation 6: by a quarter
 

@@ -19,10 +19,10 @@ from PIL import Image
 
 from data_pipeline.config import EncodeConfig, FilterConfig, ReadConfig
 from data_pipeline.decode import decode
-from data_pipeline.layouts import LeftOut, Unusable, to_document
+from data_pipeline.documents import LeftOut, Unusable, to_document
 from data_pipeline.readers import RawSample, list_inputs, read_samples
 from megadual.errors import UserError
-from megadual.testing.corpus import make_corpus, png_bytes, write_tar
+from megadual.synthetic.corpus import make_corpus, png_bytes, write_tar
 from megadual.testing.raw import (
     plain_image,
     write_img2dataset_parquet,

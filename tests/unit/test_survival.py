@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from megadual.config import PretrainConfig, load_config
 from megadual.errors import UserError
-from megadual.train import record
-from megadual.train.lock import LOCK, RunLock
-from megadual.train.preflight import CLOCK_TOLERANCE_S, NodeError, check_nodes, skews
+from megadual.run import record
+from megadual.run.lock import LOCK, RunLock
+from megadual.run.nodes import CLOCK_TOLERANCE_S, NodeError, check_nodes, skews
 
 BEAT = 0.1
 
@@ -109,7 +109,7 @@ def test_watchdog_shows_stacks_and_wakes_stopped_ranks(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from megadual.train import watchdog
+from megadual.run import watchdog
 watchdog.GRACE_S = 1.0
 rank, peer = int(sys.argv[1]), [int(pid) for pid in sys.argv[3:]]
 dog = watchdog.Watchdog(Path(sys.argv[2]), rank, 2.0, peer)

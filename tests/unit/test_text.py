@@ -7,7 +7,7 @@ import pytest
 from megadual import text
 from megadual.errors import UserError
 from megadual.streams import SPECIAL_TOKENS, SpecialIds
-from megadual.testing.corpus import make_corpus
+from megadual.synthetic.corpus import make_corpus
 
 CAPTIONS = ["two red apples to the left of a cat, on blue", "a large cat above two small dogs, on green"] * 3
 

@@ -13,11 +13,11 @@ from megadual.errors import UserError
 from megadual.testing.vision import tiny_dualtoken, write_tiny_pairs
 from megadual.text import save_text_tokenizer, train_text_tokenizer
 from megadual.vision.data import read_pairs
-from megadual.vision.evaluate import Options, evaluate, main
+from megadual.vision.eval.evaluate import Options, evaluate, main
+from megadual.vision.eval.samples import batches
+from megadual.vision.eval.zero_shot import TEMPLATES, Classes, class_embeddings, class_logits, read_templates
 from megadual.vision.metrics import psnr, retrieval_r1
-from megadual.vision.samples import batches
 from megadual.vision.siglip import SiglipSize, build, image_embeddings, load_siglip, load_tokenizer, text_embeddings
-from megadual.vision.zero_shot import TEMPLATES, Classes, class_embeddings, class_logits, read_templates
 
 COLOURS = ("red", "green", "blue", "yellow")
 

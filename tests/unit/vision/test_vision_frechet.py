@@ -9,8 +9,8 @@ from PIL import Image
 from torch import nn
 
 from megadual.errors import UserError
-from megadual.vision.frechet import FeatureStatistics, frechet_distance
-from megadual.vision.image_features import (
+from megadual.vision.eval.frechet import FeatureStatistics, frechet_distance
+from megadual.vision.eval.image_features import (
     EfficientNetFeatures,
     InceptionFeatures,
     feature_network,
@@ -109,7 +109,7 @@ def test_inception_is_run_by_clean_fid_on_its_own_resizing(tmp_path):
 
 
 def test_without_inception_it_says_so_and_a_named_file_must_exist(tmp_path, monkeypatch):
-    monkeypatch.setattr("megadual.vision.image_features.INCEPTION_CACHE", tmp_path / "none.pt")
+    monkeypatch.setattr("megadual.vision.eval.image_features.INCEPTION_CACHE", tmp_path / "none.pt")
     network, why_not = feature_network(None, 32, torch.device("cpu"))
     assert network.key == "frechet_efficientnet_lite0" and "not FID" in network.about
     assert "none.pt" in why_not and "--inception" in why_not

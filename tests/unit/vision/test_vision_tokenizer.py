@@ -14,14 +14,14 @@ from transformers import SiglipModel
 
 from data_pipeline.config import EncodeConfig, FilterConfig
 from data_pipeline.decode import decode
-from data_pipeline.layouts import RawDocument
+from data_pipeline.documents import RawDocument
 from megadual.hf.processing_megadual import MegaDualProcessor
 from megadual.testing.vision import tiny_dualtoken, tiny_dualtoken_config, tiny_siglip_config
 from megadual.text import train_text_tokenizer
 from megadual.vision import DualToken, DualTokenConfig, read_codebooks
 from megadual.vision.data import random_crop, read_pairs
+from megadual.vision.eval.samples import SampleReader
 from megadual.vision.fast import FastDualToken
-from megadual.vision.samples import SampleReader
 from megadual.vision.tokenizer import centre_crop, finish, hidden_states, to_tensor
 
 

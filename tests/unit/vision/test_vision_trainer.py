@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from megadual.config import load_config
+from megadual.run.signals import EXIT_STOPPED
+from megadual.run.wandb_file import steps_in_wandb_files
 from megadual.testing.distributed import run_distributed
 from megadual.testing.vision import tiny_dualtoken_config, write_tiny_pairs, write_tiny_siglip
-from megadual.train.stop import EXIT_STOPPED
-from megadual.train.wandb_file import steps_in_wandb_files
 from megadual.vision import quantizer
 from megadual.vision.loop import Ranks
 from megadual.vision.metrics import perplexity

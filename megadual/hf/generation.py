@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megadual.hf.decoding import whole_slots
 from megadual.hf.processing_megadual import IM_END, MegaDualProcessor
-from megadual.hf.writer import Writer
+from megadual.hf.rollout import Rollout
 from megadual.streams import IMAGE, STREAMS
 from megadual.vision.tokenizer import to_image
 
@@ -23,10 +23,10 @@ BATCH = 32  # images drawn at once; more are drawn in turn
 POSITIONS_AHEAD = 8  # where progress is shown, the host waits for the GPU every so many positions
 
 
-class Using:
+class Generation:
     """`describe`, `draw` and `interleave` of MegaDualForCausalLM. All need the model on one device."""
 
-    _kept: tuple[object, Writer | None] = (None, None)  # the last writer, whose captured graphs are worth keeping
+    _kept: tuple[object, Rollout | None] = (None, None)  # the last rollout, whose captured graphs are worth keeping
 
     @cached_property
     def tokenizer(self):
@@ -54,18 +54,18 @@ class Using:
         """A text for each image, going on from `prompt`. At temperature 0 the likeliest token is taken."""
         inputs = self.processor(text=[IMAGE + prompt] * len(images), images=images).to(self.device)
         slots = inputs["input_ids"].size(1) + max_new_tokens
-        writer = self._writer(len(images), 1, slots, text_top_k=top_k if temperature else 1)
-        write = writer.write
-        self._set_text(writer, temperature, top_p, seed)
-        writer.start(self.embed(inputs["input_ids"], inputs["pixel_values"]), inputs["attention_mask"].bool())
+        rollout = self._rollout(len(images), 1, slots, text_top_k=top_k if temperature else 1)
+        write = rollout.write
+        self._set_text(rollout, temperature, top_p, seed)
+        rollout.start(self.embed(inputs["input_ids"], inputs["pixel_values"]), inputs["attention_mask"].bool())
         stops, texts = self._stops, [[] for _ in images]
-        writer.bias_V[list(stops)] = -torch.inf
+        rollout.bias_V[list(stops)] = -torch.inf
         unfinished = set(range(len(images)))
         for step in range(max_new_tokens):
             if step == min_new_tokens:
-                writer.bias_V[list(stops)] = 0.0
+                rollout.bias_V[list(stops)] = 0.0
             write()
-            for i, token in enumerate(writer.tokens_B.tolist()):
+            for i, token in enumerate(rollout.tokens_B.tolist()):
                 if i in unfinished and token not in stops:
                     texts[i].append(token)
                 else:
@@ -129,11 +129,11 @@ class Using:
         kept_RS = torch.arange(longest, device=self.device) >= torch.tensor(padding, device=self.device)[:, None]
         rows, columns = self.dualtoken.config.grid
         slots = longest + rows * columns
-        writer = self._writer(len(captions), branches, slots, code_top_k=top_k, choose=choose)
-        draw = writer.draw
-        self._set_codes(writer, cfg_scale, temperature, top_p, seed)
-        writer.start(self.model.embed_tokens(ids_RS), kept_RS)
-        return self._draw_positions(writer, draw, progress)
+        rollout = self._rollout(len(captions), branches, slots, code_top_k=top_k, choose=choose)
+        draw = rollout.draw
+        self._set_codes(rollout, cfg_scale, temperature, top_p, seed)
+        rollout.start(self.model.embed_tokens(ids_RS), kept_RS)
+        return self._draw_positions(rollout, draw, progress)
 
     @torch.no_grad()
     def interleave(
@@ -162,40 +162,40 @@ class Using:
         special, (rows, columns) = self.config.special, self.dualtoken.config.grid
         branches = 2 if cfg_scale != 1 else 1
         slots = inputs["input_ids"].size(1) + max_new_tokens + max_images * (rows * columns + 2)
-        writer = self._writer(1, branches, slots, text_top_k=text_top_k if text_temperature else 1, code_top_k=top_k)
-        write, draw = writer.write, writer.draw
-        self._set_text(writer, text_temperature, text_top_p, seed)
-        writer.bias_V[special.image_gen_start] = 0.0 if max_images else -torch.inf
+        rollout = self._rollout(1, branches, slots, text_top_k=text_top_k if text_temperature else 1, code_top_k=top_k)
+        write, draw = rollout.write, rollout.draw
+        self._set_text(rollout, text_temperature, text_top_p, seed)
+        rollout.bias_V[special.image_gen_start] = 0.0 if max_images else -torch.inf
         embeds_BSH = self.embed(inputs["input_ids"], inputs.get("pixel_values"))
-        writer.start(embeds_BSH.expand(branches, -1, -1), inputs["attention_mask"].bool().expand(branches, -1))
+        rollout.start(embeds_BSH.expand(branches, -1, -1), inputs["attention_mask"].bool().expand(branches, -1))
 
         answer, text, drawn = [], [], 0
         for _ in range(max_new_tokens):
             write()
-            token = int(writer.tokens_B)
+            token = int(rollout.tokens_B)
             if token in self._stops:
                 break
             if token != special.image_gen_start:
                 text.append(token)
                 continue
             answer += [self.tokenizer.decode(text, skip_special_tokens=True)] if text else []
-            self._set_codes(writer, cfg_scale, temperature, top_p, seed + drawn)
-            writer.llm.forget(slice(1, None))
-            answer += self._images(self._draw_positions(writer, draw, progress)["pixel"])
+            self._set_codes(rollout, cfg_scale, temperature, top_p, seed + drawn)
+            rollout.llm.forget(slice(1, None))
+            answer += self._images(self._draw_positions(rollout, draw, progress)["pixel"])
             write()  # the last position is read as well
-            writer.say(special.image_gen_end)
+            rollout.say(special.image_gen_end)
             text, drawn = [], drawn + 1
             if drawn == max_images:
-                writer.bias_V[special.image_gen_start] = -torch.inf
+                rollout.bias_V[special.image_gen_start] = -torch.inf
         return answer + ([self.tokenizer.decode(text, skip_special_tokens=True)] if text else [])
 
-    def _draw_positions(self, writer: Writer, draw: Callable[[], None], progress: bool) -> dict[str, Tensor]:
-        writer.position.zero_()
-        for position in tqdm(range(len(writer.codes_NTBD)), unit="position", disable=not progress, mininterval=0.5):
+    def _draw_positions(self, rollout: Rollout, draw: Callable[[], None], progress: bool) -> dict[str, Tensor]:
+        rollout.position.zero_()
+        for position in tqdm(range(len(rollout.codes_NTBD)), unit="position", disable=not progress, mininterval=0.5):
             draw()
             if progress and self.device.type == "cuda" and position % POSITIONS_AHEAD == 0:
                 torch.cuda.synchronize()
-        return dict(zip(STREAMS, writer.codes_NTBD.permute(1, 2, 0, 3).clone(), strict=True))
+        return dict(zip(STREAMS, rollout.codes_NTBD.permute(1, 2, 0, 3).clone(), strict=True))
 
     def _images(self, pixel_BND: Tensor) -> list[Image.Image]:
         return [to_image(image) for image in self.dualtoken.decode(pixel_BND.unflatten(1, self.dualtoken.config.grid))]
@@ -211,34 +211,34 @@ class Using:
         ends = {self.config.special.end_of_text, self.tokenizer.get_vocab().get(IM_END), *configured}
         return ends - {None}
 
-    def _writer(self, images: int, branches: int, slots: int, **options) -> Writer:
-        """A writer, the last one where it fits: its graphs read the weights where and as they were then."""
+    def _rollout(self, images: int, branches: int, slots: int, **options) -> Rollout:
+        """A rollout, the last one where it fits: its graphs read the weights where and as they were then."""
         weights = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
         key = (images, branches, whole_slots(slots), tuple(options.items()), weights)
         if self._kept[0] != key:
             self._kept = (None, None)  # frees the other's cache first
-            self._kept = (key, Writer(self, images, branches, slots, **options))
+            self._kept = (key, Rollout(self, images, branches, slots, **options))
         return self._kept[1]
 
-    def _set_text(self, writer: Writer, temperature: float, top_p: float, seed: int | None) -> None:
+    def _set_text(self, rollout: Rollout, temperature: float, top_p: float, seed: int | None) -> None:
         special = self.config.special
-        writer.bias_V.zero_()  # images are drawn, not spelled
-        writer.bias_V[list(set(vars(special).values()) - {special.end_of_text})] = -torch.inf
-        writer.text_sampler.temperature.fill_(temperature or 1.0)
-        writer.text_sampler.top_p.fill_(top_p)
+        rollout.bias_V.zero_()  # images are drawn, not spelled
+        rollout.bias_V[list(set(vars(special).values()) - {special.end_of_text})] = -torch.inf
+        rollout.text_sampler.temperature.fill_(temperature or 1.0)
+        rollout.text_sampler.top_p.fill_(top_p)
         if temperature:
             seed = int(torch.randint(2**31, ())) if seed is None else seed
-            length, texts = writer.text_uniform_LB.shape
+            length, texts = rollout.text_uniform_LB.shape
             numbers = [torch.rand(length, generator=torch.Generator().manual_seed(seed + i)) for i in range(texts)]
-            writer.text_uniform_LB.copy_(torch.stack(numbers, dim=1))
+            rollout.text_uniform_LB.copy_(torch.stack(numbers, dim=1))
 
-    def _set_codes(self, writer: Writer, scale: float, temperature: float, top_p: float, seed: int) -> None:
-        positions, depth, streams, images = writer.code_uniform_NDTB.shape
+    def _set_codes(self, rollout: Rollout, scale: float, temperature: float, top_p: float, seed: int) -> None:
+        positions, depth, streams, images = rollout.code_uniform_NDTB.shape
         numbers = [
             torch.rand(positions, streams, depth, generator=torch.Generator().manual_seed(seed + i))
             for i in range(images)
         ]
-        writer.code_uniform_NDTB.copy_(torch.stack(numbers).permute(1, 3, 2, 0))
-        writer.scale.fill_(scale)
-        writer.code_sampler.temperature.fill_(temperature)
-        writer.code_sampler.top_p.fill_(top_p)
+        rollout.code_uniform_NDTB.copy_(torch.stack(numbers).permute(1, 3, 2, 0))
+        rollout.scale.fill_(scale)
+        rollout.code_sampler.temperature.fill_(temperature)
+        rollout.code_sampler.top_p.fill_(top_p)

@@ -1,6 +1,6 @@
 """How well a DualToken reconstructs and understands held-out images.
 
-    python -m megadual.vision.evaluate --model DIR --siglip DIR --data 'heldout-*.tar' --output DIR
+    python -m megadual.vision.eval --model DIR --siglip DIR --data 'heldout-*.tar' --output DIR
 
 Reads a folder of images or webdataset tars once and writes report.json, report.html (reconstructions, the worst
 first) and grids of them. Always: PSNR, SSIM, LPIPS, a Fréchet distance (rFID where the Inception weights are), use of
@@ -19,13 +19,13 @@ from torch.nn import functional as F
 
 from megadual.errors import UserError, command
 
+from ..lpips import LPIPS
+from ..siglip import image_embeddings, load_siglip, load_tokenizer
+from ..tokenizer import DualToken
 from .gallery import Gallery
 from .image_features import FORMATS, feature_network
-from .lpips import LPIPS
 from .measures import CodeUsage, Frechet, MeanImage, Reconstruction, Retrieval, Seen, ZeroShot
 from .samples import batches
-from .siglip import image_embeddings, load_siglip, load_tokenizer
-from .tokenizer import DualToken
 from .zero_shot import Classes, class_embeddings, read_templates
 
 
@@ -186,7 +186,3 @@ def main(argv: list[str] | None = None) -> None:
         print(f"left out: {name}: {reason}")
     if unreadable := report["unreadable"]:
         print(f"unreadable: {len(unreadable)}, listed in report.json; the first: {unreadable[0]}")
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,7 @@ from pathlib import Path
 from torch.distributed import Store
 
 from megadual.errors import UserError
-from megadual.train.preflight import tell
+from megadual.run.nodes import tell
 
 EXIT_LOST = 79  # another trainer has taken the run folder over, since this one was not seen for long
 LOCK = "lock.json"

@@ -15,7 +15,7 @@ from megadual.kernels.few_rows import linear
 from megadual.streams import STREAMS
 
 
-class Writer:
+class Rollout:
     """The state of `images` texts or images that are written together.
 
     With two branches the second half of the rows is the same without its captions, for guidance. `choose(position,

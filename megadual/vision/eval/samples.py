@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from megadual.errors import UserError
 
-from .data import IMAGES, list_shards, shard_samples
-from .tokenizer import centre_crop, to_tensor
+from ..data import IMAGES, list_shards, shard_samples
+from ..tokenizer import centre_crop, to_tensor
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megadual.train.wandb_file import mend_wandb_files, steps_in_wandb_files
+from megadual.run.wandb_file import mend_wandb_files, steps_in_wandb_files
 
 INIT_S, FINISH_S = 30, 60  # how long wandb is waited for, unless WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT say
 

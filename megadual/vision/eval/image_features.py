@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from megadual.errors import UserError
 
-from .lpips import package_file
+from ..lpips import package_file
 
 FORMATS = {"png": {"format": "PNG", "compress_level": 1}, "jpeg": {"format": "JPEG", "quality": 95}}
 INCEPTION_FILE = "inception-2015-12-05.pt"  # the name that clean-fid looks for

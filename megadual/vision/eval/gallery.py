@@ -10,9 +10,9 @@ import jinja2
 import torch
 from torch import Tensor
 
+from ..pictures import comparison_grid
+from ..tokenizer import to_image
 from .measures import Seen
-from .pictures import comparison_grid
-from .tokenizer import to_image
 
 PAIRS_PER_GRID = 64
 

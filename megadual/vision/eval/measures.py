@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import STREAMS
+from ..config import STREAMS
+from ..metrics import nearest, perplexity, psnr, ssim
+from ..siglip import text_embeddings
+from ..tokenizer import DualToken, Encoded
 from .frechet import FeatureStatistics, frechet_distance
 from .image_features import through_files
-from .metrics import nearest, perplexity, psnr, ssim
 from .samples import Samples
-from .siglip import text_embeddings
-from .tokenizer import DualToken, Encoded
 from .zero_shot import Classes, class_logits
 
 

@@ -1,6 +1,6 @@
 """A small image-text corpus made from a seed: scenes of OpenMoji drawings with captions that say what is where.
 
-`python -m megadual.testing.corpus --output runs/demo/corpus --train 4000 --heldout 400 --size 64 --seed 0`
+`python -m megadual.synthetic.corpus --output runs/demo/corpus --train 4000 --heldout 400 --size 64 --seed 0`
 
 Every caption states what benchmarks of image generation ask for: which drawings, how many, how large, where,
 and the colour of the ground. Written as webdataset tars (KEY.png, KEY.txt, KEY.json); the same arguments give

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from megadual.errors import UserError
 
-from .siglip import text_embeddings
+from ..siglip import text_embeddings
 
 # The seven prompts that CLIP's authors found to do nearly as well together as all of their eighty.
 TEMPLATES = (

@@ -1,6 +1,6 @@
 """Inputs of the released sizes for a run without data: codebooks, a text vocabulary, shards of random documents.
 
-`python -m megadual.testing.inputs --output DIR` writes DIR/dualtoken, DIR/text_tokenizer and DIR/shards, with which
+`python -m megadual.synthetic.inputs --output DIR` writes DIR/dualtoken, DIR/text_tokenizer and DIR/shards, with which
 pretrain.py trains as with real ones. The documents are pairs of a caption and an image of random ids and codes.
 """
 

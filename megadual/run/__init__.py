@@ -1,0 +1,1 @@
+"""What a training needs around its steps, whichever it is: lock, watchdog, node checks, signals, record, logs."""

@@ -1,0 +1,1 @@
+"""How well a DualToken reconstructs and understands held-out images."""
