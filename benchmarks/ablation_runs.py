@@ -14,13 +14,13 @@ from torch import Tensor
 from megadual.synthetic.corpus import make_corpus
 from megadual.text import save_text_tokenizer, train_text_tokenizer
 from megadual.vision import DualToken
-from megadual.vision.config import DualTokenConfig
+from megadual.vision.config import DualTokenConfig, StreamConfig
 from megadual.vision.data import read_pairs, tokenize_captions
 from megadual.vision.losses import LossWeights, distillation
 from megadual.vision.metrics import code_usage, psnr, retrieval_r1, ssim
 from megadual.vision.siglip import SiglipSize, image_embeddings, load_siglip, sigmoid_loss, text_embeddings
 from megadual.vision.siglip import build as build_siglip
-from megadual.vision.tokenizer import DualTokenOutput, finish, hidden_states
+from megadual.vision.tokenizer import finish, hidden_states
 
 
 @dataclass
@@ -67,53 +67,36 @@ PRESETS = {"small": Settings(), "tiny": TINY}
 
 @dataclass(frozen=True)
 class Variant:
-    """`paper` holds zero-shot accuracy, rFID, PSNR and SSIM of the paper's row (So/14-384 on ImageNet)."""
+    """`streams` gives each stream's layer, "deep" or "shallow", and what it feeds; `paper` holds zero-shot accuracy,
+    rFID, PSNR and SSIM of the paper's row (So/14-384 on ImageNet).
+    """
 
     label: str
-    shallow: bool  # the layer that pixel codes come from
-    semantic: bool = True
-    one_codebook: bool = False
+    streams: dict[str, tuple[str, list[str]]]
     codes: int = 1  # times Settings.depth, per stream
     pixels: float = 1.0  # weight of the reconstruction, relative to the others'
     paper: tuple[str, ...] = ("", "", "", "")
 
+    @property
+    def semantic(self) -> bool:
+        return any("teacher" in feeds for _, feeds in self.streams.values())
 
+
+ONE = {"both": ("deep", ["teacher", "picture"])}
+DUAL = {"semantic": ("deep", ["teacher"]), "pixel": ("shallow", ["picture"])}
 VARIANTS = {
-    "one_deep": Variant(
-        "(a) one codebook, deep layer", False, one_codebook=True, paper=("72.3", "3.86", "12.64", ".574")
+    "one_deep": Variant("(a) one codebook, deep layer", ONE, paper=("72.3", "3.86", "12.64", ".574")),
+    "one_deep_2x": Variant("(a) with twice the codes", ONE, codes=2),
+    "pixel_deep": Variant(
+        "(b) pixels only, deep layer", {"pixel": ("deep", ["picture"])}, paper=("–", ".27", "27.88", ".722")
     ),
-    "one_deep_2x": Variant("(a) with twice the codes", False, one_codebook=True, codes=2),
-    "pixel_deep": Variant("(b) pixels only, deep layer", False, semantic=False, paper=("–", ".27", "27.88", ".722")),
     "pixel_shallow": Variant(
-        "(c) pixels only, shallow layer", True, semantic=False, paper=("–", ".29", "28.12", ".745")
+        "(c) pixels only, shallow layer", {"pixel": ("shallow", ["picture"])}, paper=("–", ".29", "28.12", ".745")
     ),
-    "dual": Variant("(d) dual: shallow and deep", True, paper=("82.0", ".25", "28.69", ".744")),
-    "one_deep_pixels": Variant("(a), pixels weighted 8 x", False, one_codebook=True, pixels=8),
-    "dual_pixels": Variant("(d), pixels weighted 8 x", True, pixels=8),
+    "dual": Variant("(d) dual: shallow and deep", DUAL, paper=("82.0", ".25", "28.69", ".744")),
+    "one_deep_pixels": Variant("(a), pixels weighted 8 x", ONE, pixels=8),
+    "dual_pixels": Variant("(d), pixels weighted 8 x", DUAL, pixels=8),
 }
-
-
-class OneCodebook(DualToken):
-    """Both goals from one stream of codes at the deep layer; its pixel codes are its semantic codes."""
-
-    def __init__(self, config: DualTokenConfig, siglip_model=None):
-        super().__init__(config, siglip_model)
-        self.prequant_pix, self.quantizer_pix = self.prequant_sem, self.quantizer_sem
-
-    def forward(self, images: Tensor, reconstruct: bool = True, pooled: bool = True) -> DualTokenOutput:
-        vision, deep = self.siglip_model.vision_model, self.config.layer_sem
-        x_BNC = self.prequant_sem(hidden_states(vision, images, deep)[-1])
-        codes_BNC, codes_BND, commit = self.quantizer_sem(x_BNC)
-        zq_sem_BNE = self.postquant_sem(codes_BNC)
-        return DualTokenOutput(
-            zq_sem=zq_sem_BNE,
-            pooled=finish(vision, zq_sem_BNE, deep) if pooled else None,
-            reconstruction=self._decode(codes_BNC) if reconstruct else None,
-            semantic=codes_BND,
-            pixel=codes_BND,
-            commit_sem=commit,
-            commit_pix=commit,
-        )
 
 
 def build_tokenizer(variant: Variant, settings: Settings, siglip) -> DualToken:
@@ -121,14 +104,16 @@ def build_tokenizer(variant: Variant, settings: Settings, siglip) -> DualToken:
     levels = settings.patch_size.bit_length()  # the decoder doubles the grid until it is the image
     config = DualTokenConfig(
         siglip=siglip.config.to_dict(),
-        layer_shortcut=1,
-        layer_recon=settings.shallow if variant.shallow else settings.deep,
-        layer_sem=settings.deep,
-        weight_shortcut=0.0,  # the paper's tokenizer has none
-        codebook_size=settings.codebook_size,
-        code_dim=32,
-        depth=settings.depth * variant.codes,
-        timing_pixel="per_step",  # as the semantic one, so that only the layers differ
+        streams={  # all codebooks move once a step, so that only the layers differ
+            name: StreamConfig(
+                layers=[getattr(settings, layer)],
+                feeds=feeds,
+                depth=settings.depth * variant.codes,
+                codebook_size=settings.codebook_size,
+                code_dim=32,
+            )
+            for name, (layer, feeds) in variant.streams.items()
+        },
         decoder_latent=grid,
         decoder_in_channels=settings.width,
         decoder_channels=settings.decoder_channels,
@@ -137,20 +122,17 @@ def build_tokenizer(variant: Variant, settings: Settings, siglip) -> DualToken:
         decoder_attention=[],
         decoder_norm_groups=16,
     )
-    return (OneCodebook if variant.one_codebook else DualToken)(config, siglip_model=siglip)
+    return DualToken(config, siglip_model=siglip)
 
 
-def loss_weights(variant: Variant, images: Tensor, teacher_sem: Tensor, teacher_pooled: Tensor) -> LossWeights:
+def loss_weights(variant: Variant, images: Tensor, features: Tensor, pooled: Tensor) -> LossWeights:
     """Stage 1's, each MSE in units of the variance of what is predicted: these have no common scale."""
-    semantic, commit_pixel = float(variant.semantic), 0.0 if variant.one_codebook else 5.0
     return LossWeights(
         reconstruction=5 * variant.pixels / images.var().item(),
-        semantic_mse=5 * semantic / teacher_sem.var().item(),
-        semantic_cos=5 * semantic,
-        pooled_mse=semantic / teacher_pooled.var().item(),
-        pooled_cos=semantic,
-        commit_semantic=5 * semantic,
-        commit_pixel=commit_pixel,
+        feature_mse=5 / features.var().item(),
+        feature_cos=5,
+        pooled_mse=1 / pooled.var().item(),
+        pooled_cos=1,
         lpips=0.0,
         gan=0.0,
     )
@@ -205,14 +187,16 @@ def prepare(output: Path, settings: Settings, device: torch.device) -> None:
 def measure(model: DualToken, images: Tensor, texts_NP: Tensor, captions: list[str], semantic: bool) -> dict:
     """Reconstruction and retrieval through codes alone, in fp32."""
     chunks = [(model.encode(chunk), chunk) for chunk in images.split(100)]
-    decoded = torch.cat([model.decode(codes.pixel) for codes, _ in chunks])
+    decoded = torch.cat([model.decode(encoded.codes) for encoded, _ in chunks])
     report = {
         "psnr": psnr(decoded, images).mean().item(),
         "ssim": ssim(decoded, images).mean().item(),
-        "code_usage_pixel": code_usage(torch.cat([c.pixel for c, _ in chunks]), model.config.codebook_size),
     }
+    for name, stream in model.config.streams.items():
+        codes = torch.cat([encoded.codes[name] for encoded, _ in chunks])
+        report[f"code_usage_{name}"] = code_usage(codes, stream.codebook_size)
     if semantic:
-        pooled_NP = torch.cat([codes.pooled for codes, _ in chunks])
+        pooled_NP = torch.cat([encoded.pooled for encoded, _ in chunks])
         report["image_to_text"] = retrieval_r1(pooled_NP, texts_NP, captions)
         report["text_to_image"] = retrieval_r1(texts_NP, pooled_NP, captions)
     return report
@@ -236,7 +220,7 @@ def run(name: str, seed: int, output: Path, settings: Settings, device: torch.de
 
     def loss_of(images: Tensor, chosen: Tensor) -> Tensor:
         terms = distillation(model(images), images, *wanted(images))
-        return sum(getattr(weights, term) * value for term, value in terms.items() if getattr(weights, term))
+        return sum(weights.of(term) * value for term, value in terms.items())
 
     label = f"{name}, seed {seed}"
     images, updates = parts["train"], CodebookUpdates(model)

@@ -96,7 +96,7 @@ class CodebookUpdates:
     """
 
     def __init__(self, model: DualToken):
-        self.quantizers = list(dict.fromkeys([model.quantizer_sem, model.quantizer_pix]))  # one where both are the same
+        self.quantizers = list(model.quantizers.values())
         self.given: dict[nn.Module, Tensor] = {}
         for quantizer in self.quantizers:
             quantizer.eval()

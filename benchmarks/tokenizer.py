@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megadual.vision import DualToken
-from megadual.vision.config import STREAMS, DualTokenConfig
+from megadual.vision.config import DualTokenConfig
 from megadual.vision.fast import FastDualToken
 from megadual.vision.presets import preset
 from megadual.vision.quantizer import plain_nearest_code, residual_codes
@@ -42,14 +42,14 @@ def product_ceiling(size: int = 8192) -> float:
 
 
 def encode_flops(config: DualTokenConfig) -> int:
-    """Of the matrix products and attentions that the two code grids of one image take."""
-    size, mlp = config.hidden_size, config.vision["intermediate_size"]
-    N, C = config.grid[0] * config.grid[1], config.code_dim
+    """Of the matrix products and attentions that the codes of one image take."""
+    size, mlp, N = config.hidden_size, config.vision["intermediate_size"], config.grid[0] * config.grid[1]
     layer = N * (8 * size * size + 4 * size * mlp) + 4 * N * N * size
-    prequant = N * 2 * size * (3 * size + C) + 4 * N * N * size
-    patches = N * 2 * size * 3 * config.vision["patch_size"] ** 2
-    search = N * 2 * config.codebook_size * C
-    return patches + config.layer_sem * layer + 3 * prequant + 2 * config.depth * search
+    flops = N * 2 * size * 3 * config.vision["patch_size"] ** 2 + config.deepest * layer
+    for stream in config.streams.values():
+        prequant = N * 2 * size * (3 * size + stream.code_dim) + 4 * N * N * size
+        flops += len(stream.layers) * prequant + stream.depth * N * 2 * stream.codebook_size * stream.code_dim
+    return flops
 
 
 def random_images(config: DualTokenConfig, count: int, seed: int) -> Tensor:
@@ -68,7 +68,7 @@ def build(config: DualTokenConfig) -> DualToken:
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = DualToken(config).eval().requires_grad_(False)
-    for stream, x_MC in zip(STREAMS, vectors(model, random_images(config, 16, seed=0)), strict=True):
+    for stream, x_MC in vectors(model, random_images(config, 16, seed=0)).items():
         K, C = model.codebook(stream).shape
         shrink = torch.rand(K, 1, device="cuda") ** 2  # residuals of the deeper depths are small
         codes_KC = x_MC.mean(0) + x_MC.std(0) * torch.randn(K, C, device="cuda")
@@ -77,13 +77,10 @@ def build(config: DualTokenConfig) -> DualToken:
 
 
 @torch.no_grad()
-def vectors(model: DualToken, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What the semantic and the pixel quantiser get, (M, C) fp32, by the plain path."""
-    config = model.config
-    states = hidden_states(model.siglip_model.vision_model, images, config.layer_sem)
-    pixel_BNC = model.prequant_pix(states[config.layer_recon])
-    pixel_BNC = pixel_BNC + config.weight_shortcut * model.prequant_shortcut(states[config.layer_shortcut])
-    return model.prequant_sem(states[config.layer_sem]).flatten(0, 1).float(), pixel_BNC.flatten(0, 1).float()
+def vectors(model: DualToken, images: Tensor) -> dict[str, Tensor]:
+    """What each stream's quantiser gets, (M, C) fp32, by the plain path."""
+    states = hidden_states(model.siglip_model.vision_model, images, model.config.deepest)
+    return {name: model.read(name, states).flatten(0, 1).float() for name in model.config.streams}
 
 
 def plain_residual_codes(x_MC: Tensor, codebook_KC: Tensor, depth: int) -> Tensor:
@@ -94,17 +91,18 @@ def plain_residual_codes(x_MC: Tensor, codebook_KC: Tensor, depth: int) -> Tenso
     return torch.stack(codes, dim=1)
 
 
-def plain_encode(model: DualToken, images: Tensor, codebooks: dict[str, Tensor]) -> list[Tensor]:
-    xs = vectors(model, images)
-    return [plain_residual_codes(x, codebooks[s], model.config.depth) for s, x in zip(STREAMS, xs, strict=True)]
-
-
-def agreement(codes: list[Tensor], reference: list[Tensor]) -> dict[str, list[float]]:
-    """Share of equal codes per stream: at depth 0, over all depths."""
+def plain_encode(model: DualToken, images: Tensor, codebooks: dict[str, Tensor]) -> dict[str, Tensor]:
+    streams = model.config.streams
     return {
-        stream: [(a == b).float()[..., 0].mean().item(), (a == b).float().mean().item()]
-        for stream, a, b in zip(STREAMS, codes, reference, strict=True)
+        name: plain_residual_codes(x, codebooks[name], streams[name].depth)
+        for name, x in vectors(model, images).items()
     }
+
+
+def agreement(codes: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Share of equal codes per stream: at depth 0, over all depths."""
+    equal = {stream: (codes[stream] == reference[stream]).float() for stream in reference}
+    return {stream: [same[..., 0].mean().item(), same.mean().item()] for stream, same in equal.items()}
 
 
 def worst_excess(x_MC: Tensor, codebook_KC: Tensor, codes_MD: Tensor) -> float:
@@ -128,17 +126,17 @@ def measure(config: DualTokenConfig, batch: int, decode_batch: int) -> dict:
 
     torch.backends.cudnn.allow_tf32 = False  # the reference is fp32 throughout
     few = random_images(config, 8, seed=1)
-    codebooks = {stream: model.codebook(stream).clone() for stream in STREAMS}
+    codebooks = {stream: model.codebook(stream).clone() for stream in config.streams}
     exact = plain_encode(model, few, codebooks)
     exact_pooled = model.encode(few).pooled
-    exact_codes = exact[1].view(len(few), *config.grid, config.depth)
+    exact_codes = {stream: codes.view(len(few), *config.grid, -1) for stream, codes in exact.items()}
     exact_images = model.decode(exact_codes)
     torch.backends.cudnn.allow_tf32 = True
     fast = FastDualToken(model)
     model.to(torch.bfloat16)
 
     encoded = fast.encode(few)
-    codes = [getattr(encoded, stream).flatten(0, 2) for stream in STREAMS]
+    codes = {stream: codes.flatten(0, 2) for stream, codes in encoded.codes.items()}
     relative = lambda a, b: ((a.float() - b).norm() / b.norm()).item()
     result["agreement_with_fp32"] = {
         "fast": agreement(codes, exact),
@@ -151,24 +149,27 @@ def measure(config: DualTokenConfig, batch: int, decode_batch: int) -> dict:
     result["plain_encode_ms"] = milliseconds(lambda: plain_encode(model, images, codebooks), repeats=5)
     result["plain_encode_gib"] = peak_gib(lambda: plain_encode(model, images, codebooks))
     xs = vectors(model, images)
-    search = lambda one: [one(x, codebooks[name], config.depth) for name, x in zip(STREAMS, xs, strict=True)]
+
+    def search(one) -> dict[str, Tensor]:
+        return {name: one(x, codebooks[name], config.streams[name].depth) for name, x in xs.items()}
+
     result["plain_search_ms"] = milliseconds(lambda: search(plain_residual_codes), repeats=5)
     result["fast_search_ms"] = milliseconds(lambda: search(residual_codes))
     fused, plain = search(residual_codes), search(plain_residual_codes)
     result["search_agreement_with_plain"] = agreement(fused, plain)
     result["search_worst_excess"] = {
-        name: max(worst_excess(x[:8192], codebooks[s], c[:8192]) for s, x, c in zip(STREAMS, xs, codes, strict=True))
+        name: max(worst_excess(x[:8192], codebooks[stream], codes[stream][:8192]) for stream, x in xs.items())
         for name, codes in (("fast", fused), ("plain", plain))
     }
-    pixel_codes = plain[1].view(batch, *config.grid, config.depth)[:decode_batch]
-    del xs, fused, plain
-    result["plain_decode_ms"] = milliseconds(lambda: model._decode(_embedding(pixel_codes, codebooks)), repeats=5)
+    drawn = {name: plain[name].view(batch, *config.grid, -1)[:decode_batch] for name in config.feeding("picture")}
+    xs = fused = plain = None  # their memory is free again
+    result["plain_decode_ms"] = milliseconds(lambda: model._decode(_embedding(drawn, codebooks)), repeats=5)
     model.cpu()  # so that the fast version's memory is its own
 
     result["fast_encode_ms"] = milliseconds(lambda: fast.encode(images, pooled=False))
     result["fast_encode_gib"] = peak_gib(lambda: fast.encode(images, pooled=False))
     result["fast_encode_pooled_ms"] = milliseconds(lambda: fast.encode(images))
-    result["fast_decode_ms"] = milliseconds(lambda: fast.decode(pixel_codes))
+    result["fast_decode_ms"] = milliseconds(lambda: fast.decode(drawn))
     for name in ("plain_encode", "fast_encode", "fast_encode_pooled"):
         result[f"{name}_images_per_s"] = 1000 * batch / result[f"{name}_ms"]
     for name in ("plain_decode", "fast_decode"):
@@ -179,8 +180,8 @@ def measure(config: DualTokenConfig, batch: int, decode_batch: int) -> dict:
     return result
 
 
-def _embedding(codes: Tensor, codebooks: dict[str, Tensor]) -> Tensor:
-    return codebooks["pixel"][codes].sum(dim=-2).flatten(1, 2).to(torch.bfloat16)
+def _embedding(codes: dict[str, Tensor], codebooks: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: codebooks[name][c].sum(dim=-2).flatten(1, 2).to(torch.bfloat16) for name, c in codes.items()}
 
 
 def table(r: dict) -> str:
@@ -193,7 +194,7 @@ def table(r: dict) -> str:
         plain, fast = r[f"plain_{name}_images_per_s"], r[f"fast_{name}_images_per_s"]
         lines.append(row(f"{name}{' to codes' if name == 'encode' else ''}", "images/s", plain, fast, fast / plain))
     plain, fast = r["plain_search_ms"], r["fast_search_ms"]
-    lines.append(row("code search, both streams", "ms a batch", plain, fast, plain / fast))
+    lines.append(row("code search, all streams", "ms a batch", plain, fast, plain / fast))
     plain, fast = r["plain_encode_gib"], r["fast_encode_gib"]
     lines.append(row("peak memory of encode", "GiB", plain, fast, plain / fast))
     lines.append(f"encode with pooled {r['fast_encode_pooled_images_per_s']:,.1f} images/s")

@@ -19,11 +19,19 @@ from torch import Tensor
 from transformers import SiglipConfig
 
 from megadual.errors import UserError, command
-from megadual.vision import DualToken, DualTokenConfig
-from megadual.vision.config import STREAMS
+from megadual.vision import DualToken, DualTokenConfig, StreamConfig
 from megadual.vision.presets import siglip_from_shapes
 
-QUANTIZERS = {"semantic": "vq_sem", "pixel": "vq_pix"}
+# The authors' name of a module -> ours.
+MODULES = {
+    "prequant_sem": "prequant.semantic.0",
+    "prequant_pix": "prequant.pixel.0",
+    "prequant_shortcut": "prequant.pixel.1",
+    "quantizer_sem": "quantizers.semantic",
+    "quantizer_pix": "quantizers.pixel",
+    "postquant_sem": "postquant.semantic.teacher",
+    "postquant_pix": "postquant.pixel.picture",
+}
 TIMINGS = {"rq": "per_depth", "rq_ema": "per_step"}
 # What the published decoders all are, and our decoder only is.
 DECODER_FIXED = {"out_ch": 3, "dropout": 0.0, "resamp_with_conv": True, "give_pre_end": False}
@@ -76,9 +84,8 @@ def siglip_config(folder: Path | None, rqvaesiglip: dict[str, Any], state: dict[
         raise UserError(f"the sizes of SigLIP can't be read off the weights ({error}); give --siglip FOLDER") from error
 
 
-def stream_sizes(rqvaesiglip: dict[str, Any], stream: str) -> dict[str, Any]:
-    """One quantiser's sizes under our names."""
-    name = QUANTIZERS[stream]
+def stream_sizes(rqvaesiglip: dict[str, Any], name: str) -> dict[str, Any]:
+    """The sizes of the quantiser that they call `name`, under our names."""
     section = take(rqvaesiglip, name, "rqvaesiglip")
     *grid, depth = take(section, "code_shape", name)
     *latent, code_dim = take(section, "latent_shape", name)
@@ -109,13 +116,6 @@ def stream_sizes(rqvaesiglip: dict[str, Any], stream: str) -> dict[str, Any]:
 
 def dualtoken_config(rqvaesiglip: dict[str, Any], siglip: dict[str, Any]) -> DualTokenConfig:
     """Our config of the authors' one; UserError names what ours has no place for."""
-    semantic, pixel = (stream_sizes(rqvaesiglip, stream) for stream in STREAMS)
-    training = {name: semantic[name] for name in ("decay", "restart_unused_codes")}
-    if any(pixel[name] != value for name, value in training.items()):
-        raise UserError("config: decay and restart_unused_codes must be equal in vq_sem and vq_pix")
-    sizes = {name: semantic[name] for name in ("codebook_size", "code_dim", "depth", "shared_codebook")}
-    differing = {f"pixel_{name}": pixel[name] for name, value in sizes.items() if pixel[name] != value}
-
     decoder = take(rqvaesiglip, "ddconfig", "rqvaesiglip")
     for name, value in DECODER_FIXED.items():
         if decoder.get(name, value) != value:
@@ -132,18 +132,19 @@ def dualtoken_config(rqvaesiglip: dict[str, Any], siglip: dict[str, Any]) -> Dua
     stated = take(decoder, "resolution", "ddconfig") // 2 ** (len(multipliers) - 1)
     attended = take(decoder, "attn_resolutions", "ddconfig")
     attention = [latent[0] * 2**level for level in range(len(multipliers)) if stated * 2**level in attended]
-    shortcut = rqvaesiglip.get("layer_shortcut")
+    deep, shallow = [take(rqvaesiglip, "layer_sem", "rqvaesiglip")], [take(rqvaesiglip, "layer_recon", "rqvaesiglip")]
+    weights = []
+    if rqvaesiglip.get("layer_shortcut") is not None:
+        shallow.append(rqvaesiglip["layer_shortcut"])
+        weights = [1.0, take(rqvaesiglip, "weight_shortcut", "rqvaesiglip")]
     config = DualTokenConfig(
         siglip=siglip,
-        layer_shortcut=shortcut,
-        layer_recon=take(rqvaesiglip, "layer_recon", "rqvaesiglip"),
-        layer_sem=take(rqvaesiglip, "layer_sem", "rqvaesiglip"),
-        weight_shortcut=0.0 if shortcut is None else take(rqvaesiglip, "weight_shortcut", "rqvaesiglip"),
-        **sizes,
-        **differing,
-        **training,
-        timing_semantic=semantic["timing"],
-        timing_pixel=pixel["timing"],
+        streams={
+            "semantic": StreamConfig(layers=deep, feeds=["teacher"], **stream_sizes(rqvaesiglip, "vq_sem")),
+            "pixel": StreamConfig(
+                layers=shallow, weights=weights, feeds=["picture"], **stream_sizes(rqvaesiglip, "vq_pix")
+            ),
+        },
         decoder_latent=latent[0],
         decoder_in_channels=take(decoder, "decoder_in_channels", "ddconfig"),
         decoder_channels=take(decoder, "ch", "ddconfig"),
@@ -157,11 +158,20 @@ def dualtoken_config(rqvaesiglip: dict[str, Any], siglip: dict[str, Any]) -> Dua
         raise UserError(f"config: {error}") from error
 
 
+def _theirs(name: str) -> str:
+    """Our name of a tensor in the authors' layout."""
+    for theirs, ours in MODULES.items():
+        if name.startswith(f"{ours}."):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
 def build(config: DualTokenConfig, state: dict[str, Tensor]) -> DualToken:
     """A DualToken that holds exactly these tensors; UserError lists each that has no place or the wrong shape."""
     with torch.device("meta"):
         model = DualToken(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = {_theirs(name): name for name in model.state_dict()}
+    expected = {theirs: tuple(model.state_dict()[ours].shape) for theirs, ours in names.items()}
     problems = [f"missing: {name} {expected[name]}" for name in sorted(expected.keys() - state.keys())]
     problems += [
         f"without a place: {name} {tuple(state[name].shape)}" for name in sorted(state.keys() - expected.keys())
@@ -173,7 +183,7 @@ def build(config: DualTokenConfig, state: dict[str, Tensor]) -> DualToken:
     ]
     if problems:
         raise UserError(f"weights and config do not fit, {len(problems)} tensors differ:\n" + "\n".join(problems))
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict({names[name]: tensor for name, tensor in state.items()}, assign=True)
     return model
 
 

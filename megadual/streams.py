@@ -23,6 +23,12 @@ class Stream:
     code_dim: int  # C
 
 
+def check_stream_names(names) -> None:
+    for name in names:
+        if not name.isidentifier():
+            raise ValueError(f"a stream can't be named '{name}'")
+
+
 IMAGE = "<image>"  # stands for one image in a document's text, and for one image position in a sequence
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, IMAGE, "<image_start>", "<image_end>", "<image_gen_start>", "<image_gen_end>")

@@ -30,13 +30,13 @@ STEPS_ELSEWHERE, TOLERANCE_ELSEWHERE = 5, 1e-4
 ENGINES = ("megatron", "deepspeed")
 # What the paper's stages freeze and weigh (pretrain/configs/tokenizer_256_rvq4_stage*.yaml), at the tiny sizes.
 SIGLIP_UP_TO = "siglip_model.vision_model.embeddings,'siglip_model.vision_model.encoder.layers[:{}]'"
-PIXEL_PARTS = "prequant_pix,prequant_shortcut,quantizer_pix,postquant_pix,post_quant_conv,decoder"
+PIXEL_PARTS = "prequant.pixel,quantizers.pixel,postquant.pixel,post_quant_conv,decoder"
 STAGES = {
-    "stage0": [f"freeze=[{SIGLIP_UP_TO.format(2)}]", "loss.semantic_mse=0", "loss.semantic_cos=0",
+    "stage0": [f"freeze=[{SIGLIP_UP_TO.format(2)}]", "loss.feature_mse=0", "loss.feature_cos=0",
                "loss.pooled_mse=5", "loss.pooled_cos=5", "loss.gan=0"],
     "stage1": ["gan.start_step=5"],
-    "stage2": [f"freeze=[{SIGLIP_UP_TO.format(1)},{PIXEL_PARTS}]", "loss.semantic_mse=0", "loss.semantic_cos=1",
-               "loss.pooled_mse=5", "loss.pooled_cos=5", "loss.commit_pixel=0", "loss.reconstruction=0",
+    "stage2": [f"freeze=[{SIGLIP_UP_TO.format(1)},{PIXEL_PARTS}]", "loss.feature_mse=0", "loss.feature_cos=1",
+               "loss.pooled_mse=5", "loss.pooled_cos=5", "loss.commit.pixel=0", "loss.reconstruction=0",
                "loss.lpips=0", "loss.gan=0"],
 }  # fmt: skip
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from transformers import SiglipConfig, SiglipModel
 
-from megadual.vision import DualToken, DualTokenConfig
+from megadual.vision import DualToken, DualTokenConfig, StreamConfig
+from megadual.vision.presets import changed
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (240, 220, 60)}
 
@@ -32,15 +33,16 @@ def tiny_siglip_config() -> SiglipConfig:
 
 
 def tiny_dualtoken_config(**changes) -> DualTokenConfig:
-    """A grid of 4 x 4 positions, 3 codes of 32 per stream."""
+    """A grid of 4 x 4 positions, 3 codes of 32 in each of two streams; `changes` as `presets.changed` takes them."""
+    sizes = {"depth": 3, "codebook_size": 32, "code_dim": 8}
     fields = {
         "siglip": tiny_siglip_config().to_dict(),
-        "layer_shortcut": 1,
-        "layer_recon": 1,
-        "layer_sem": 2,
-        "codebook_size": 32,
-        "code_dim": 8,
-        "depth": 3,
+        "streams": {
+            "semantic": StreamConfig(layers=[2], feeds=["teacher"], **sizes),
+            "pixel": StreamConfig(
+                layers=[1, 1], weights=[1.0, 0.6], feeds=["picture"], timing="per_depth", **sizes
+            ),
+        },
         "decoder_latent": 4,
         "decoder_in_channels": 16,
         "decoder_channels": 8,
@@ -48,8 +50,8 @@ def tiny_dualtoken_config(**changes) -> DualTokenConfig:
         "decoder_res_blocks": 0,
         "decoder_attention": [4],
         "decoder_norm_groups": 4,
-    }
-    return DualTokenConfig(**{**fields, **changes})
+    }  # fmt: skip
+    return changed(fields, **changes)
 
 
 def tiny_dualtoken(seed: int = 0, **changes) -> DualToken:

@@ -1,6 +1,6 @@
 """The DualToken image tokenizer."""
 
-from .config import DualTokenConfig
-from .tokenizer import DualToken, read_codebooks
+from .config import DualTokenConfig, StreamConfig
+from .tokenizer import CodebookSet, DualToken, read_codebooks
 
-__all__ = ["DualToken", "DualTokenConfig", "read_codebooks"]
+__all__ = ["CodebookSet", "DualToken", "DualTokenConfig", "StreamConfig", "read_codebooks"]

@@ -6,40 +6,69 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import SiglipConfig
 
-STREAMS = ("semantic", "pixel")
+from megadual.streams import Stream, check_stream_names
+
 TIMINGS = ("per_step", "per_depth")
-STREAM_SIZES = ("codebook_size", "code_dim", "depth", "shared_codebook")
+GOALS = ("teacher", "picture")
+
+
+@dataclass
+class StreamConfig:
+    """One stream of codes: which of SigLIP's layers it reads, how it is quantised, and where that goes on to.
+
+    Layers are counted from 1, as SigLIP's hidden states are. Each is projected by itself; the sum of the projections
+    is quantised. `feeds` names the goals of the quantised states: "teacher", the layers behind the deepest one that
+    the stream reads, with SigLIP's image embedding at their end; "picture", the decoder; or both.
+    """
+
+    layers: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # of the layers' projections in their sum; none: 1 each
+    feeds: list[str] = field(default_factory=list)
+    depth: int = 4  # codes a position
+    codebook_size: int = 16384
+    code_dim: int = 32
+    shared_codebook: bool = True  # False: each depth has a codebook of its own
+    timing: str = "per_step"  # when the codebook moves (megadual/vision/quantizer.py)
+    decay: float = 0.99  # of the codebook's moving averages
+    restart_unused_codes: bool = True
+
+    @property
+    def deepest(self) -> int:
+        """The last layer that is read."""
+        return max(self.layers)
+
+    @property
+    def layer_weights(self) -> list[float]:
+        return self.weights or [1.0] * len(self.layers)
+
+    def check(self, name: str, hidden_size: int, layers: int) -> None:
+        """Raise ValueError where the stream does not fit a SigLIP of `layers` layers of width `hidden_size`."""
+        if not self.layers or not all(1 <= layer <= layers for layer in self.layers):
+            raise ValueError(f"stream '{name}' reads the layers {self.layers}; each must be 1 to {layers}")
+        if len(self.layer_weights) != len(self.layers):
+            raise ValueError(f"stream '{name}' has {len(self.weights)} weights for {len(self.layers)} layers")
+        if not self.feeds or not set(self.feeds) <= set(GOALS):
+            raise ValueError(f"stream '{name}' feeds {self.feeds}; give one or both of {', '.join(GOALS)}")
+        if hidden_size % self.code_dim:
+            raise ValueError(
+                f"hidden_size({hidden_size}) is not a multiple of stream '{name}' code_dim({self.code_dim})"
+            )
+        if self.timing not in TIMINGS:
+            raise ValueError(f"stream '{name}' timing is '{self.timing}', must be one of {TIMINGS}")
 
 
 @dataclass
 class DualTokenConfig:
-    """Sizes of a DualToken; the defaults are those of the released 256 px model with depth 4 (paper section A1).
+    """Streams and sizes of a DualToken; the decoder's defaults are the released 256 px model's (paper section A1).
 
-    Layers are counted from 1, as SigLIP's hidden states are. Images are square. `size` gives what may differ
-    between the streams.
+    Images are square. The order of the streams is that of their codes wherever they stand beside each other.
     """
 
     siglip: dict[str, Any] = field(default_factory=dict)  # SiglipConfig.to_dict() of the backbone
-    layer_shortcut: int | None = 4  # None: the pixel stream reads layer_recon alone
-    layer_recon: int = 6
-    layer_sem: int = 26
-    weight_shortcut: float = 0.6
-
-    codebook_size: int = 16384
-    code_dim: int = 32
-    depth: int = 4
-    shared_codebook: bool = True  # False: each depth has a codebook of its own
-    # Where the pixel stream's sizes differ from the semantic one's. The language model takes equal ones only.
-    pixel_codebook_size: int | None = None
-    pixel_code_dim: int | None = None
-    pixel_depth: int | None = None
-    pixel_shared_codebook: bool | None = None
-    decay: float = 0.99
-    restart_unused_codes: bool = True
-    timing_semantic: str = "per_step"
-    timing_pixel: str = "per_depth"
+    streams: dict[str, StreamConfig] = field(default_factory=dict)
     postquant_causal: bool = True
 
     decoder_latent: int = 16  # side of the feature map that the decoder starts from
@@ -73,60 +102,90 @@ class DualTokenConfig:
         """Side of the decoder's images; a DualToken that reconstructs what it reads has image_size here."""
         return self.decoder_latent * 2 ** (len(self.decoder_multipliers) - 1)
 
-    def size(self, stream: str, name: str) -> Any:
-        """One of STREAM_SIZES as it is for "semantic" or "pixel"."""
-        own = getattr(self, f"pixel_{name}") if stream == "pixel" else None
-        return getattr(self, name) if own is None else own
+    @property
+    def code_streams(self) -> list[Stream]:
+        """What data and language models know of the streams, in order."""
+        return [Stream(name, s.depth, s.codebook_size, s.code_dim) for name, s in self.streams.items()]
+
+    def feeding(self, goal: str) -> list[str]:
+        """The streams that feed one of GOALS."""
+        return [name for name, stream in self.streams.items() if goal in stream.feeds]
 
     @property
-    def alike(self) -> bool:
-        """Whether both streams have the same sizes and one codebook each for all depths."""
-        same = all(self.size("pixel", name) == self.size("semantic", name) for name in STREAM_SIZES)
-        return same and self.shared_codebook
+    def deepest(self) -> int:
+        """The last of SigLIP's layers that is read."""
+        return max(stream.deepest for stream in self.streams.values())
+
+    @property
+    def as_reached(self) -> list[str]:
+        """The streams in the order in which a pass through SigLIP has all that they read."""
+        return sorted(self.streams, key=lambda name: self.streams[name].deepest)
+
+    @property
+    def teacher_layer(self) -> int | None:
+        """The layer whose output quantised states replace; None where no stream feeds the teacher."""
+        return max((self.streams[name].deepest for name in self.feeding("teacher")), default=None)
 
     @property
     def code_fields(self) -> dict[str, Any]:
         """The fields that decide what a code means, apart from the codebooks themselves."""
-        names = ("layer_shortcut", "layer_recon", "layer_sem", "weight_shortcut", "codebook_size", "code_dim", "depth")
-        fields = {name: getattr(self, name) for name in names}
-        if not self.alike:  # else left out: fingerprints of before these sizes could differ stay as they were
-            fields["pixel"] = {name: self.size("pixel", name) for name in STREAM_SIZES}
-            fields["shared_codebook"] = self.shared_codebook
-        return fields | {"image_size": self.image_size, "grid": list(self.grid)}
+        sizes = ("layers", "layer_weights", "depth", "codebook_size", "code_dim", "shared_codebook")
+        streams = [[name, {size: getattr(stream, size) for size in sizes}] for name, stream in self.streams.items()]
+        return {"streams": streams, "image_size": self.image_size, "grid": list(self.grid)}
 
     def siglip_config(self) -> SiglipConfig:
         return SiglipConfig.from_dict(self.siglip)
 
     def check(self) -> "DualTokenConfig":
-        """Raise ValueError where the sizes do not fit together."""
+        """Raise ValueError where streams and sizes do not fit together."""
         if not self.siglip:
             raise ValueError("DualTokenConfig.siglip is empty: it takes SiglipConfig.to_dict() of the backbone")
+        if not self.streams:
+            raise ValueError("DualTokenConfig.streams is empty: a DualToken has at least one stream of codes")
+        check_stream_names(self.streams)
         layers = self.vision["num_hidden_layers"]
-        shallow = {"layer_recon": self.layer_recon}
-        if self.layer_shortcut is not None:
-            shallow["layer_shortcut"] = self.layer_shortcut
-        for name, layer in shallow.items():
-            if not 1 <= layer <= self.layer_sem <= layers:
-                raise ValueError(
-                    f"1 <= {name}({layer}) <= layer_sem({self.layer_sem}) <= num_hidden_layers({layers}) does not hold"
-                )
-        for stream in STREAMS:
-            code_dim = self.size(stream, "code_dim")
-            if self.hidden_size % code_dim:
-                raise ValueError(
-                    f"hidden_size({self.hidden_size}) is not a multiple of the {stream} code_dim({code_dim})"
-                )
-        for name in ("timing_semantic", "timing_pixel"):
-            if getattr(self, name) not in TIMINGS:
-                raise ValueError(f"{name} is '{getattr(self, name)}', must be one of {TIMINGS}")
+        for name, stream in self.streams.items():
+            if hasattr(nn.ModuleDict, name):
+                raise ValueError(f"a stream can't be named '{name}'")
+            stream.check(name, self.hidden_size, layers)
+        if self.teacher_layer is not None:
+            for name, stream in self.streams.items():
+                wrong = stream.deepest != self.teacher_layer if "teacher" in stream.feeds else (
+                    stream.deepest > self.teacher_layer)  # fmt: skip
+                if wrong:
+                    raise ValueError(
+                        f"stream '{name}' reads layer {stream.deepest}, but the layers behind layer "
+                        f"{self.teacher_layer} get quantised states: streams that feed the teacher end at one layer, "
+                        "the others before or at it"
+                    )
         widths = [self.decoder_channels * multiplier for multiplier in self.decoder_multipliers]
         for width in (self.hidden_size, self.decoder_in_channels, *widths):
             if width % self.decoder_norm_groups:
                 raise ValueError(f"width {width} is not a multiple of decoder_norm_groups({self.decoder_norm_groups})")
         return self
 
+    def to_dict(self) -> dict[str, Any]:
+        """As it is stored: the streams as a list, since JSON's writers may sort a mapping."""
+        streams = [{"name": name, **dataclasses.asdict(stream)} for name, stream in self.streams.items()]
+        return {**dataclasses.asdict(self), "streams": streams}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "DualTokenConfig":
+        """What `to_dict` gave, checked; ValueError where fields are unknown or do not fit."""
+        unknown = sorted(set(stored) - {f.name for f in dataclasses.fields(cls)})
+        streams = {}
+        for entry in stored.get("streams", []):
+            values = dict(entry)
+            name = values.pop("name", None)
+            unknown += sorted(f"streams.{name}.{key}" for key in set(values) - set(StreamConfig.__dataclass_fields__))
+            if not unknown:
+                streams[name] = StreamConfig(**values)
+        if unknown:
+            raise ValueError(f"a DualToken's config has unknown fields {unknown}")
+        return cls(**{**stored, "streams": streams}).check()
+
     def save(self, folder: str | Path) -> None:
-        text = json.dumps({"model_type": "dualtoken", **dataclasses.asdict(self)}, indent=2, sort_keys=True)
+        text = json.dumps({"model_type": "dualtoken", **self.to_dict()}, indent=2)
         (Path(folder) / "config.json").write_text(text + "\n")
 
     @classmethod
@@ -137,7 +196,7 @@ class DualTokenConfig:
         stored = json.loads(path.read_text())
         if stored.pop("model_type", None) != "dualtoken":
             raise ValueError(f"'{path}' is not a DualToken's: its model_type is not 'dualtoken'")
-        unknown = sorted(set(stored) - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"'{path}' has unknown fields {unknown}")
-        return cls(**stored).check()
+        try:
+            return cls.from_dict(stored)
+        except ValueError as error:
+            raise ValueError(f"'{path}': {error}") from error

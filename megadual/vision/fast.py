@@ -24,7 +24,7 @@ from megadual import kernels
 from .decoder import AttnBlock, Upsample
 from .projection import AttnProjection
 from .quantizer import residual_codes, sum_of_codes
-from .tokenizer import DualToken, Encoded, centre_crop, check_images, check_pixel_codes, to_tensor
+from .tokenizer import DualToken, Encoded, centre_crop, check_images, check_picture_codes, to_tensor
 
 # cuDNN's attention is the fastest of PyTorch's on Hopper, but does not take all widths.
 BACKENDS = [
@@ -216,7 +216,7 @@ class FastDualToken:
     @torch.no_grad()
     def __init__(self, model: DualToken, dtype: torch.dtype = torch.bfloat16):
         self.config, self.dtype = model.config, dtype
-        self.device = model.codebook("semantic").device
+        self.device = next(model.parameters()).device
         config, vision = model.config, model.siglip_model.vision_model
 
         patches = vision.embeddings.patch_embedding
@@ -225,20 +225,20 @@ class FastDualToken:
         self.embed_patches = compiled(self._embed_patches, self.device)
         zero_E = torch.zeros(config.hidden_size, device=self.device)
         self.layers, shift_E = [], zero_E
-        for i, layer in enumerate(vision.encoder.layers):
-            shift_E = zero_E if i == config.layer_sem else shift_E  # there the quantised stream enters afresh
+        used = config.deepest if config.teacher_layer is None else len(vision.encoder.layers)
+        for i, layer in enumerate(vision.encoder.layers[:used]):
+            shift_E = zero_E if i == config.teacher_layer else shift_E  # there the quantised states enter afresh
             self.layers.append(FastLayer(layer, shift_E, dtype))
             shift_E = self.layers[-1].shift_after
-        self.prequant_sem, self.prequant_pix = (
-            FastPrequant(module, dtype) for module in (model.prequant_sem, model.prequant_pix)
-        )
-        self.prequant_shortcut = model.prequant_shortcut and FastPrequant(model.prequant_shortcut, dtype)
-        self.codebooks = {stream: model.codebook(stream).detach().float().clone() for stream in ("semantic", "pixel")}
-        self.postquant_sem = copy.deepcopy(model.postquant_sem).to(dtype)
+        self.prequant = {
+            name: [FastPrequant(module, dtype) for module in modules] for name, modules in model.prequant.items()
+        }
+        self.codebooks = {name: model.codebook(name).detach().float().clone() for name in config.streams}
+        self.postquant = copy.deepcopy(model.postquant).to(dtype)
         self.post_layernorm = copy.deepcopy(vision.post_layernorm).to(dtype)
         self.head = copy.deepcopy(vision.head).to(dtype)
-
-        self.postquant_pix = copy.deepcopy(model.postquant_pix).to(dtype)
+        if model.decoder is None:
+            return
         self.decoder = nn.Sequential(copy.deepcopy(model.post_quant_conv), copy.deepcopy(model.decoder))
         self.decoder.requires_grad_(False)
         _replace(self.decoder, AttnBlock, OneHeadAttention)
@@ -260,30 +260,36 @@ class FastDualToken:
         check_images(images, self.config)
         config, batch = self.config, len(images)
         with sdpa_kernel(BACKENDS, set_priority=True):
-            x_RE = self.embed_patches(images)
-            for i, layer in enumerate(self.layers[: config.layer_sem], 1):
+            x_RE, read = self.embed_patches(images), {name: {} for name in config.streams}
+            for i, layer in enumerate(self.layers[: config.deepest], 1):
                 layer(x_RE, batch)
-                if i == config.layer_shortcut:
-                    shortcut_RC = self.prequant_shortcut(x_RE, layer.shift_after, batch)
-                if i == config.layer_recon:
-                    pix_RC = self.prequant_pix(x_RE, layer.shift_after, batch)
-            if self.prequant_shortcut is not None:
-                pix_RC = pix_RC + config.weight_shortcut * shortcut_RC
-            sem_RC = self.prequant_sem(x_RE, layer.shift_after, batch)
-            semantic_RD, pixel_RD = (
-                residual_codes(x_RC, self.codebooks[stream], config.size(stream, "depth"))
-                for stream, x_RC in (("semantic", sem_RC), ("pixel", pix_RC))
-            )
-            pooled_BP = self._pool(semantic_RD, batch) if pooled else None
-        shape = (batch, *config.grid, -1)
-        return Encoded(semantic_RD.view(shape), pixel_RD.view(shape), pooled_BP)
+                for name, stream in config.streams.items():
+                    for place, (number, weight) in enumerate(zip(stream.layers, stream.layer_weights, strict=True)):
+                        if number == i:
+                            read[name][place] = weight * self.prequant[name][place](x_RE, layer.shift_after, batch)
+            codes_RD = {
+                name: residual_codes(
+                    sum(read[name][place] for place in sorted(read[name])), self.codebooks[name], stream.depth
+                )
+                for name, stream in config.streams.items()
+            }
+            pooled_BP = self._pool(codes_RD, batch) if pooled and config.teacher_layer is not None else None
+        codes = {name: codes.view(batch, *config.grid, -1) for name, codes in codes_RD.items()}
+        return Encoded(codes, pooled_BP)
 
-    def _pool(self, semantic_RD: Tensor, batch: int) -> Tensor:
-        sem_BNC = self.embed(semantic_RD, "semantic").unflatten(0, (batch, -1))
-        x_RE = self.postquant_sem(sem_BNC.to(self.dtype)).flatten(0, 1)
-        for layer in self.layers[self.config.layer_sem :]:
+    def _feed(self, goal: str, codes: dict[str, Tensor]) -> Tensor:
+        """(B, N, E): what the streams give a goal, from codes (B, N, D)."""
+        return sum(
+            self.postquant[name][goal](self.embed(codes[name], name).to(self.dtype))
+            for name in self.config.feeding(goal)
+        )
+
+    def _pool(self, codes_RD: dict[str, Tensor], batch: int) -> Tensor:
+        x_RE = self._feed("teacher", {name: codes.unflatten(0, (batch, -1)) for name, codes in codes_RD.items()})
+        x_RE = x_RE.flatten(0, 1)
+        for layer in self.layers[self.config.teacher_layer :]:
             layer(x_RE, batch)
-        if self.config.layer_sem < len(self.layers):
+        if self.config.teacher_layer < len(self.layers):
             x_RE = x_RE + layer.shift_after.to(self.dtype)
         return self.head(self.post_layernorm(x_RE.unflatten(0, (batch, -1))))
 
@@ -296,11 +302,11 @@ class FastDualToken:
         return to_tensor(centre_crop(image, self.config.image_size))
 
     @torch.no_grad()
-    def decode(self, pixel_codes: Tensor) -> Tensor:
+    def decode(self, codes: dict[str, Tensor]) -> Tensor:
         """As DualToken.decode; images in `dtype`, channels last."""
-        check_pixel_codes(pixel_codes, self.config)
+        check_picture_codes(codes, self.config)
         with sdpa_kernel(BACKENDS, set_priority=True):
-            x = self.postquant_pix(self.embed(pixel_codes, "pixel").flatten(1, 2).to(self.dtype))
+            x = self._feed("picture", {name: each.flatten(1, 2) for name, each in codes.items()})
             x = x.transpose(1, 2).unflatten(2, self.config.grid)  # channels last as it lies
             latent = (self.config.decoder_latent,) * 2
             if x.shape[2:] != latent:

@@ -1,6 +1,6 @@
 """The losses of tokenizer training (paper section A4)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -8,37 +8,48 @@ from torch.nn import functional as F
 
 from .tokenizer import DualTokenOutput
 
+COMMIT = "commit_"  # with a stream's name behind it, its commitment loss
+
 
 @dataclass
 class LossWeights:
-    """The defaults are the published script's, stage 1; a stage is a set of weights and of frozen modules."""
+    """The defaults are the published script's, stage 1; a stage is a set of weights and of frozen modules.
 
-    semantic_mse: float = 5.0
-    semantic_cos: float = 5.0
+    Features are what enters the layers behind the codes, pooled is the image embedding at their end: both are compared
+    with the teacher's.
+    """
+
+    feature_mse: float = 5.0
+    feature_cos: float = 5.0
     pooled_mse: float = 1.0
     pooled_cos: float = 1.0
-    commit_semantic: float = 5.0
-    commit_pixel: float = 5.0
+    commit: dict[str, float] = field(default_factory=dict)  # by stream; 5 where it is not named
     reconstruction: float = 5.0
     lpips: float = 1.0
     gan: float = 0.75
 
+    def of(self, term: str) -> float:
+        """The weight of one of the terms that training names."""
+        if term.startswith(COMMIT):
+            return self.commit.get(term.removeprefix(COMMIT), 5.0)
+        return getattr(self, term)
+
 
 def distillation(
-    output: DualTokenOutput, images: Tensor, teacher_sem: Tensor, teacher_pooled: Tensor
+    output: DualTokenOutput, images: Tensor, teacher_features: Tensor | None, teacher_pooled: Tensor | None
 ) -> dict[str, Tensor]:
-    """The unweighted terms that need neither LPIPS nor the discriminator.
+    """The unweighted terms that need neither LPIPS nor the discriminator, by name.
 
-    teacher_sem (B, N, E) is the teacher's input of the layer behind the semantic one, teacher_pooled (B, P).
+    teacher_features (B, N, E) is the teacher's input of the layer behind the codes, teacher_pooled (B, P); both are
+    read only where a stream feeds the teacher.
     """
-    terms = {
-        "semantic_mse": F.mse_loss(output.zq_sem, teacher_sem),
-        "semantic_cos": -F.cosine_similarity(output.zq_sem, teacher_sem, dim=-1).mean(),
-        "pooled_mse": F.mse_loss(output.pooled, teacher_pooled),
-        "pooled_cos": -F.cosine_similarity(output.pooled, teacher_pooled, dim=-1).mean(),
-        "commit_semantic": output.commit_sem,
-        "commit_pixel": output.commit_pix,
-    }
+    terms = {}
+    if output.features is not None:
+        terms["feature_mse"] = F.mse_loss(output.features, teacher_features)
+        terms["feature_cos"] = -F.cosine_similarity(output.features, teacher_features, dim=-1).mean()
+        terms["pooled_mse"] = F.mse_loss(output.pooled, teacher_pooled)
+        terms["pooled_cos"] = -F.cosine_similarity(output.pooled, teacher_pooled, dim=-1).mean()
+    terms |= {f"{COMMIT}{stream}": loss for stream, loss in output.commitments.items()}
     if output.reconstruction is not None:
         terms["reconstruction"] = F.mse_loss(output.reconstruction, images)
     return terms

@@ -5,13 +5,14 @@ branch has no shortcut. The SigLIP sizes are those of the published backbones.
 """
 
 import copy
+import dataclasses
 import math
 import re
 from typing import Any
 
 from transformers import SiglipConfig
 
-from .config import DualTokenConfig
+from .config import DualTokenConfig, StreamConfig
 
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -69,32 +70,60 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "siglip2-so400m-patch16-256": _siglip(SO400M, 256, 16, SIGLIP2_TEXT),
     "siglip2-so400m-patch14-384": _siglip(SO400M, 384, 14, SIGLIP2_TEXT),
 }
+
+
+def released_streams(depth: int) -> dict[str, StreamConfig]:
+    """Of the released tokenizers: pixel codes read layer 6 and 0.6 times layer 4, semantic ones layer 26."""
+    return {
+        "semantic": StreamConfig(layers=[26], feeds=["teacher"], depth=depth),
+        "pixel": StreamConfig(
+            layers=[6, 4], weights=[1.0, 0.6], feeds=["picture"], depth=depth, timing="per_depth"
+        ),
+    }  # fmt: skip
+
+
+def paper_streams(depth: int, width: int, deep: int = 26) -> dict[str, StreamConfig]:
+    """Of the paper's tokenizers: codes as wide as the hidden state, no shortcut."""
+    return {
+        "semantic": StreamConfig(layers=[deep], feeds=["teacher"], depth=depth, code_dim=width),
+        "pixel": StreamConfig(layers=[6], feeds=["picture"], depth=depth, code_dim=width, timing="per_depth"),
+    }
+
+
 SO400M_256 = {"siglip": BACKBONES["siglip2-so400m-patch16-256"], "decoder_latent": 16, "decoder_attention": [16]}
 SO400M_384 = {"decoder_latent": 24, "decoder_attention": [24]}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "siglip2-so400m-256-rvq4": {**SO400M_256, "depth": 4},
-    "siglip2-so400m-384-rvq8": {**SO400M_384, "siglip": BACKBONES["siglip2-so400m-patch14-384"], "depth": 8},
+    "siglip2-so400m-256-rvq4": {**SO400M_256, "streams": released_streams(4)},
+    "siglip2-so400m-384-rvq8": {
+        **SO400M_384,
+        "siglip": BACKBONES["siglip2-so400m-patch14-384"],
+        "streams": released_streams(8),
+    },
     "siglip-l-256-d4": {
         "siglip": BACKBONES["siglip-large-patch16-256"],
-        "layer_sem": 23,  # the last layer that can be replaced: at least one layer reads the quantised stream
-        "layer_shortcut": None,
-        "code_dim": LARGE["hidden_size"],
-        "depth": 4,
+        # the last layer that can be replaced is 23: at least one layer reads the quantised stream
+        "streams": paper_streams(4, LARGE["hidden_size"], deep=23),
     },
     "siglip-so400m-384-d8": {
         **SO400M_384,
         "siglip": BACKBONES["siglip-so400m-patch14-384"],
-        "layer_shortcut": None,
-        "code_dim": SO400M["hidden_size"],
-        "depth": 8,
+        "streams": paper_streams(8, SO400M["hidden_size"]),
     },
-    "siglip2-so400m-256-d8": {**SO400M_256, "layer_shortcut": None, "code_dim": SO400M["hidden_size"], "depth": 8},
+    "siglip2-so400m-256-d8": {**SO400M_256, "streams": paper_streams(8, SO400M["hidden_size"])},
 }
 
 
+def changed(fields: dict[str, Any], streams: dict[str, dict] | None = None, **changes) -> DualTokenConfig:
+    """The configuration of `fields` with others in their place; `streams` gives fields to change by stream."""
+    fields = copy.deepcopy({**fields, **changes})
+    for name, values in (streams or {}).items():
+        fields["streams"][name] = dataclasses.replace(fields["streams"].get(name, StreamConfig()), **values)
+    return DualTokenConfig(**fields)
+
+
 def preset(name: str, **changes) -> DualTokenConfig:
-    """The named configuration with any fields changed; ValueError for an unknown name or sizes that do not fit."""
+    """The named configuration, `changed`; ValueError for an unknown name or sizes that do not fit."""
     if name not in PRESETS:
         raise ValueError(f"no DualToken preset '{name}'; there are {', '.join(PRESETS)}")
-    return DualTokenConfig(**{**copy.deepcopy(PRESETS[name]), **changes}).check()
+    return changed(PRESETS[name], **changes).check()

@@ -14,7 +14,7 @@ from megadual.errors import UserError
 from .config import DualTokenConfig
 from .data import DataConfig, list_shards
 from .loop import OptimConfig, WandbConfig
-from .losses import LossWeights
+from .losses import COMMIT, LossWeights
 from .presets import BACKBONES
 from .siglip import load_siglip
 from .tokenizer import DualToken
@@ -87,6 +87,8 @@ def check(config: TrainTokenizerConfig) -> None:
             DualTokenConfig.load(config.start)
         except ValueError as error:
             raise UserError(f"start: {error}") from error
+    if unknown := sorted(set(config.loss.commit) - set(config.model.streams)):
+        raise UserError(f"loss.commit names {', '.join(unknown)}; streams are {', '.join(config.model.streams)}")
     if not config.resume and newest_checkpoint(Path(config.output)):
         raise UserError(f"'{config.output}' holds checkpoints of a run: give another output=..., or resume=true")
 
@@ -112,7 +114,7 @@ def build(config: TrainTokenizerConfig) -> tuple[DualToken, nn.Module]:
         model = DualToken(config.model, siglip_model=load_siglip(config.siglip))
     except ValueError as error:
         raise UserError(f"config section 'model': {error}") from error
-    if config.model.output_size != config.model.image_size:
+    if model.decoder is not None and config.model.output_size != config.model.image_size:
         raise UserError(
             f"config section 'model': decoder_latent({config.model.decoder_latent}) * 2^(decoder_multipliers("
             f"{len(config.model.decoder_multipliers)}) - 1) = {config.model.output_size} px, but SigLIP reads "
@@ -153,6 +155,13 @@ def _start(config: TrainTokenizerConfig) -> str:
     return f"{config.start or config.siglip}{'' if there else ', not there yet: start=FOLDER, or start=null'}"
 
 
+def _terms(model: DualTokenConfig) -> list[str]:
+    """The names of the loss's terms, given what the streams feed."""
+    taught = ["feature_mse", "feature_cos", "pooled_mse", "pooled_cos"] if model.feeding("teacher") else []
+    drawn = ["reconstruction", "lpips", "gan"] if model.feeding("picture") else []
+    return [*taught, *(f"{COMMIT}{name}" for name in model.streams), *drawn]
+
+
 def plan(config: TrainTokenizerConfig, ranks: int) -> str:
     """What a run would train, on what and how long; nothing is loaded."""
     model_config = dataclasses.replace(config.model, siglip=_siglip_config(config.siglip).to_dict())
@@ -164,7 +173,7 @@ def plan(config: TrainTokenizerConfig, ranks: int) -> str:
         sum(p.numel() for p in model.parameters() if p.requires_grad or not only) / 1e6 for only in (False, True)
     )
     (rows, columns), batch = model_config.grid, config.accumulate * config.data.batch_size * ranks
-    terms = [f"{weight:g} {name}" for name, weight in dataclasses.asdict(config.loss).items() if weight]
+    terms = [f"{config.loss.of(name):g} {name}" for name in _terms(model_config) if config.loss.of(name)]
     shards = {key: _how_many(pattern) for key, pattern in _patterns(config).items()}
     lines = {
         "steps": f"{config.steps} of {batch} images ({config.accumulate} x {config.data.batch_size} x {ranks} ranks)",

@@ -1,7 +1,8 @@
-"""DualToken: one SigLIP, two code streams. Shallow layers give pixel codes, the deep layer semantic ones.
+"""DualToken: one SigLIP, several streams of codes, each from layers of its own and for goals of its own.
 
-Shape suffixes: B batch, N positions (= rows * columns), E SigLIP width, C code width, D code depth,
-K codebook size, P pooled width. State-dict names follow the published weights' layout.
+In the paper two: pixel codes from shallow layers for the picture decoder, semantic ones from a deep layer for the
+layers behind it. Shape suffixes: B batch, N positions (= rows * columns), E SigLIP width, C code width, D code depth,
+K codebook size, P pooled width; C, D and K are a stream's own.
 """
 
 import hashlib
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SiglipModel
 
-from .config import STREAMS, DualTokenConfig
+from megadual.streams import Stream
+
+from .config import DualTokenConfig
 from .decoder import Decoder, ResnetBlock
 from .projection import AttnProjection
 from .quantizer import ResidualQuantizer
 
-QUANTIZERS = {"semantic": "quantizer_sem", "pixel": "quantizer_pix"}
 UPRIGHT = {  # what EXIF's orientations take to be upright; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,24 +39,23 @@ UPRIGHT = {  # what EXIF's orientations take to be upright; 1 is upright
 
 @dataclass
 class Encoded:
-    """Codes (B, rows, columns, D) int64 of both streams, and the quantised path's image embedding (B, P)."""
+    """Codes (B, rows, columns, D) int64 by stream, and the image embedding (B, P) of the quantised path."""
 
-    semantic: Tensor
-    pixel: Tensor
-    pooled: Tensor | None  # None where it was not asked for
+    codes: dict[str, Tensor]
+    pooled: Tensor | None  # None where it was not asked for, or no stream feeds the teacher
 
 
 @dataclass
 class DualTokenOutput:
-    """What training needs: zq_sem (B, N, E) enters the last layers, codes are (B, N, D)."""
+    """What training needs: by stream codes (B, N, D) and the commitment loss; `features` (B, N, E) enter the layers
+    behind the teacher's. None is what was not to be computed, or no stream feeds.
+    """
 
-    zq_sem: Tensor
-    pooled: Tensor
-    reconstruction: Tensor
-    semantic: Tensor
-    pixel: Tensor
-    commit_sem: Tensor
-    commit_pix: Tensor
+    codes: dict[str, Tensor]
+    commitments: dict[str, Tensor]
+    features: Tensor | None
+    pooled: Tensor | None
+    reconstruction: Tensor | None
 
 
 def hidden_states(vision_model, images: Tensor, until: int) -> list[Tensor]:
@@ -78,10 +79,17 @@ def check_images(images: Tensor, config: DualTokenConfig) -> None:
         raise ValueError(f"images of shape {tuple(images.shape)}, this DualToken takes (B, 3, {size}, {size})")
 
 
-def check_pixel_codes(codes: Tensor, config: DualTokenConfig) -> None:
-    expected = (*config.grid, config.size("pixel", "depth"))
-    if codes.ndim != 4 or codes.shape[1:] != expected:
-        raise ValueError(f"pixel codes of shape {tuple(codes.shape)}, expected (B, {expected})")
+def check_picture_codes(codes: dict[str, Tensor], config: DualTokenConfig) -> None:
+    """ValueError where the streams that feed the picture are not all there, or have another shape."""
+    needed = config.feeding("picture")
+    if not needed:
+        raise ValueError("no stream of this DualToken feeds a picture decoder: it draws nothing")
+    if missing := [name for name in needed if name not in codes]:
+        raise ValueError(f"pictures are decoded from {', '.join(needed)} codes; {', '.join(missing)} are missing")
+    for name in needed:
+        expected = (*config.grid, config.streams[name].depth)
+        if codes[name].ndim != 4 or codes[name].shape[1:] != expected:
+            raise ValueError(f"{name} codes of shape {tuple(codes[name].shape)}, expected (B, {expected})")
 
 
 class DualToken(nn.Module):
@@ -91,68 +99,87 @@ class DualToken(nn.Module):
         """Raises ValueError where the config's sizes do not fit. Without `siglip_model` its weights are random."""
         super().__init__()
         self.config = config.check()
-        hidden = config.hidden_size
-        sem_dim, pix_dim = (config.size(stream, "code_dim") for stream in STREAMS)
+        hidden, streams = config.hidden_size, config.streams
         self.siglip_model = siglip_model if siglip_model is not None else SiglipModel(config.siglip_config())
-        self.prequant_sem = AttnProjection(hidden, sem_dim)
-        self.prequant_pix = AttnProjection(hidden, pix_dim)
-        self.prequant_shortcut = None if config.layer_shortcut is None else AttnProjection(hidden, pix_dim)
-        for stream, name in QUANTIZERS.items():
-            quantizer = ResidualQuantizer(
-                config.size(stream, "codebook_size"),
-                config.size(stream, "code_dim"),
-                config.size(stream, "depth"),
-                config.decay,
-                config.restart_unused_codes,
-                getattr(config, f"timing_{stream}"),
-                config.size(stream, "shared_codebook"),
-            )
-            self.add_module(name, quantizer)
-        self.postquant_sem = AttnProjection(sem_dim, hidden, causal=config.postquant_causal)
-        self.postquant_pix = AttnProjection(pix_dim, hidden, causal=config.postquant_causal)
-        groups = config.decoder_norm_groups
-        self.post_quant_conv = ResnetBlock(hidden, config.decoder_in_channels, groups, first_kernel=1)
-        self.decoder = Decoder(
-            config.decoder_latent,
-            config.decoder_in_channels,
-            config.decoder_channels,
-            config.decoder_multipliers,
-            config.decoder_res_blocks,
-            config.decoder_attention,
-            groups,
+        self.prequant = nn.ModuleDict(
+            {name: nn.ModuleList(AttnProjection(hidden, s.code_dim) for _ in s.layers) for name, s in streams.items()}
         )
-        self.siglip_model.requires_grad_(False)
-        self.siglip_model.vision_model.requires_grad_(True)  # the text tower is never trained
+        self.quantizers = nn.ModuleDict(
+            {
+                name: ResidualQuantizer(
+                    s.codebook_size, s.code_dim, s.depth, s.decay, s.restart_unused_codes, s.timing, s.shared_codebook
+                )
+                for name, s in streams.items()
+            }
+        )
+        self.postquant = nn.ModuleDict(  # stream -> goal
+            {
+                name: nn.ModuleDict(
+                    {goal: AttnProjection(s.code_dim, hidden, causal=config.postquant_causal) for goal in s.feeds}
+                )
+                for name, s in streams.items()
+            }
+        )
+        self.post_quant_conv = self.decoder = None
+        if config.feeding("picture"):
+            groups = config.decoder_norm_groups
+            self.post_quant_conv = ResnetBlock(hidden, config.decoder_in_channels, groups, first_kernel=1)
+            self.decoder = Decoder(
+                config.decoder_latent,
+                config.decoder_in_channels,
+                config.decoder_channels,
+                config.decoder_multipliers,
+                config.decoder_res_blocks,
+                config.decoder_attention,
+                groups,
+            )
+        self._train_what_is_used()
 
-    def quantizer(self, stream: str) -> ResidualQuantizer:
-        return getattr(self, QUANTIZERS[stream])
+    def _train_what_is_used(self) -> None:
+        """The text tower rests; so does what lies behind the codes where no stream feeds the teacher."""
+        self.siglip_model.requires_grad_(False)
+        vision = self.siglip_model.vision_model
+        vision.requires_grad_(True)
+        if self.config.teacher_layer is None:
+            for module in (vision.encoder.layers[self.config.deepest :], vision.post_layernorm, vision.head):
+                module.requires_grad_(False)
 
     def codebook(self, stream: str) -> Tensor:
-        """The code vectors (K, C) of "semantic" or "pixel"; (D, K, C) where each depth has its own codebook."""
-        return self.quantizer(stream).codes
+        """The code vectors (K, C) of a stream; (D, K, C) where each depth has its own codebook."""
+        return self.quantizers[stream].codes
 
     def forward(self, images: Tensor, reconstruct: bool = True, pooled: bool = True) -> DualTokenOutput:
-        """Both paths, straight-through; what is not to be computed, reconstruction or pooled, is None."""
+        """All streams, straight-through; what is not to be computed, reconstruction or pooled, is None."""
         vision, config = self.siglip_model.vision_model, self.config
-        states = hidden_states(vision, images, config.layer_sem)
-        x_pix_BNC = self.prequant_pix(states[config.layer_recon])
-        if self.prequant_shortcut is not None:
-            x_pix_BNC = x_pix_BNC + config.weight_shortcut * self.prequant_shortcut(states[config.layer_shortcut])
-        pix_BNC, pixel_BND, commit_pix = self.quantizer_pix(x_pix_BNC)
-        sem_BNC, semantic_BND, commit_sem = self.quantizer_sem(self.prequant_sem(states[config.layer_sem]))
-        zq_sem_BNE = self.postquant_sem(sem_BNC)
+        states = hidden_states(vision, images, config.deepest)
+        quantized, codes, commitments = {}, {}, {}
+        for name in config.as_reached:
+            quantized[name], codes[name], commitments[name] = self.quantizers[name](self.read(name, states))
+        features = self._feed("teacher", quantized)
         return DualTokenOutput(
-            zq_sem=zq_sem_BNE,
-            pooled=finish(vision, zq_sem_BNE, config.layer_sem) if pooled else None,
-            reconstruction=self._decode(pix_BNC) if reconstruct else None,
-            semantic=semantic_BND,
-            pixel=pixel_BND,
-            commit_sem=commit_sem,
-            commit_pix=commit_pix,
+            codes={name: codes[name] for name in config.streams},
+            commitments={name: commitments[name] for name in config.streams},
+            features=features,
+            pooled=finish(vision, features, config.teacher_layer) if pooled and features is not None else None,
+            reconstruction=self._decode(quantized) if reconstruct and self.decoder is not None else None,
         )
 
-    def _decode(self, x_BNC: Tensor) -> Tensor:
-        x = self.postquant_pix(x_BNC).transpose(1, 2).unflatten(2, self.config.grid)
+    def read(self, name: str, states: list[Tensor]) -> Tensor:
+        """What a stream quantises, (B, N, C): the weighted sum of its layers' projections."""
+        stream, total = self.config.streams[name], None
+        for layer, weight, project in zip(stream.layers, stream.layer_weights, self.prequant[name], strict=True):
+            x_BNC = project(states[layer])
+            x_BNC = x_BNC if weight == 1 else weight * x_BNC
+            total = x_BNC if total is None else total + x_BNC
+        return total
+
+    def _feed(self, goal: str, quantized: dict[str, Tensor]) -> Tensor | None:
+        """(B, N, E), the sum of what the streams give a goal; None where no stream does."""
+        given = [self.postquant[name][goal](quantized[name]) for name in self.config.feeding(goal)]
+        return sum(given[1:], start=given[0]) if given else None
+
+    def _decode(self, quantized: dict[str, Tensor]) -> Tensor:
+        x = self._feed("picture", quantized).transpose(1, 2).unflatten(2, self.config.grid)
         latent = (self.config.decoder_latent,) * 2
         if x.shape[2:] != latent:
             x = F.interpolate(x, size=latent, mode="bilinear")
@@ -162,30 +189,34 @@ class DualToken(nn.Module):
     def encode(self, images: Tensor, pooled: bool = True) -> Encoded:
         """Codes and pooled embedding of images (B, 3, h, w) in [-1, 1]; ValueError for another size.
 
-        `pooled=False` spares the layers behind the semantic codes, where only codes are wanted.
+        `pooled=False` spares the layers behind the codes, where only codes are wanted.
         """
         check_images(images, self.config)
         output = self(images, reconstruct=False, pooled=pooled)
-        semantic, pixel = (codes.unflatten(1, self.config.grid) for codes in (output.semantic, output.pixel))
-        return Encoded(semantic, pixel, output.pooled)
+        codes = {name: codes.unflatten(1, self.config.grid) for name, codes in output.codes.items()}
+        return Encoded(codes, output.pooled)
 
     @torch.no_grad()
-    def decode(self, pixel_codes: Tensor) -> Tensor:
-        """Pixel codes (B, rows, columns, D) -> images (B, 3, h, w), clamped to [-1, 1]; ValueError for other codes."""
-        check_pixel_codes(pixel_codes, self.config)
-        return self._decode(self.embed(pixel_codes, "pixel").flatten(1, 2)).clamp(-1, 1)
+    def decode(self, codes: dict[str, Tensor]) -> Tensor:
+        """Codes (B, rows, columns, D) by stream -> images (B, 3, h, w), clamped to [-1, 1].
+
+        The streams that feed the picture are read, others may be there; ValueError where one is missing or misshapen.
+        """
+        check_picture_codes(codes, self.config)
+        embedded = {name: self.embed(codes[name], name).flatten(1, 2) for name in self.config.feeding("picture")}
+        return self._decode(embedded).clamp(-1, 1)
 
     def embed(self, codes: Tensor, stream: str) -> Tensor:
         """Sum over depths of a stream's code vectors: (..., D) ints -> (..., C)."""
-        return self.quantizer(stream).embed(codes)
+        return self.quantizers[stream].embed(codes)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """A PIL image -> (3, h, w) in [-1, 1]: shortest side resized (bicubic), centre crop (paper section A5)."""
         return to_tensor(centre_crop(image, self.config.image_size))
 
     def fingerprint(self) -> str:
-        """sha256 of both codebooks and of the fields that define codes: equal for interchangeable codes."""
-        return fingerprint(self.config, {stream: self.codebook(stream) for stream in STREAMS})
+        """sha256 of the codebooks and of the fields that define codes: equal for interchangeable codes."""
+        return fingerprint(self.config, {stream: self.codebook(stream) for stream in self.config.streams})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors and config.json."""
@@ -268,7 +299,7 @@ def to_image(x: Tensor) -> Image.Image:
 
 def fingerprint(config: DualTokenConfig, codebooks: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(config.code_fields, sort_keys=True).encode())
-    for stream in STREAMS:
+    for stream in config.streams:
         digest.update(codebooks[stream].detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -280,24 +311,32 @@ def _weights_file(folder: str | Path) -> Path:
     return path
 
 
-def read_codebooks(folder: str | Path) -> dict:
-    """A saved DualToken's codebooks without building the model.
-
-    Returns {"semantic": (K, C) fp32, "pixel": (K, C) fp32, "fingerprint": str, "depth": int, "grid": (r, c)};
-    ValueError where the streams' sizes differ or each depth has a codebook of its own.
+@dataclass
+class CodebookSet:
+    """What data and language models need of a DualToken: its streams, their code vectors (K, C) fp32 by name, the
+    fingerprint of its codes, the grid of positions, and the streams that pictures are decoded from.
     """
+
+    streams: list[Stream]
+    vectors: dict[str, Tensor]
+    fingerprint: str
+    grid: tuple[int, int]
+    picture: list[str]
+
+
+def read_codebooks(folder: str | Path) -> CodebookSet:
+    """A saved DualToken's codebooks, without building the model; ValueError where each depth has one of its own."""
     config = DualTokenConfig.load(folder)
-    if not config.alike:
+    if by_depth := [name for name, stream in config.streams.items() if not stream.shared_codebook]:
         raise ValueError(
-            f"'{folder}': data and language models take streams of equal sizes, one codebook for all depths"
+            f"'{folder}': the streams {', '.join(by_depth)} have a codebook for each depth; data and language models "
+            "take one for all depths"
         )
     with safe_open(str(_weights_file(folder)), framework="pt") as weights:
-        codebooks = {
-            stream: weights.get_tensor(f"{name}.codebooks.0.weight")[:-1].float() for stream, name in QUANTIZERS.items()
+        vectors = {
+            stream: weights.get_tensor(f"quantizers.{stream}.codebooks.0.weight")[:-1].float()
+            for stream in config.streams
         }
-    return {
-        **codebooks,
-        "fingerprint": fingerprint(config, codebooks),
-        "depth": config.depth,
-        "grid": config.grid,
-    }
+    return CodebookSet(
+        config.code_streams, vectors, fingerprint(config, vectors), config.grid, config.feeding("picture")
+    )

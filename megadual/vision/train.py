@@ -19,7 +19,6 @@ from tqdm import tqdm
 from megadual.errors import UserError
 from megadual.run.signals import EXIT_STOPPED, StopSignal
 
-from .config import STREAMS
 from .data import TrainingImages, read_pairs, training_batches
 from .discriminator import Discriminator
 from .loop import Ranks, RunLog, adamw, learning_rate, set_learning_rate
@@ -84,22 +83,27 @@ class TokenizerTrainer:
     @property
     def reconstructs(self) -> bool:
         weights = self.config.loss
-        return weights.reconstruction > 0 or weights.lpips > 0 or weights.gan > 0
+        return self.model.decoder is not None and max(weights.reconstruction, weights.lpips, weights.gan) > 0
+
+    @property
+    def _with_gan(self) -> bool:
+        return self.reconstructs and applies(self.config.gan, self.config.loss.gan, self.steps_done)
 
     def losses(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor], DualTokenOutput]:
         """(total, unweighted terms, output) of one batch (paper section A4, stage 1)."""
         weights, config = self.config.loss, self.config
-        with torch.no_grad():
-            layer = config.model.layer_sem
-            teacher_sem = hidden_states(self.teacher, images, layer)[-1]
-            teacher_pooled = finish(self.teacher, teacher_sem, layer)
+        layer, wanted = config.model.teacher_layer, (None, None)
+        if layer is not None:
+            with torch.no_grad():
+                features = hidden_states(self.teacher, images, layer)[-1]
+                wanted = features, finish(self.teacher, features, layer)
         output = self.train_model(images, reconstruct=self.reconstructs)
-        terms = distillation(output, images, teacher_sem, teacher_pooled)
-        if applies(config.lpips, weights.lpips, self.steps_done):
+        terms = distillation(output, images, *wanted)
+        if self.reconstructs and applies(config.lpips, weights.lpips, self.steps_done):
             some = slice(config.lpips.images)
             terms["lpips"] = self.lpips(output.reconstruction[some], images[some]).mean()
-        total = sum(getattr(weights, name) * term for name, term in terms.items())
-        if applies(config.gan, weights.gan, self.steps_done):
+        total = sum(weights.of(name) * term for name, term in terms.items())
+        if self._with_gan:
             self.discriminator.requires_grad_(False)
             terms["gan"] = generator_loss(self.discriminator(output.reconstruction[slice(config.gan.images)]))
             self.discriminator.requires_grad_(True)
@@ -113,8 +117,8 @@ class TokenizerTrainer:
         config, start = self.config, time.perf_counter()
         lr = learning_rate(config.optim, self.steps_done, config.steps)
         set_learning_rate(self.optimizer, lr)
-        with_gan = applies(config.gan, config.loss.gan, self.steps_done)
-        restarted = {stream: self.model.quantizer(stream).restarted for stream in STREAMS}
+        with_gan, quantizers = self._with_gan, self.model.quantizers
+        restarted = {stream: quantizer.restarted for stream, quantizer in quantizers.items()}
         sums: dict[str, float] = {}
         images_seen = 0
         for i in range(config.accumulate):
@@ -139,8 +143,8 @@ class TokenizerTrainer:
             self._step_discriminator()
         self.steps_done += 1
         metrics = {**sums, "grad_norm": grad_norm, "lr": lr, **self._code_metrics(output)}
-        for stream in STREAMS:  # equal on all ranks
-            metrics[f"restarted_{stream}"] = self.model.quantizer(stream).restarted - restarted[stream]
+        for stream, quantizer in quantizers.items():  # equal on all ranks
+            metrics[f"restarted_{stream}"] = quantizer.restarted - restarted[stream]
         metrics = self.ranks.mean(metrics)
         metrics["images_per_s"] = images_seen * self.ranks.size / (time.perf_counter() - start)
         return metrics
@@ -165,9 +169,9 @@ class TokenizerTrainer:
     def _code_metrics(self, output: DualTokenOutput) -> dict[str, float]:
         """Share of the codebook that this batch uses on all ranks, and the perplexity: per stream and depth."""
         metrics = {}
-        for stream in STREAMS:
-            size = self.config.model.size(stream, "codebook_size")
-            codes_by_depth = getattr(output, stream).flatten(0, 1).T
+        for stream, codes_BND in output.codes.items():
+            size = self.config.model.streams[stream].codebook_size
+            codes_by_depth = codes_BND.flatten(0, 1).T
             counts_DK = torch.stack([torch.bincount(codes, minlength=size) for codes in codes_by_depth])
             for depth, counts_K in enumerate(self.ranks.sum(counts_DK).float()):
                 metrics[f"code_usage_{stream}/{depth}"] = (counts_K > 0).float().mean().item()
@@ -217,7 +221,7 @@ class TokenizerTrainer:
     def picture(self, images: Tensor) -> Image.Image:
         """A grid of these images beside their reconstructions."""
         self.model.eval()
-        pictures = self.model.decode(self.model.encode(images.to(self.ranks.device)).pixel).cpu()
+        pictures = self.model.decode(self.model.encode(images.to(self.ranks.device), pooled=False).codes).cpu()
         self._set_modes()
         return comparison_grid(images, pictures)
 
@@ -237,7 +241,7 @@ def train(config: TrainTokenizerConfig) -> dict[str, float]:
             print(f"resuming from {newest}", flush=True)
     trainer.open_data()
     images = None
-    if config.pictures and ranks.main:
+    if config.pictures and ranks.main and trainer.model.decoder is not None:
         images, _ = read_pairs(config.pictures, config.model.image_size, limit=32)
     log = RunLog(config, output, ranks, config.wandb, trainer.steps_done)
     metrics = {}

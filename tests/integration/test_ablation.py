@@ -45,12 +45,12 @@ def test_one_codebook_serves_both_goals_and_dual_has_two(modules, prepared):
     images = runs.load_parts(prepared[0], torch.device("cpu"))["heldout"][:2]
     one, settings = build(runs, prepared, "one_deep_2x")
     codes = one.eval().encode(images)
-    assert torch.equal(codes.semantic, codes.pixel) and codes.pixel.shape[-1] == 2 * settings.depth
-    torch.testing.assert_close(one.decode(codes.pixel), one(images).reconstruction.clamp(-1, 1))
+    assert codes.codes["both"].shape[-1] == 2 * settings.depth and codes.pooled is not None
+    torch.testing.assert_close(one.decode(codes.codes), one(images).reconstruction.clamp(-1, 1))
     dual, _ = build(runs, prepared, "dual")
-    codes = dual.eval().encode(images)
-    assert not torch.equal(codes.semantic, codes.pixel)
-    assert (dual.config.layer_recon, dual.config.layer_sem) == (settings.shallow, settings.deep)
+    codes = dual.eval().encode(images).codes
+    assert not torch.equal(codes["semantic"], codes["pixel"])
+    assert [stream.layers for stream in dual.config.streams.values()] == [[settings.deep], [settings.shallow]]
 
 
 def test_codebooks_move_once_a_step_between_steps(modules, prepared):
@@ -58,7 +58,7 @@ def test_codebooks_move_once_a_step_between_steps(modules, prepared):
     for name in ("one_deep", "dual"):
         model, settings = build(runs, prepared, name)
         images = runs.load_parts(prepared[0], torch.device("cpu"))["heldout"][:2]
-        books = [model.quantizer_sem.codebook, model.quantizer_pix.codebook]
+        books = [quantizer.codebook for quantizer in model.quantizers.values()]
         for book in books:
             book.restart_unused_codes = False
         updates = runs.CodebookUpdates(model.train())
@@ -88,7 +88,7 @@ def test_a_step_asks_the_host_for_nothing(modules, prepared):
         runs.CodebookUpdates(model.train())
         with NoReading():
             output = model(images)
-            runs.distillation(output, images, output.zq_sem.detach(), output.pooled.detach())["pooled_cos"].backward()
+            runs.distillation(output, images, output.features.detach(), output.pooled.detach())["pooled_cos"].backward()
 
 
 def test_crops_keep_the_image_but_for_its_rim(modules):

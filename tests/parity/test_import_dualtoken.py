@@ -76,10 +76,9 @@ def test_position_ids_and_what_lies_beside_the_weights_are_reported_as_ignored(r
         (lambda s, c: s.update(epoch=3), "holds no state dict"),
         (lambda s, c: c["vq_pix"].update(code_shape=[4, 4, 2]), "vq_pix has code_shape [4, 4, 2]"),
         (lambda s, c: c["vq_pix"].update(bottleneck_type="vq"), "vq_pix.bottleneck_type is 'vq'"),
-        (lambda s, c: c["vq_pix"].update(decay=0.9), "decay and restart_unused_codes must be equal"),
         (lambda s, c: c["ddconfig"].update(give_pre_end=True), "ddconfig.give_pre_end is True"),
         (lambda s, c: c.update(decoder_latent_shape=[8, 4]), "decoder_latent_shape [8, 4] is not square"),
-        (lambda s, c: c.update(layer_sem=4), "layer_sem(4) <= num_hidden_layers(3)"),
+        (lambda s, c: c.update(layer_sem=4), "stream 'semantic' reads the layers [4]; each must be 1 to 3"),
         (lambda s, c: c.update(hidden_size=64), "hidden_size 64 != SigLIP's 32"),
     ],
 )

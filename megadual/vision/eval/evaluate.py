@@ -74,6 +74,10 @@ class Evaluation:
         self.device = torch.device(options.device)
         self.model = load_dualtoken(options.model).to(self.device)
         size = self.model.config.image_size
+        if not self.model.config.feeding("picture"):
+            raise UserError(
+                f"--model '{options.model}': no stream feeds a picture decoder, so nothing is reconstructed"
+            )
         self.siglip = load_siglip(options.siglip).to(self.device) if options.siglip else None
         try:
             lpips = LPIPS().to(self.device)
@@ -88,10 +92,12 @@ class Evaluation:
         if options.train_data:
             mean = mean_image(options.train_data, size, options.batch_size, options.workers)
             self.measures.append(MeanImage(mean))
-        if self.siglip:
+        taught = self.model.config.teacher_layer is not None
+        if self.siglip and taught:
             self._add_text_measures()
         else:
-            self.left_out |= {name: "no --siglip was given" for name in ("retrieval", "zero_shot")}
+            why = "no --siglip was given" if taught else "no stream feeds the teacher: there is no image embedding"
+            self.left_out |= {name: why for name in ("retrieval", "zero_shot")}
         self.gallery = Gallery(options.pictures)
 
     def _add_text_measures(self) -> None:
@@ -104,9 +110,9 @@ class Evaluation:
         else:
             self.left_out["zero_shot"] = "no --classes was given"
 
-    def _reconstruct(self, pixel_codes: torch.Tensor) -> torch.Tensor:
+    def _reconstruct(self, codes: dict[str, torch.Tensor]) -> torch.Tensor:
         """Decoded images at the originals' size; a decoder may be built for another."""
-        images, size = self.model.decode(pixel_codes), self.model.config.image_size
+        images, size = self.model.decode(codes), self.model.config.image_size
         if images.shape[-1] == size:
             return images
         return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(-1, 1)
@@ -121,9 +127,9 @@ class Evaluation:
             if samples is None:
                 continue
             samples.images = samples.images.to(self.device)
-            codes = self.model.encode(samples.images)
+            encoded = self.model.encode(samples.images)
             teacher = image_embeddings(self.siglip, samples.images) if self.siglip else None
-            seen = Seen(samples, codes, self._reconstruct(codes.pixel), teacher)
+            seen = Seen(samples, encoded, self._reconstruct(encoded.codes), teacher)
             self.gallery.update(seen, self.reconstruction.update(seen))
             for measure in self.measures:
                 measure.update(seen)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import STREAMS
 from ..metrics import nearest, perplexity, psnr, ssim
 from ..siglip import text_embeddings
 from ..tokenizer import DualToken, Encoded
@@ -24,14 +23,14 @@ class Seen:
     """A batch, what the DualToken made of it, and the teacher's pooled embeddings (B, P) where there is a teacher."""
 
     samples: Samples
-    codes: Encoded
+    encoded: Encoded
     reconstructions: Tensor
     teacher_BP: Tensor | None
 
     @property
     def pooled(self) -> dict[str, Tensor]:
         """Embeddings that images are understood by: the quantised path's and, beside it, the teacher's."""
-        return {"quantized": self.codes.pooled} | ({} if self.teacher_BP is None else {"teacher": self.teacher_BP})
+        return {"quantized": self.encoded.pooled} | ({} if self.teacher_BP is None else {"teacher": self.teacher_BP})
 
 
 class Reconstruction:
@@ -97,10 +96,8 @@ class CodeUsage:
     def __init__(self, model: DualToken):
         self.config = model.config
         self.counts_DK = {
-            stream: torch.zeros(
-                self.config.size(stream, "depth"), self.config.size(stream, "codebook_size"), dtype=torch.int64
-            )
-            for stream in STREAMS
+            name: torch.zeros(stream.depth, stream.codebook_size, dtype=torch.int64)
+            for name, stream in self.config.streams.items()
         }
         self.definitions = {
             "code_usage": "share of a codebook's entries used at least once, over all held-out images",
@@ -110,13 +107,13 @@ class CodeUsage:
 
     def update(self, seen: Seen) -> None:
         for stream, counts_DK in self.counts_DK.items():
-            for depth, codes in enumerate(getattr(seen.codes, stream).flatten(0, 2).unbind(dim=-1)):
+            for depth, codes in enumerate(seen.encoded.codes[stream].flatten(0, 2).unbind(dim=-1)):
                 counts_DK[depth] += torch.bincount(codes, minlength=counts_DK.shape[1]).cpu()
 
     def result(self) -> dict[str, float]:
         report = {}
         for stream, counts_DK in self.counts_DK.items():
-            shared = self.config.size(stream, "shared_codebook")
+            shared = self.config.streams[stream].shared_codebook
             books = counts_DK.sum(dim=0, keepdim=True) if shared else counts_DK
             report[f"code_usage_{stream}"] = (books > 0).float().mean().item()
             report[f"perplexity_{stream}"] = sum(perplexity(counts_K.double()) for counts_K in books) / len(books)
@@ -129,7 +126,7 @@ class Retrieval:
 
     nothing = {"retrieval": "no image has a caption"}
     definitions = {
-        "retrieval_r1": "images whose nearest caption, among all, is one of theirs; quantized: through semantic codes, "
+        "retrieval_r1": "images whose nearest caption, among all, is one of theirs; quantized: through codes, "
         "teacher: SigLIP itself",
         "retrieval_r1_text_to_image": "captions whose nearest image, among all with a caption, is theirs",
         "chance": "R@1 of guessing a caption, where each image has one",

@@ -57,15 +57,16 @@ def test_tars_with_captions(models, pairs, tmp_path):
     report = evaluate(Options(**models, data=pairs, train_data=pairs, output=tmp_path, batch_size=5))
     dualtoken, siglip = tiny_dualtoken(), load_siglip(models["siglip"])
     images, captions = read_pairs(pairs, 16)
-    codes = dualtoken.encode(images)
+    encoded = dualtoken.encode(images)
+    codes = encoded.codes
     assert report["n"] == report["captions"] == 12
-    assert report["psnr"] == pytest.approx(psnr(dualtoken.decode(codes.pixel), images).mean().item(), rel=1e-5)
+    assert report["psnr"] == pytest.approx(psnr(dualtoken.decode(codes), images).mean().item(), rel=1e-5)
     mean = images.mean(dim=0, keepdim=True).expand_as(images)
     assert report["psnr_mean_image"] == pytest.approx(psnr(mean, images).mean().item(), rel=1e-5)
-    assert report["code_usage_pixel"] == pytest.approx(codes.pixel.unique().numel() / 32)
-    assert report["codes_semantic"] == report["codes_pixel"] == codes.pixel.numel()
+    assert report["code_usage_pixel"] == pytest.approx(codes["pixel"].unique().numel() / 32)
+    assert report["codes_semantic"] == report["codes_pixel"] == codes["pixel"].numel()
     texts = text_embeddings(siglip, load_tokenizer(models["siglip"]), captions)
-    assert report["retrieval_r1_quantized"] == retrieval_r1(codes.pooled, texts, captions)
+    assert report["retrieval_r1_quantized"] == retrieval_r1(encoded.pooled, texts, captions)
     teacher = image_embeddings(siglip, images)
     assert report["retrieval_r1_text_to_image_teacher"] == retrieval_r1(texts, teacher, captions)
     assert set(report["left_out"]) == {"rfid", "zero_shot"} and report["frechet_efficientnet_lite0"] > 0
@@ -212,25 +213,23 @@ def test_labels_and_captions_that_cannot_be_read_are_listed(models, tmp_path, ca
     assert samples.captions == ["caf\ufffd"] * 2
 
 
-@pytest.mark.parametrize("pixel", [{"pixel_depth": 4}, {"pixel_codebook_size": 64}, {"pixel_codebook_size": 16}])
+@pytest.mark.parametrize("pixel", [{"depth": 4}, {"codebook_size": 64}, {"codebook_size": 16}])
 def test_use_of_codes_where_the_streams_differ(pixel, pairs, tmp_path):
-    model = tiny_dualtoken(**pixel)
+    model = tiny_dualtoken(streams={"pixel": pixel})
     model.save_pretrained(tmp_path / "model")
     report = evaluate(Options(model=str(tmp_path / "model"), data=pairs, output=tmp_path))
-    codes = model.encode(read_pairs(pairs, 16)[0])
-    for stream in ("semantic", "pixel"):
-        found = getattr(codes, stream)
+    for stream, found in model.encode(read_pairs(pairs, 16)[0]).codes.items():
         assert report[f"codes_{stream}"] == found.numel()
-        size = model.config.size(stream, "codebook_size")
+        size = model.config.streams[stream].codebook_size
         assert report[f"code_usage_{stream}"] == pytest.approx(found.unique().numel() / size)
 
 
 def test_use_of_codes_where_each_depth_has_its_own(pairs, tmp_path):
     """Code 1 of a depth and code 1 of another are two codes."""
-    model = tiny_dualtoken(shared_codebook=False)
+    model = tiny_dualtoken(streams={"pixel": {"shared_codebook": False}})
     model.save_pretrained(tmp_path / "model")
     report = evaluate(Options(model=str(tmp_path / "model"), data=pairs, output=tmp_path))
-    codes = model.encode(read_pairs(pairs, 16)[0]).pixel.flatten(0, 2).T
+    codes = model.encode(read_pairs(pairs, 16)[0]).codes["pixel"].flatten(0, 2).T
     assert report["code_usage_pixel"] == pytest.approx(sum(depth.unique().numel() for depth in codes) / (3 * 32))
     shares = [torch.bincount(depth) / depth.numel() for depth in codes]
     entropies = [-(share[share > 0] * share[share > 0].log()).sum() for share in shares]

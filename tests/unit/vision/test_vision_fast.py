@@ -21,12 +21,20 @@ def images(count: int = 3) -> torch.Tensor:
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
 
 
-@pytest.mark.parametrize("changes", [{}, {"code_dim": 32}, {"layer_recon": 2}], ids=["narrow", "wide codes", "deeper"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"semantic": {"code_dim": 32}, "pixel": {"layers": [2, 1]}},
+        {"pixel": {"feeds": ["teacher", "picture"], "layers": [2], "weights": []}},
+    ],
+    ids=["narrow", "wide and narrow, two layers", "one stream for both goals beside another"],
+)
 def test_encode_in_fp32_gives_the_same_codes_and_pooled(changes):
-    model = perturbed(tiny_dualtoken(**changes))
+    model = perturbed(tiny_dualtoken(streams=changes))
     expected, result = model.encode(images()), FastDualToken(model, torch.float32).encode(images())
-    assert torch.equal(result.semantic, expected.semantic)
-    assert torch.equal(result.pixel, expected.pixel)
+    for stream, codes in expected.codes.items():
+        assert torch.equal(result.codes[stream], codes), stream
     torch.testing.assert_close(result.pooled, expected.pooled, rtol=1e-4, atol=1e-5)
 
 
@@ -35,7 +43,7 @@ def test_without_pooled_the_codes_are_the_same():
     for tokenizer in (model, FastDualToken(model, torch.float32)):
         codes = tokenizer.encode(images(), pooled=False)
         assert codes.pooled is None
-        assert torch.equal(codes.semantic, model.encode(images()).semantic)
+        assert torch.equal(codes.codes["semantic"], model.encode(images()).codes["semantic"])
 
 
 @pytest.mark.parametrize("latent, multipliers", [(4, [1, 2, 2]), (8, [1, 2])], ids=["same grid", "resized grid"])
@@ -43,7 +51,7 @@ def test_decode_in_fp32_gives_the_same_images(latent, multipliers):
     model = perturbed(
         tiny_dualtoken(decoder_latent=latent, decoder_multipliers=multipliers, decoder_attention=[latent])
     )
-    codes = torch.randint(0, 32, (2, 4, 4, 3), generator=torch.Generator().manual_seed(3))
+    codes = {"pixel": torch.randint(0, 32, (2, 4, 4, 3), generator=torch.Generator().manual_seed(3))}
     decoded = FastDualToken(model, torch.float32).decode(codes)
     torch.testing.assert_close(decoded, model.decode(codes), rtol=1e-4, atol=1e-4)
 
@@ -52,7 +60,7 @@ def test_bf16_encodes_and_decodes():
     fast = FastDualToken(perturbed(tiny_dualtoken()))
     codes = fast.encode(images())
     assert codes.pooled.dtype == torch.bfloat16
-    assert fast.decode(codes.pixel).shape == (3, 3, 16, 16)
+    assert fast.decode(codes.codes).shape == (3, 3, 16, 16)
 
 
 def test_wrong_shapes_are_named():
@@ -60,7 +68,7 @@ def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"\(1, 3, 8, 8\).*takes \(B, 3, 16, 16\)"):
         fast.encode(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="pixel codes of shape"):
-        fast.decode(torch.zeros(1, 4, 4, 2, dtype=torch.int64))
+        fast.decode({"pixel": torch.zeros(1, 4, 4, 2, dtype=torch.int64)})
 
 
 def test_channel_group_norm_is_group_norm():

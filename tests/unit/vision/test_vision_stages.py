@@ -34,7 +34,7 @@ def trained(name, layers=27):
     if ".encoder.layers." in name:
         layer = int(name.split(".encoder.layers.")[1].split(".")[0]) + 1
         return (layer == layers, True, layer > 4)
-    if name.split(".")[0] in ("prequant_pix", "prequant_shortcut", "postquant_pix", "post_quant_conv", "decoder"):
+    if name.startswith(("prequant.pixel.", "postquant.pixel.", "post_quant_conv.", "decoder.")):
         return (True, True, False)
     return (True, True, True)
 
@@ -53,8 +53,8 @@ def test_a_stage_trains_exactly_what_the_paper_says(size, stage):
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in model.named_parameters() if trained(name)[stage]
     }
-    assert any(module is model.quantizer_pix for module in frozen) == (stage == 2)  # its averages rest too
-    assert not any(module is model.quantizer_sem for module in frozen)
+    assert any(module is model.quantizers["pixel"] for module in frozen) == (stage == 2)  # its averages rest too
+    assert not any(module is model.quantizers["semantic"] for module in frozen)
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +84,16 @@ def test_a_stage_composes_the_stated_loss(stage, inputs, tmp_path):
     with torch.no_grad():
         states = trainer.teacher(images, output_hidden_states=True)
     both = lambda x, y: F.mse_loss(x, y) - F.cosine_similarity(x, y, dim=-1).mean()
-    semantic = both(output.zq_sem, states.hidden_states[2])
-    cosine = -F.cosine_similarity(output.zq_sem, states.hidden_states[2], dim=-1).mean()
+    semantic = both(output.features, states.hidden_states[2])
+    cosine = -F.cosine_similarity(output.features, states.hidden_states[2], dim=-1).mean()
     pooled = both(output.pooled, states.pooler_output)
     if stage == 2:
         assert output.reconstruction is None
-        expected = cosine + 5 * pooled + 5 * output.commit_sem
+        expected = cosine + 5 * pooled + 5 * output.commitments["semantic"]
     else:
         mse = F.mse_loss(output.reconstruction, images)
         lpips = trainer.lpips(output.reconstruction, images).mean()
-        expected = 5 * (output.commit_sem + output.commit_pix) + 5 * mse + lpips
+        expected = 5 * sum(output.commitments.values()) + 5 * mse + lpips
         expected = expected + (5 * pooled if stage == 0 else 5 * semantic + pooled)
     if stage == 1:
         g = -trainer.discriminator(output.reconstruction).mean()
@@ -114,10 +114,16 @@ def test_frozen_parts_rest_and_the_rest_moves(stage, inputs, tmp_path):
     assert {name for name in deep if "vision_model" in name and "k_proj.bias" not in name} <= moved
     if stage == 0:
         assert not any(".embeddings." in name or ".layers.0." in name or ".layers.1." in name for name in moved)
-        assert {"decoder.conv_out.weight", "quantizer_pix.codebooks.0.weight", "prequant_sem.proj.weight"} <= moved
+        assert {
+            "decoder.conv_out.weight",
+            "quantizers.pixel.codebooks.0.weight",
+            "prequant.semantic.0.proj.weight",
+        } <= moved
     else:
-        assert "quantizer_sem.codebooks.0.weight" in moved and "postquant_sem.proj.weight" in moved
-        assert not any(name.startswith(("decoder", "quantizer_pix", "prequant_pix", "post_quant")) for name in moved)
+        assert {"quantizers.semantic.codebooks.0.weight", "postquant.semantic.teacher.proj.weight"} <= moved
+        assert not any(
+            name.startswith(("decoder", "quantizers.pixel", "prequant.pixel", "post_quant_conv")) for name in moved
+        )
 
 
 def test_a_stage_starts_from_the_one_before_and_keeps_its_teacher(inputs, tmp_path):

@@ -1,6 +1,7 @@
 """The whole tokenizer: shapes, consistency, storage, what each path runs through."""
 
 import base64
+import dataclasses
 import io
 import json
 import random
@@ -16,12 +17,14 @@ from data_pipeline.config import EncodeConfig, FilterConfig
 from data_pipeline.decode import decode
 from data_pipeline.documents import RawDocument
 from megadual.hf.processing_megadual import MegaDualProcessor
+from megadual.streams import Stream
 from megadual.testing.vision import tiny_dualtoken, tiny_dualtoken_config, tiny_siglip_config
 from megadual.text import train_text_tokenizer
-from megadual.vision import DualToken, DualTokenConfig, read_codebooks
+from megadual.vision import DualToken, DualTokenConfig, StreamConfig, read_codebooks
 from megadual.vision.data import random_crop, read_pairs
 from megadual.vision.eval.samples import SampleReader
 from megadual.vision.fast import FastDualToken
+from megadual.vision.losses import distillation
 from megadual.vision.tokenizer import centre_crop, finish, hidden_states, to_tensor
 
 
@@ -33,18 +36,19 @@ def images():
 def test_shapes_and_ranges(images):
     model = tiny_dualtoken()
     encoded = model.encode(images)
-    for codes in (encoded.semantic, encoded.pixel):
+    assert list(encoded.codes) == ["semantic", "pixel"]
+    for codes in encoded.codes.values():
         assert codes.shape == (2, 4, 4, 3) and codes.dtype == torch.int64
         assert 0 <= codes.min() and codes.max() < 32
     assert encoded.pooled.shape == (2, 32)
-    decoded = model.decode(encoded.pixel)
+    decoded = model.decode(encoded.codes)
     assert decoded.shape == images.shape and decoded.abs().max() <= 1
     assert model.codebook("pixel").shape == (32, 8)
 
 
 def test_embed_is_the_sum_of_code_vectors(images):
     model = tiny_dualtoken()
-    codes = model.encode(images).semantic
+    codes = model.encode(images).codes["semantic"]
     book = model.codebook("semantic")
     torch.testing.assert_close(model.embed(codes, "semantic"), sum(book[codes[..., d]] for d in range(3)))
 
@@ -53,7 +57,9 @@ def test_decode_of_codes_equals_the_reconstruction_of_forward(images):
     model = tiny_dualtoken()
     with torch.no_grad():
         output = model(images)
-    torch.testing.assert_close(model.decode(output.pixel.unflatten(1, (4, 4))), output.reconstruction.clamp(-1, 1))
+    torch.testing.assert_close(
+        model.decode({"pixel": output.codes["pixel"].unflatten(1, (4, 4))}), output.reconstruction.clamp(-1, 1)
+    )
 
 
 def test_save_and_load_bitwise(images, tmp_path):
@@ -64,32 +70,49 @@ def test_save_and_load_bitwise(images, tmp_path):
     for (name, a), (other, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
         assert name == other and torch.equal(a, b), name
     one, two = model.encode(images), loaded.encode(images)
-    assert torch.equal(one.pixel, two.pixel) and torch.equal(one.pooled, two.pooled)
+    assert torch.equal(one.codes["pixel"], two.codes["pixel"]) and torch.equal(one.pooled, two.pooled)
     books = read_codebooks(tmp_path)
-    assert torch.equal(books["semantic"], model.codebook("semantic"))
-    assert torch.equal(books["pixel"], model.codebook("pixel"))
-    assert books["fingerprint"] == model.fingerprint() == loaded.fingerprint()
-    assert (books["depth"], books["grid"]) == (3, (4, 4))
+    for stream in books.streams:
+        assert (stream.depth, stream.codebook_size, stream.code_dim) == (3, 32, 8)
+        assert torch.equal(books.vectors[stream.name], model.codebook(stream.name))
+    assert books.fingerprint == model.fingerprint() == loaded.fingerprint()
+    assert (books.grid, books.picture) == ((4, 4), ["pixel"])
 
 
-def test_state_dict_has_the_published_layout():
-    names = set(tiny_dualtoken().state_dict())
-    for expected in (
-        "siglip_model.vision_model.encoder.layers.0.self_attn.q_proj.weight",
-        "siglip_model.text_model.embeddings.token_embedding.weight",
-        *(f"prequant_{part}.attn.{x}" for part in ("sem", "pix", "shortcut") for x in ("q_bias", "zero_k_bias")),
-        *(f"quantizer_{s}.codebooks.{d}.{x}" for s in ("sem", "pix") for d in range(3)
-          for x in ("weight", "cluster_size_ema", "embed_ema")),
-        *(f"postquant_sem.{x}" for x in ("norm1.weight", "attn.qkv.weight", "attn.proj.bias", "proj.weight")),
-        *(f"postquant_pix.{x}" for x in ("norm3.bias", "norm2.bias", "mlp.norm.weight", "mlp.w0.weight")),
-        "post_quant_conv.nin_shortcut.weight",
-        "decoder.mid.attn_1.proj_out.weight",
-        "decoder.up.2.attn.0.q.weight",
-        "decoder.up.1.upsample.conv.weight",
-        "decoder.up.0.block.0.norm1.weight",
-    ):  # fmt: skip
-        assert expected in names, expected
-    assert tiny_dualtoken().state_dict()["quantizer_sem.codebooks.0.weight"].shape == (33, 8)  # and a padding row
+VARIANTS = {  # the paper's ablation, and one more: streams are what the config says
+    "a: one codebook for both goals": {"both": {"layers": [2], "feeds": ["teacher", "picture"]}},
+    "b: pixels from the deep layer": {"pixel": {"layers": [2], "feeds": ["picture"]}},
+    "c: pixels from a shallow layer": {"pixel": {"layers": [1], "feeds": ["picture"]}},
+    "d: dual": {"semantic": {"layers": [2], "feeds": ["teacher"]}, "pixel": {"layers": [1], "feeds": ["picture"]}},
+    "meaning alone": {"semantic": {"layers": [2], "feeds": ["teacher"]}},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_configs_of_one_class(images, name, tmp_path):
+    sizes = {"depth": 2, "codebook_size": 16, "code_dim": 8}
+    streams = {stream: StreamConfig(**fields, **sizes) for stream, fields in VARIANTS[name].items()}
+    config = dataclasses.replace(tiny_dualtoken_config(), streams=streams)
+    torch.manual_seed(0)
+    model = DualToken(config).train()
+    output = model(images)
+    taught, drawn = name[0] in "adm", name != "meaning alone"
+    assert (output.pooled is not None, output.reconstruction is not None) == (taught, drawn)
+    terms = distillation(output, images, torch.zeros(2, 16, 32), torch.zeros(2, 32))
+    sum(terms.values()).backward()
+    assert ("pooled_cos" in terms, "reconstruction" in terms) == (taught, drawn)
+    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unused, "every parameter that is trained has a gradient, else DistributedDataParallel waits for it"
+    model.eval().save_pretrained(tmp_path)
+    loaded = DualToken.from_pretrained(tmp_path)
+    encoded, fast = loaded.encode(images), FastDualToken(loaded, torch.float32)
+    for stream, codes in fast.encode(images).codes.items():
+        assert torch.equal(codes, encoded.codes[stream]) and torch.equal(codes, model.encode(images).codes[stream])
+    if drawn:
+        torch.testing.assert_close(fast.decode(encoded.codes), loaded.decode(encoded.codes), rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(ValueError, match="no stream of this DualToken feeds a picture decoder"):
+            loaded.decode(encoded.codes)
 
 
 def test_fingerprint_follows_codebooks_and_the_fields_that_define_codes(images):
@@ -101,7 +124,11 @@ def test_fingerprint_follows_codebooks_and_the_fields_that_define_codes(images):
     with torch.no_grad():
         model.codebook("pixel")[3, 0] += 1e-3
     assert model.fingerprint() != before
-    assert tiny_dualtoken().fingerprint() == before != tiny_dualtoken(weight_shortcut=0.5).fingerprint()
+    assert (
+        tiny_dualtoken().fingerprint()
+        == before
+        != tiny_dualtoken(streams={"pixel": {"weights": [1.0, 0.5]}}).fingerprint()
+    )
 
 
 def test_the_semantic_path_runs_through_the_last_layer(images):
@@ -111,7 +138,7 @@ def test_the_semantic_path_runs_through_the_last_layer(images):
     with torch.no_grad():
         last.mlp.fc2.bias += torch.linspace(-1, 1, 32)
     after = model.encode(images)
-    assert torch.equal(before.semantic, after.semantic)
+    assert torch.equal(before.codes["semantic"], after.codes["semantic"])
     assert not torch.allclose(before.pooled, after.pooled)
     model(images).pooled.sum().backward()
     assert last.mlp.fc1.weight.grad.abs().sum() > 0
@@ -123,8 +150,8 @@ def test_pixel_codes_depend_on_shallow_layers_only(images):
     with torch.no_grad():
         model.siglip_model.vision_model.encoder.layers[1].mlp.fc2.bias += torch.linspace(-1, 1, 32)
     after = model.encode(images)
-    assert torch.equal(before.pixel, after.pixel)
-    assert not torch.equal(before.semantic, after.semantic)
+    assert torch.equal(before.codes["pixel"], after.codes["pixel"])
+    assert not torch.equal(before.codes["semantic"], after.codes["semantic"])
 
 
 def test_reconstruction_reaches_the_encoder_and_the_text_tower_is_frozen(images):
@@ -139,8 +166,9 @@ def test_causal_post_projection_does_not_look_ahead(images):
     x = torch.randn(1, 16, 8)
     changed = x.clone()
     changed[:, 10:] = torch.randn(1, 6, 8)
-    torch.testing.assert_close(model.postquant_pix(x)[:, :10], model.postquant_pix(changed)[:, :10])
-    assert not torch.allclose(model.postquant_pix(x)[:, 10:], model.postquant_pix(changed)[:, 10:])
+    project = model.postquant["pixel"]["picture"]
+    torch.testing.assert_close(project(x)[:, :10], project(changed)[:, :10])
+    assert not torch.allclose(project(x)[:, 10:], project(changed)[:, 10:])
 
 
 def test_unquantised_layers_equal_the_siglip_they_came_from(images):
@@ -158,33 +186,39 @@ def test_unquantised_layers_equal_the_siglip_they_came_from(images):
 def test_grid_is_resized_to_the_decoder_latent(images):
     """As in the 384 px model, whose 27 x 27 positions feed a 24 x 24 decoder."""
     model = tiny_dualtoken(decoder_latent=2, decoder_multipliers=[1, 1, 2, 2], decoder_attention=[])
-    assert model.decode(model.encode(images).pixel).shape == images.shape
+    assert model.decode(model.encode(images).codes).shape == images.shape
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"shared_codebook": False}, {"pixel_depth": 2, "pixel_code_dim": 16, "pixel_codebook_size": 24}],
+    [
+        {"pixel": {"shared_codebook": False}, "semantic": {"shared_codebook": False}},
+        {"pixel": {"depth": 2, "code_dim": 16, "codebook_size": 24}},
+    ],
     ids=["a codebook for each depth", "streams of unequal sizes"],
 )
 def test_codebooks_of_other_arrangements(images, tmp_path, changes):
-    model = tiny_dualtoken(**changes).train()
+    model = tiny_dualtoken(streams=changes).train()
     model(images)
     model.eval().save_pretrained(tmp_path)
     loaded = DualToken.from_pretrained(tmp_path)
     encoded = loaded.encode(images)
-    assert encoded.pixel.shape[-1] == changes.get("pixel_depth", 3)
-    for stream in ("semantic", "pixel"):
-        codes, book = getattr(encoded, stream), loaded.codebook(stream)
+    assert encoded.codes["pixel"].shape[-1] == changes["pixel"].get("depth", 3)
+    for stream, codes in encoded.codes.items():
+        book = loaded.codebook(stream)
         assert torch.equal(book, model.codebook(stream))
         books = book if book.ndim == 3 else [book] * codes.shape[-1]
         by_hand = sum(book[codes[..., depth]] for depth, book in enumerate(books))
         torch.testing.assert_close(loaded.embed(codes, stream), by_hand)
     fast = FastDualToken(loaded, torch.float32)
-    assert torch.equal(fast.encode(images).pixel, encoded.pixel)
-    torch.testing.assert_close(fast.decode(encoded.pixel), loaded.decode(encoded.pixel), rtol=1e-4, atol=1e-5)
+    assert torch.equal(fast.encode(images).codes["pixel"], encoded.codes["pixel"])
+    torch.testing.assert_close(fast.decode(encoded.codes), loaded.decode(encoded.codes), rtol=1e-4, atol=1e-5)
     assert model.fingerprint() != tiny_dualtoken().fingerprint()
-    with pytest.raises(ValueError, match="streams of equal sizes"):
-        read_codebooks(tmp_path)
+    if "semantic" in changes:
+        with pytest.raises(ValueError, match="streams semantic, pixel have a codebook for each depth"):
+            read_codebooks(tmp_path)
+    else:
+        assert read_codebooks(tmp_path).streams[1] == Stream("pixel", 2, 24, 16)
 
 
 def test_preprocess_resizes_the_short_side_and_crops_the_centre():
@@ -200,12 +234,23 @@ def test_wrong_inputs_are_named(images, tmp_path):
     model = tiny_dualtoken()
     with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\).*\(B, 3, 16, 16\)"):
         model.encode(images[..., :8, :8])
-    with pytest.raises(ValueError, match="pixel codes"):
-        model.decode(torch.zeros(1, 4, 4, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"layer_sem\(4\)"):
-        tiny_dualtoken(layer_sem=4)
-    with pytest.raises(ValueError, match=r"layer_shortcut\(3\) <= layer_sem\(2\)"):
-        tiny_dualtoken(layer_shortcut=3)
+    with pytest.raises(ValueError, match="pixel codes of shape"):
+        model.decode({"pixel": torch.zeros(1, 4, 4, 2, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="decoded from pixel codes; pixel are missing"):
+        model.decode({"semantic": torch.zeros(1, 4, 4, 3, dtype=torch.int64)})
+    for changes, words in (
+        ({"semantic": {"layers": [4]}}, r"'semantic' reads the layers \[4\]; each must be 1 to 3"),
+        (
+            {"pixel": {"layers": [3], "weights": []}},
+            "'pixel' reads layer 3, but the layers behind layer 2 get quantised",
+        ),
+        ({"pixel": {"weights": [1.0]}}, "'pixel' has 1 weights for 2 layers"),
+        ({"pixel": {"feeds": ["sound"]}}, "'pixel' feeds .*; give one or both of teacher, picture"),
+        ({"pixel": {"timing": "daily"}}, "'pixel' timing is 'daily'"),
+        ({"two words": {"layers": [1], "feeds": ["picture"]}}, "'two words'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tiny_dualtoken(streams=changes)
     with pytest.raises(ValueError, match="holds no config.json"):
         DualToken.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))

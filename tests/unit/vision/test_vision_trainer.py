@@ -57,7 +57,7 @@ def gradients(trainer, module="model"):
 @pytest.mark.parametrize("module, gan", [("model", 0), ("discriminator", 0.75)])
 def test_accumulated_gradients_are_those_of_one_large_batch(make, module, gan):
     """The GAN's weight adapts to each batch, so it is left out of the model's."""
-    given = ["freeze=[quantizer_sem,quantizer_pix]", f"loss.gan={gan}"]  # codebooks move with every forward
+    given = ["freeze=[quantizers]", f"loss.gan={gan}"]  # codebooks move with every forward
     metrics, whole = gradients(trainer_of(make(*given)), module)
     halves_metrics, halves = gradients(trainer_of(make(*given, "data.batch_size=4", "accumulate=2")), module)
     assert halves_metrics["reconstruction"] == pytest.approx(metrics["reconstruction"], rel=1e-4)
@@ -93,7 +93,9 @@ def test_bf16_searches_codes_in_fp32(make, monkeypatch):
     monkeypatch.setattr(quantizer, "nearest_code", watched)
     trainer = trainer_of(make("precision=bf16"))
     entered = []
-    trainer.model.prequant_pix.proj.register_forward_hook(lambda module, given, output: entered.append(output.dtype))
+    trainer.model.prequant["pixel"][0].proj.register_forward_hook(
+        lambda module, given, output: entered.append(output.dtype)
+    )
     metrics = trainer.step()
     assert dtypes == {torch.float32} and entered == [torch.bfloat16]
     assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
@@ -101,11 +103,11 @@ def test_bf16_searches_codes_in_fp32(make, monkeypatch):
 
 def test_metrics_tell_usage_perplexity_and_restarts_by_depth(make):
     config = make()
-    config.model.pixel_depth = 2
+    config.model.streams["pixel"].depth = 2
     trainer = trainer_of(config)
     codes = {}
     for stream in ("semantic", "pixel"):
-        trainer.model.quantizer(stream).register_forward_hook(
+        trainer.model.quantizers[stream].register_forward_hook(
             lambda module, given, output, stream=stream: codes.update({stream: output[1]})
         )
     metrics = trainer.step()

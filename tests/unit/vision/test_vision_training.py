@@ -255,12 +255,12 @@ def test_training_lowers_the_losses_and_writes_a_loadable_tokenizer(config):
     train(config)
     lines = losses(config.output)
     assert [line["step"] for line in lines] == list(range(1, 41))
-    for name in ("reconstruction", "semantic_mse", "pooled_mse"):
+    for name in ("reconstruction", "feature_mse", "pooled_mse"):
         start, end = (sum(line[name] for line in part) / 4 for part in (lines[:4], lines[-4:]))
         assert end < 0.7 * start, name
     assert "gan" in lines[-1] and "gan" not in lines[0]
     model = DualToken.from_pretrained(Path(config.output) / "dualtoken")
-    assert model.encode(torch.zeros(1, 3, 16, 16)).pixel.shape == (1, 4, 4, 3)
+    assert model.encode(torch.zeros(1, 3, 16, 16)).codes["pixel"].shape == (1, 4, 4, 3)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path):
@@ -282,14 +282,14 @@ def test_accumulated_batches_and_lpips_on_part_of_the_steps(config):
 
 
 def test_frozen_modules_do_not_move(config):
-    config.freeze = ["quantizer_pix", "siglip_model.vision_model.embeddings"]
+    config.freeze = ["quantizers.pixel", "siglip_model.vision_model.embeddings"]
     trainer = TokenizerTrainer(config, Ranks.join())
     trainer.open_data()
     before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
     trainer.step()
     moved = {name for name, x in trainer.model.state_dict().items() if not torch.equal(x, before[name])}
     assert not any(name.startswith(tuple(config.freeze)) for name in moved)
-    assert "quantizer_sem.codebooks.0.weight" in moved and "prequant_pix.proj.weight" in moved
+    assert "quantizers.semantic.codebooks.0.weight" in moved and "prequant.pixel.0.proj.weight" in moved
 
 
 def _train_steps(config):
@@ -310,7 +310,7 @@ def test_mistakes_are_named_before_work_starts(config):
     config.freeze = ["prequant_pixel"]
     with pytest.raises(UserError, match="no module 'prequant_pixel'"):
         TokenizerTrainer(config, Ranks.join())
-    config.freeze, config.model.code_dim = [], 7
+    config.freeze, config.model.streams["pixel"].code_dim = [], 7
     with pytest.raises(UserError, match=r"code_dim\(7\)"):
         TokenizerTrainer(config, Ranks.join())
     config.siglip = "/nowhere"
