@@ -25,7 +25,7 @@ from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.rollout import Rollout
 from megadual.kernels import few_rows
 from megadual.model.presets import PRESETS
-from megadual.streams import STREAMS, SpecialIds
+from megadual.streams import SpecialIds
 from megadual.vision.presets import preset
 
 VOCABULARY = 151_670
@@ -52,7 +52,11 @@ def random_model(name: str, device: str = "cuda") -> MegaDualForCausalLM:
         tie_word_embeddings=sizes["tie_embeddings"],
     )
     config = MegaDualConfig(
-        text_config, sizes["rope_base"], sizes["head"], vars(preset(DUALTOKEN)), special_ids=vars(SPECIAL)
+        text_config,
+        sizes["rope_base"],
+        head=sizes["head"],
+        dualtoken=preset(DUALTOKEN).to_dict(),
+        special_ids=vars(SPECIAL),
     )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -79,8 +83,7 @@ def position_bytes(model) -> int:
     """Bytes of the weights that one image position uses."""
     size = lambda module: sum(p.numel() * p.element_size() for p in module.parameters())
     heads = 0
-    for stream in STREAMS:
-        head = getattr(model, f"{stream}_head")
+    for head in model.heads.values():
         depths = len(head.depth_embedding)
         heads += size(head.projector) + depths * size(head.layers) + head.classifiers.numel() * 2
     return size(model.model.layers) + size(model.projector) + heads
@@ -114,9 +117,9 @@ def plain_draw(model, captions: list[list[int]], positions: int) -> None:
             inputs_embeds=embeds, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
         )
         cache, hidden = outputs.past_key_values, outputs.last_hidden_state[:, -1]
-        both = []
-        for stream in STREAMS:
-            head, codebook = getattr(model, f"{stream}_head"), model.dualtoken.codebook(stream)
+        chosen_codes = {}
+        for stream, head in model.heads.items():
+            codebook = model.dualtoken.codebook(stream)
             codes = torch.empty(len(prompts), 0, dtype=torch.int64, device=model.device)
             for d in range(len(head.depth_embedding)):
                 state = plain_state(head, hidden, codes.repeat(2, 1), codebook)
@@ -124,8 +127,8 @@ def plain_draw(model, captions: list[list[int]], positions: int) -> None:
                 uniform = torch.rand(len(prompts), device=model.device)
                 chosen = sampler(bare + SCALE * (captioned - bare), uniform)
                 codes = torch.cat([codes, chosen[:, None]], dim=1)
-            both.append(codes.repeat(2, 1))
-        embeds = model.embed_codes(*both)[:, None]
+            chosen_codes[stream] = codes.repeat(2, 1)
+        embeds = model.embed_codes(chosen_codes)[:, None]
         mask, places = F.pad(mask, (0, 1), value=1), places[:, -1:] + 1
 
 
@@ -134,14 +137,16 @@ def drawing(model, batch: int, plain_positions: int, floor: float) -> dict[str, 
     captions = [CAPTION] * batch
     positions = model.dualtoken.config.grid[0] ** 2
     draw = lambda seed=0: model.draw_codes(captions, SCALE, seed=seed)
-    decode = lambda codes: model.dualtoken.decode(codes["pixel"].unflatten(1, model.dualtoken.config.grid))
+    grid = model.dualtoken.config.grid
+    decode = lambda codes: model.dualtoken.decode({name: each.unflatten(1, grid) for name, each in codes.items()})
     capture = seconds(draw)
     codes = seconds(draw, repeats=3)
     with torch.no_grad():
         drawn = draw()
         decode(drawn)
         pixels = seconds(lambda: decode(drawn), repeats=3)
-    assert torch.equal(drawn["pixel"], draw()["pixel"]), "the same seed drew other codes"
+    again = draw()
+    assert all(torch.equal(drawn[stream], again[stream]) for stream in drawn), "the same seed drew other codes"
     rollout = model._kept[1]
     step = captured(lambda: rollout.llm.step(rollout.embeds_RH), model.device)
     rollout.llm.reset()
@@ -187,7 +192,7 @@ def text(model, tokens: int, plain_tokens: int) -> dict[str, float]:
 
 def products(model, rows: int) -> list[dict]:
     """GB/s at which the products of a position read their weights: PyTorch's, and the kernel's at several blockings."""
-    layer, head = model.model.layers[0], model.pixel_head
+    layer, head = model.model.layers[0], next(iter(model.heads.values()))
     weights = {
         "attention out": layer.self_attn.o_proj.weight,
         "gate": layer.mlp.gate_proj.weight,

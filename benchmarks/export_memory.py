@@ -68,7 +68,7 @@ def write_inputs(folder: Path, layers: int) -> None:
     tensors = ((name, random_weights(tensor.shape, tensor.dtype)) for name, tensor in own.items())
     write_folder(folder / "dualtoken", own, tensors, max_shard_size=1 << 62)
 
-    padded = Vocabulary(len(tokenizer), depth=0, codebooks={}).padded_text_size
+    padded = Vocabulary(len(tokenizer), [], {}).padded_text_size
     sizes = Sizes(run.model.heads, run.model.kv_heads, len(tokenizer), padded)
 
     def shape_of(name: str) -> Tensor:

@@ -35,7 +35,7 @@ from megadual.data.mds import document_writer
 from megadual.streams import Document, SpecialIds
 from megadual.synthetic.corpus import write_tar
 from megadual.text import load_text_tokenizer, save_text_tokenizer, train_text_tokenizer
-from megadual.vision import DualToken, DualTokenConfig
+from megadual.vision import DualToken, DualTokenConfig, StreamConfig
 
 BATCH = 32
 CAPTION = "a photograph of something number {} in a place that many captions describe at about this length"
@@ -76,7 +76,11 @@ def tiny_dualtoken(size: int) -> DualToken:
     )
     torch.manual_seed(0)
     config = DualTokenConfig(
-        siglip=siglip.to_dict(), layer_shortcut=1, layer_recon=2, layer_sem=3, codebook_size=4096, code_dim=8, depth=4,
+        siglip=siglip.to_dict(),
+        streams={
+            "semantic": StreamConfig(layers=[3], feeds=["teacher"], codebook_size=4096, code_dim=8),
+            "pixel": StreamConfig(layers=[2, 1], weights=[1.0, 0.6], feeds=["picture"], codebook_size=4096, code_dim=8),
+        },
         decoder_latent=size // 8, decoder_in_channels=16, decoder_channels=8, decoder_multipliers=[1, 1, 1, 1],
         decoder_res_blocks=1, decoder_attention=[], decoder_norm_groups=4,
     )  # fmt: skip
@@ -93,19 +97,18 @@ def plain_loop(folder: Path, output: Path) -> float:
     grid = np.array([dualtoken.config.grid], dtype=np.uint16)
     start = time.perf_counter()
     for path in sorted((folder / "corpus").glob("*.tar")):
-        with tarfile.open(path) as tar, document_writer(output / path.stem) as writer:
+        with tarfile.open(path) as tar, document_writer(output / path.stem, dualtoken.config.streams) as writer:
             batch, captions = [], []  # (key, pixels) and the texts
 
             def write(batch=batch, captions=captions, path=path, writer=writer) -> None:
-                codes = dualtoken.encode(torch.stack([pixels for _, pixels, _ in batch]))
+                codes = dualtoken.encode(torch.stack([pixels for _, pixels, _ in batch]), pooled=False).codes
                 ids = tokenizer(captions, add_special_tokens=False, split_special_tokens=True).input_ids
                 for i, (key, _, size) in enumerate(batch):
                     writer.write(
                         Document(
                             key=f"{path.stem}/{key}",
                             text_ids=np.array([image_id, *ids[i]], dtype=np.uint32),
-                            semantic=codes.semantic[i].flatten(0, 1).numpy().astype(np.uint16),
-                            pixel=codes.pixel[i].flatten(0, 1).numpy().astype(np.uint16),
+                            codes={name: c[i].flatten(0, 1).numpy().astype(np.uint16) for name, c in codes.items()},
                             grids=grid,
                             meta={"source": str(path), "layout": "pair", "field": "txt", "sizes": [size]},
                         ).row()

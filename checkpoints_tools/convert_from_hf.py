@@ -47,7 +47,7 @@ from megadual.train.checkpoint import seal_weights  # noqa: E402
 
 DUALTOKEN = "dualtoken."
 TABLES = {"model.embed_tokens.weight", "lm_head.weight"}
-VISUAL = re.compile(r"projector\.|semantic_head\.|pixel_head\.")
+VISUAL = re.compile(r"projector\.|heads\.")
 FILES = ["*.safetensors", "*.json"]
 RUN = "run.yaml"
 
@@ -98,7 +98,9 @@ def run_config(source: PretrainedConfig, args: argparse.Namespace) -> PretrainCo
         "dualtoken": args.output / "dualtoken" if exported else args.dualtoken,
         "text_tokenizer": args.output / "text_tokenizer",
     }
-    model |= {f"head.{name}": size for name, size in source.head.items()} if exported else {}
+    if exported:
+        model |= {f"head.{name}": size for name, size in source.head.items()}
+        model["streams"] = [stream.name for stream in source.code_streams]
     length = text.max_position_embeddings
     rest = ["data.sets=[]", "train.steps=0", f"train.seq_len={length}", f"train.global_batch_tokens={length}"]
     rest += [f"run.dir={args.output}", f"run.name={Path(args.model).name}"]
@@ -144,7 +146,7 @@ class Conversion:
         """
         self.run, self.folder, self.dualtoken, self.kept = run, folder, dualtoken, kept
         text_size = config.text_config.vocab_size
-        padded = Vocabulary(text_size, depth=0, codebooks={}).padded_text_size
+        padded = Vocabulary(text_size, [], {}).padded_text_size
         self.sizes = Sizes(run.model.heads, run.model.kv_heads, text_size, padded)
         self.dtype = folder.meta["model.norm.weight"].dtype
         self.shapes = exported_shapes(config)

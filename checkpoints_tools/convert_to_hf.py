@@ -26,7 +26,7 @@ from megadual.config import PretrainConfig  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
 from megadual.hf.carried_code import AUTO_MAP, write_code  # noqa: E402
 from megadual.hf.configuration_megadual import MegaDualConfig  # noqa: E402
-from megadual.hf.mapping import CODEBOOKS, Sizes, to_hf  # noqa: E402
+from megadual.hf.mapping import Sizes, codebook_of, to_hf  # noqa: E402
 from megadual.hf.model_card import model_card  # noqa: E402
 from megadual.hf.modeling_megadual import MegaDualForCausalLM  # noqa: E402
 from megadual.hf.processing_megadual import MegaDualProcessor  # noqa: E402
@@ -69,7 +69,8 @@ def model_config(run: PretrainConfig, tokenizer, dualtoken: DualTokenConfig, dty
         text_config=text_config,
         rope_base=model.rope_base,
         head=vars(model.head),
-        dualtoken=vars(dualtoken),
+        streams=run.model.streams and list(run.model.streams),
+        dualtoken=dualtoken.to_dict(),
         special_ids=vars(special),
         architectures=["MegaDualForCausalLM"],
         auto_map=AUTO_MAP,
@@ -100,15 +101,17 @@ class Exported:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.trainer.meta:
-            if name not in CODEBOOKS:
+            if not codebook_of(name):
                 yield from to_hf(name, self.trainer.read(name), self.sizes).items()
         for name in self.dualtoken.meta:
             yield f"dualtoken.{name}", self.dualtoken.read(name)
 
     def check_codebooks(self) -> None:
         """UserError if the model was trained on other codes than its DualToken's."""
-        for left in CODEBOOKS.keys() & self.trainer.meta.keys():  # one of the two copies may be left out
-            right = CODEBOOKS[left]
+        for left in self.trainer.meta:
+            right = codebook_of(left)
+            if right is None:
+                continue
             codebook = self.dualtoken.read(right.removeprefix("dualtoken."))[:-1].float()
             if not torch.equal(self.trainer.read(left), codebook):
                 folder = self.dualtoken.folder

@@ -1,7 +1,7 @@
 """Logits of an exported folder, in a process that has nothing but the folder: what verify.py compares with.
 
 `python -I logits_of_export.py DIR INPUT.safetensors OUTPUT.safetensors`. For sample i INPUT holds `i.tokens` (S,),
-`i.semantic` and `i.pixel` (V, D); OUTPUT gets `i.text` (S, vocabulary), `i.semantic` and `i.pixel` (P, D, K).
+`i.codes.STREAM` (V, D) for each stream; OUTPUT gets `i.text` (S, vocabulary) and `i.STREAM` (P, D, K).
 """
 
 import sys
@@ -24,17 +24,11 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 folder, inputs, outputs = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-samples, results = load_file(inputs), {}
-for i in range(len(samples) // 3):
+given, results = load_file(inputs), {}
+for name in [name for name in given if name.endswith(".tokens")]:
+    i = name.removesuffix(".tokens")
+    codes = {key.removeprefix(f"{i}.codes."): codes for key, codes in given.items() if key.startswith(f"{i}.codes.")}
     with torch.no_grad():
-        found = model(
-            input_ids=samples[f"{i}.tokens"][None],
-            semantic_codes=samples[f"{i}.semantic"],
-            pixel_codes=samples[f"{i}.pixel"],
-        )
-    results |= {
-        f"{i}.text": found.logits[0],
-        f"{i}.semantic": found.semantic_logits,
-        f"{i}.pixel": found.pixel_logits,
-    }
+        found = model(input_ids=given[name][None], codes=codes)
+    results |= {f"{i}.text": found.logits[0], **{f"{i}.{key}": x for key, x in found.visual_logits.items()}}
 save_file({name: tensor.contiguous() for name, tensor in results.items()}, outputs)

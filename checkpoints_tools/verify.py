@@ -36,7 +36,7 @@ from megadual.errors import UserError, command  # noqa: E402
 from megadual.hf.mapping import origins, to_hf  # noqa: E402
 from megadual.hf.tensors import CheckpointTensors, FolderTensors  # noqa: E402
 from megadual.model import presets  # noqa: E402
-from megadual.streams import STREAMS, Sequence, sequence_length, to_sequence  # noqa: E402
+from megadual.streams import Sequence, sequence_length, to_sequence  # noqa: E402
 from megadual.text import load_text_tokenizer  # noqa: E402
 from megadual.train.checkpoint import load_run_config, resolve_checkpoint  # noqa: E402
 from megadual.train.setup import Inputs, read_inputs  # noqa: E402
@@ -89,7 +89,7 @@ def read_samples(inputs: Inputs, run: PretrainConfig, count: int) -> list[Sequen
 def trainer_logits(
     run: PretrainConfig, trainer: CheckpointTensors, inputs: Inputs, batch: MicroBatch
 ) -> dict[str, Tensor]:
-    """The trainer's model on packed samples: text (T, padded vocabulary), semantic and pixel (P, D, K)."""
+    """The trainer's model on packed samples: text (T, padded vocabulary), and by stream (P, D, K)."""
     run.parallel, run.train.precision, run.checkpoint.start = ParallelConfig(), "fp32", None
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
@@ -100,9 +100,9 @@ def trainer_logits(
         hidden_TH = model.hidden_states(batch).squeeze(1)
         logits = {"text": hidden_TH @ model.output_weight().T}
         at = batch.draw_positions
-        for stream in STREAMS:
-            codes_PD, codebook = getattr(batch, stream)[at + 1], getattr(model.head_codebooks, stream)
-            logits[stream] = getattr(model, f"{stream}_head").logits(hidden_TH[at], codes_PD[:, :-1], codebook)
+        for stream, head in model.heads.items():
+            codes_PD, codebook = batch.codes[stream][at + 1], model.head_codebooks[stream]
+            logits[stream] = head.logits(hidden_TH[at], codes_PD[:, :-1], codebook)
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
     return logits
@@ -114,8 +114,8 @@ def exported_logits(folder: Path, samples: list[Sequence], image: int, python: s
     for i, sample in enumerate(samples):
         tokens = torch.from_numpy(sample.tokens)
         tensors[f"{i}.tokens"] = tokens
-        for stream in STREAMS:
-            tensors[f"{i}.{stream}"] = torch.from_numpy(getattr(sample, stream))[tokens == image]
+        for stream, codes in sample.codes.items():
+            tensors[f"{i}.codes.{stream}"] = torch.from_numpy(codes)[tokens == image]
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = f"{scratch}/inputs.safetensors", f"{scratch}/outputs.safetensors"
         save_file(tensors, inputs)
@@ -126,7 +126,7 @@ def exported_logits(folder: Path, samples: list[Sequence], image: int, python: s
         if done.returncode:
             raise UserError(f"the exported model in '{folder}' does not run:\n{done.stderr.strip()[-2000:]}")
         found = load_file(outputs)
-    return {key: torch.cat([found[f"{i}.{key}"] for i in range(len(samples))]) for key in ("text", *STREAMS)}
+    return {key: torch.cat([found[f"{i}.{key}"] for i in range(len(samples))]) for key in ("text", *samples[0].codes)}
 
 
 def compare_logits(

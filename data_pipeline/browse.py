@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout go
 
 from megadual.data.mds_reader import ShardSet  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
-from megadual.streams import STREAMS, Document, SpecialIds  # noqa: E402
+from megadual.streams import Document, SpecialIds  # noqa: E402
 from megadual.text import fingerprint, load_text_tokenizer  # noqa: E402
 from megadual.vision import DualToken  # noqa: E402
+from megadual.vision.tokenizer import to_image  # noqa: E402
 
 DOCUMENTS_FOR_STATISTICS = 2000
 REASONS_SHOWN = 20
@@ -47,11 +48,11 @@ def choose(total: int, count: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).choice(total, min(count, total), replace=False).tolist())
 
 
-def code_statistics(documents: list[Document], codebook_size: int) -> list[dict]:
+def code_statistics(documents: list[Document], codebook_sizes: dict[str, int]) -> list[dict]:
     """For each stream and depth: codes, the share of the codebook they use, perplexity exp(entropy)."""
     rows = []
-    for stream in STREAMS:
-        codes_ND = np.concatenate([getattr(document, stream) for document in documents])
+    for stream, codebook_size in codebook_sizes.items():
+        codes_ND = np.concatenate([document.codes[stream] for document in documents])
         for depth in range(codes_ND.shape[1]):
             counts = np.bincount(codes_ND[:, depth], minlength=codebook_size)
             shares = counts[counts > 0] / max(counts.sum(), 1)
@@ -69,14 +70,16 @@ def code_statistics(documents: list[Document], codebook_size: int) -> list[dict]
 
 @torch.inference_mode()
 def decode_images(document: Document, dualtoken: DualToken) -> list[Image.Image]:
-    """The document's images, from their pixel codes."""
+    """The document's images, from their codes."""
     images, start = [], 0
     for rows, columns in document.grids.astype(int).tolist():
-        codes = document.pixel[start : start + rows * columns].astype(np.int64)
-        start += rows * columns
-        (image_3HW,) = dualtoken.decode(torch.from_numpy(codes).reshape(1, rows, columns, -1))
-        pixels = ((image_3HW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        images.append(Image.fromarray(pixels))
+        end = start + rows * columns
+        codes = {
+            stream: torch.from_numpy(codes_ND[start:end].astype(np.int64)).view(1, rows, columns, -1)
+            for stream, codes_ND in document.codes.items()
+        }
+        images.append(to_image(dualtoken.decode(codes)[0]))
+        start = end
     return images
 
 
@@ -126,7 +129,7 @@ def _table(rows: list[tuple], head: tuple = ()) -> str:
 def facts(manifest: dict) -> list[tuple[str, str]]:
     """The manifest in a few lines."""
     dualtoken, text_tokenizer = manifest["dualtoken"], manifest["text_tokenizer"]
-    rows, columns = dualtoken["grid"]
+    (rows, columns), streams = dualtoken["grid"], dualtoken["streams"]
     reasons = {**manifest["left_out"], **{f"image: {k}": n for k, n in manifest["left_out_images"].items()}}
     return [
         *((name, f"{manifest[name]:,}") for name in ("samples", "documents", "images", "positions", "text_ids")),
@@ -135,7 +138,7 @@ def facts(manifest: dict) -> list[tuple[str, str]]:
         ("failed inputs", f"{len(manifest['failed_inputs']):,}"),
         ("shards", f"{len(manifest['shards']):,}"),
         ("image tokenizer", f"{dualtoken['path']} ({dualtoken['fingerprint'][:12]}), {rows} x {columns} positions, "
-                            f"{dualtoken['depth']} codes of {dualtoken['codebook_size']:,} per stream"),
+                            + ", ".join(f"{s['name']} {s['depth']} codes of {s['codebook_size']:,}" for s in streams)),
         ("text tokenizer", f"{text_tokenizer['path']} ({text_tokenizer['fingerprint'][:12]})"),
     ]  # fmt: skip
 
@@ -147,7 +150,7 @@ def make_page(shards: ShardSet, dualtoken: DualToken, tokenizer, count: int, see
     measured = [shards[i] for i in choose(len(shards), DOCUMENTS_FOR_STATISTICS, seed)]
     statistics = [
         (row["stream"], row["depth"], row["codes"], row["used"], f"{row['perplexity']:,.0f}")
-        for row in code_statistics(measured, manifest["dualtoken"]["codebook_size"])
+        for row in code_statistics(measured, {s["name"]: s["codebook_size"] for s in manifest["dualtoken"]["streams"]})
     ]
     chosen = tqdm(choose(len(shards), count, seed), desc="decode", unit="document", mininterval=1)
     samples = "".join(_article(shards[i], dualtoken, tokenizer, image_id) for i in chosen)
@@ -161,7 +164,7 @@ def make_page(shards: ShardSet, dualtoken: DualToken, tokenizer, count: int, see
         f"<title>{title}</title><style>{STYLE}</style><h1>Shard set {title}</h1>{_table(facts(manifest))}"
         f"<h2>Codes of {len(measured):,} documents</h2>"
         f"{_table(statistics, ('stream', 'depth', 'codes', 'codebook used', '', 'perplexity'))}"
-        f"<h2>Samples, images decoded from their pixel codes</h2><div class=samples>{samples}</div>"
+        f"<h2>Samples, images decoded from their codes</h2><div class=samples>{samples}</div>"
         f"<h2>Quarantine: the most frequent reasons</h2>{quarantine if reasons else 'empty'}"
         f"<h2>Config</h2><pre>{config}</pre>"
     )

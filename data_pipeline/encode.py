@@ -1,7 +1,4 @@
-"""The worker: one input shard from its samples to a committed folder of the set.
-
-Shape suffixes: N positions of the images, D depths of both streams, the semantic ones first.
-"""
+"""The worker: one input shard from its samples to a committed folder of the set."""
 
 import resource
 from collections import deque
@@ -19,7 +16,7 @@ from data_pipeline.images import Codes, ImageEncoder
 from data_pipeline.readers import InputShard, read_samples
 from data_pipeline.store import open_store
 from data_pipeline.writer import ShardWriter
-from megadual.streams import STREAMS, Document, SpecialIds
+from megadual.streams import Document, SpecialIds
 from megadual.text import load_text_tokenizer
 
 SAMPLES_PER_IMAGE = 4  # a batch holds at most this many times batch_size samples, whatever few images they have
@@ -65,7 +62,9 @@ class Encoder:
 
         A batch is written while the device computes the one behind it.
         """
-        with ShardWriter(self.store, shard, self.identity, self.config.encode.shard_bytes) as writer:
+        with ShardWriter(
+            self.store, shard, self.identity, self.images.config.streams, self.config.encode.shard_bytes
+        ) as writer:
             ahead = None
             for batch, position in self.batches(shard):
                 encoding = self.encode([outcome for _, outcome in batch if isinstance(outcome, Decoded)])
@@ -151,7 +150,7 @@ class Encoder:
 
     def documents(self, encoding: Encoding, shard: InputShard) -> list[Document]:
         """The documents of a batch: their text with `<image>` for each image, and the images' codes."""
-        codes = (codes_ND for wait in encoding.codes for codes_ND in wait())
+        codes = (image for wait in encoding.codes for image in _images(wait()))
         ids = iter(encoding.text_ids)
         return [self._document(decoded, codes, ids, shard) for decoded in encoding.documents]
 
@@ -160,15 +159,15 @@ class Encoder:
         text_ids = [
             token for part in decoded.parts for token in (next(ids) if isinstance(part, str) else [self.special.image])
         ]
-        depths = [self.images.config.size(stream, "depth") for stream in STREAMS]
         images = [next(codes) for _ in decoded.images]
-        codes_ND = np.concatenate([np.zeros((0, sum(depths)), dtype=np.uint16), *images])
-        semantic_ND, pixel_ND = np.split(codes_ND, depths[:1], axis=1)
+        streams = self.images.config.streams
         return Document(
             key=decoded.key,
             text_ids=np.array(text_ids, dtype=np.uint32),
-            semantic=np.ascontiguousarray(semantic_ND),
-            pixel=np.ascontiguousarray(pixel_ND),
+            codes={
+                name: np.concatenate([np.zeros((0, stream.depth), np.uint16), *(image[name] for image in images)])
+                for name, stream in streams.items()
+            },
             grids=np.array([self.images.config.grid] * len(images), dtype=np.uint16).reshape(-1, 2),
             meta={"source": shard.url, **decoded.meta},
         ).check(self.special)
@@ -177,3 +176,9 @@ class Encoder:
         counts = writer.counts
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return Progress(counts["samples"], counts["images"], counts["quarantined"], position, memory)
+
+
+def _images(codes: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """The codes of a batch, image by image."""
+    for image in zip(*codes.values(), strict=True):
+        yield dict(zip(codes, image, strict=True))

@@ -5,6 +5,7 @@ The root's files are derived from the folders alone, so making them again change
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -31,21 +32,17 @@ def identify(config: PipelineConfig) -> tuple[dict, dict]:
         books = read_codebooks(config.dualtoken)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"dualtoken: no DualToken in '{config.dualtoken}': {error}") from error
-    size, dim = books["semantic"].shape
-    if max(len(books["semantic"]), len(books["pixel"])) > 1 << 16:
-        raise UserError(f"dualtoken: codebooks of {size} codes; a shard's uint16 columns hold at most {1 << 16}")
     tokenizer = load_text_tokenizer(config.text_tokenizer)
     SpecialIds.of(tokenizer)
     identity = {
-        "dualtoken": books["fingerprint"],
+        "dualtoken": books.fingerprint,
         "text_tokenizer": fingerprint(tokenizer),
         "recipe": config.recipe(),
     }
     dualtoken = {
-        "fingerprint": books["fingerprint"],
-        "depth": books["depth"],
-        "grid": list(books["grid"]),
-        "codebook_size": size,
+        "fingerprint": books.fingerprint,
+        "streams": [asdict(stream) for stream in books.streams],
+        "grid": list(books.grid),
         "path": config.dualtoken,
     }
     text_tokenizer = {"fingerprint": identity["text_tokenizer"], "path": config.text_tokenizer}

@@ -105,8 +105,8 @@ def _try_encoding(config: PipelineConfig, plan: Plan, probe: InputShard) -> tupl
         started.append(time.perf_counter())
     warm = 1 if len(done) > 1 else 0  # the first batch warms up
     seconds = (started[-1] - started[warm]) / sum(done[warm:])
-    columns = ("text_ids", "semantic", "pixel", "grids")
-    row_bytes = sum(getattr(document, name).nbytes for document in documents for name in columns)
+    arrays = [array for d in documents for array in (d.text_ids, d.grids, *d.codes.values())]
+    row_bytes = sum(array.nbytes for array in arrays)
     row_bytes += sum(len(document.key) + len(str(document.meta)) + 60 for document in documents)  # sizes and offsets
     return row_bytes / sum(done), seconds if has_device else None
 

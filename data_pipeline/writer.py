@@ -7,6 +7,7 @@ import shutil
 import socket
 import uuid
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -28,11 +29,11 @@ class ShardWriter:
     As a context manager it removes what was not committed.
     """
 
-    def __init__(self, store: Store, shard: InputShard, identity: dict, size_limit: int):
+    def __init__(self, store: Store, shard: InputShard, identity: dict, streams: Iterable[str], size_limit: int):
         self.store, self.shard, self.identity = store, shard, identity
         # Unique, since a worker whose driver was killed may still be writing the same shard.
         self.folder = store.new_folder(f"{shard.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}")
-        self.mds = document_writer(self.folder, size_limit)
+        self.mds = document_writer(self.folder, streams, size_limit)
         self.bad = open(self.folder / QUARANTINE, "w", encoding="utf-8")
         self.counts = Counter(samples=0, documents=0, images=0, positions=0, text_ids=0, quarantined=0)
         self.lengths: list[tuple[int, int, int]] = []
@@ -49,7 +50,7 @@ class ShardWriter:
     def write(self, document: Document, left_out_images: Counter) -> None:
         self.mds.write(document.row())
         self.left_out_images.update(left_out_images)
-        text_ids, images, positions = len(document.text_ids), len(document.grids), len(document.semantic)
+        text_ids, images, positions = len(document.text_ids), len(document.grids), document.positions
         self.lengths.append((text_ids, images, positions))
         self.counts.update(samples=1, documents=1, images=images, positions=positions, text_ids=text_ids)
 

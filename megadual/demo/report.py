@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from megadual.config import PretrainConfig, load_config  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
 
-STREAMS = ("text", "semantic", "pixel")
+LOSS = "loss_"  # of text or a stream: that and its name
 
 
 def _read(path: Path):
@@ -34,8 +34,7 @@ def collect(run_folder: Path, seconds: dict[str, float]) -> dict:
     run = load_config(PretrainConfig, run_folder / "pretrain/config.yaml")
     layout = topology(run, run.parallel.tensor * run.parallel.pipeline)
     losses = {
-        f"loss_{stream}": {"first": steps[0][f"loss_{stream}"], "last": steps[-1][f"loss_{stream}"]}
-        for stream in STREAMS
+        name: {"first": value, "last": steps[-1][name]} for name, value in steps[0].items() if name.startswith(LOSS)
     }
     return {
         "stages": seconds,
@@ -67,8 +66,9 @@ def _png(path: Path) -> str:
 
 
 def _loss_curves(steps: list[dict]) -> str:
-    figure, axes = plt.subplots(1, len(STREAMS), figsize=(12, 3), layout="constrained")
-    for axis, stream in zip(axes, STREAMS, strict=True):
+    names = [name.removeprefix(LOSS) for name in steps[0] if name.startswith(LOSS)]
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3), layout="constrained")
+    for axis, stream in zip(axes, names, strict=True):
         axis.plot([s["step"] for s in steps], [s[f"loss_{stream}"] for s in steps], label="mean", color="black")
         depths = steps[0].get(f"depth_{stream}", [])
         for depth in range(len(depths)):
@@ -130,7 +130,7 @@ Everything is tiny: the figures show that each stage works, not what the method 
 <table>{% for name, value in report.tokenizer.items() %}
 <tr><td>{{ name }}</td><td class="n">{{ "%.4g"|format(value) }}</td></tr>{% endfor %}
 </table>
-<p>Held-out originals, each beside its reconstruction from pixel codes: the middle of the range.</p>
+<p>Held-out originals, each beside its reconstruction from codes: the middle of the range.</p>
 <img class="wide" src="{{ middle }}" alt="reconstructions">
 <p>The worst ones:</p>
 <img class="wide" src="{{ worst }}" alt="worst reconstructions">

@@ -139,9 +139,9 @@ class StaticHead:
 
     def __init__(self, head: DepthHead, codebook_KC: Tensor, rows: int):
         self.head, self.codebook_KC = head, codebook_KC
-        depth, width = head.depth_embedding.shape
+        self.depth, width = head.depth_embedding.shape
         like = head.depth_embedding
-        self.qkv = like.new_zeros(len(head.layers), rows, depth, 3 * width)
+        self.qkv = like.new_zeros(len(head.layers), rows, self.depth, 3 * width)
         self.embedded_RC = codebook_KC.new_zeros(rows, codebook_KC.size(1))  # the sum of the codes so far
 
     def first(self, hidden_RH: Tensor) -> Tensor:

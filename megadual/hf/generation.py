@@ -1,7 +1,7 @@
 """What an exported model is for: describing images, drawing them, and answering in text and images.
 
 Shape suffixes: R rows (B images, then the same without captions where guided), S positions of a prompt, N positions
-of an image, D code depth, T streams.
+of an image, D a stream's code depth, T streams, K a stream's codebook size.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from megadual.hf.decoding import whole_slots
 from megadual.hf.processing_megadual import IM_END, MegaDualProcessor
 from megadual.hf.rollout import Rollout
-from megadual.streams import IMAGE, STREAMS
+from megadual.streams import IMAGE
 from megadual.vision.tokenizer import to_image
 
 BATCH = 32  # images drawn at once; more are drawn in turn
@@ -91,6 +91,7 @@ class Generation:
         Image i comes from `seed` + i and its prompt alone: whatever else is drawn with it changes it by rounding
         only, which in bf16 may tip a code. `progress` shows the positions drawn.
         """
+        self._check_draws()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         captions = [self._ids(text) for text in prompts for _ in range(n)]
         seed = int(torch.randint(2**31, ())) if seed is None else seed
@@ -98,7 +99,7 @@ class Generation:
         for start in range(0, len(captions), BATCH):
             batch = captions[start : start + BATCH]
             codes = self.draw_codes(batch, cfg_scale, temperature, top_k, top_p, seed + start, progress=progress)
-            images += self._images(codes["pixel"])
+            images += self._images(codes)
         return images
 
     @torch.no_grad()
@@ -110,13 +111,13 @@ class Generation:
         top_k: int = 900,
         top_p: float = 0.96,
         seed: int = 0,
-        choose: Callable[[int, int, Tensor], Tensor] | None = None,
+        choose: Callable[[int, str, int, Tensor], Tensor] | None = None,
         progress: bool = False,
     ) -> dict[str, Tensor]:
-        """Codes (B, N, D) of both streams of an image for each caption (token ids).
+        """Codes (B, N, D) of an image for each caption (token ids), by stream.
 
         With `cfg_scale` s != 1 the logits are u + s (c - u) at every depth, u those of the same image without its
-        caption. `choose(position, d, logits (T, B, K))`, where given, chooses the codes (T, B) of a depth.
+        caption. `choose(position, stream, d, logits (B, K))`, where given, chooses the codes (B,) of a depth.
         """
         special, branches = self.config.special, 2 if cfg_scale != 1 else 1
         prompts = [[*caption, special.image_gen_start] for caption in captions]
@@ -141,7 +142,7 @@ class Generation:
         prompt: str | list[dict],
         images: list[Image.Image] | None = None,
         max_new_tokens: int = 256,
-        max_images: int = 4,
+        max_images: int | None = None,
         text_temperature: float = 0.0,
         text_top_k: int = 50,
         text_top_p: float = 1.0,
@@ -156,7 +157,12 @@ class Generation:
 
         `prompt` is a text with `<image>` for each of `images`, or chat messages (see the processor's
         `apply_chat_template`). Guidance is towards all that stands before an image, from nothing before it.
+        At most `max_images` images: by default 4 of a model that draws, none of one that does not.
         """
+        if max_images is None:
+            max_images = 4 if self.draws else 0
+        if max_images:
+            self._check_draws()
         inputs = self.processor.prompt(prompt, images).to(self.device)
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         special, (rows, columns) = self.config.special, self.dualtoken.config.grid
@@ -181,7 +187,7 @@ class Generation:
             answer += [self.tokenizer.decode(text, skip_special_tokens=True)] if text else []
             self._set_codes(rollout, cfg_scale, temperature, top_p, seed + drawn)
             rollout.llm.forget(slice(1, None))
-            answer += self._images(self._draw_positions(rollout, draw, progress)["pixel"])
+            answer += self._images(self._draw_positions(rollout, draw, progress))
             write()  # the last position is read as well
             rollout.say(special.image_gen_end)
             text, drawn = [], drawn + 1
@@ -191,14 +197,30 @@ class Generation:
 
     def _draw_positions(self, rollout: Rollout, draw: Callable[[], None], progress: bool) -> dict[str, Tensor]:
         rollout.position.zero_()
-        for position in tqdm(range(len(rollout.codes_NTBD)), unit="position", disable=not progress, mininterval=0.5):
+        positions = len(rollout.code_uniform_NDTB)
+        for position in tqdm(range(positions), unit="position", disable=not progress, mininterval=0.5):
             draw()
             if progress and self.device.type == "cuda" and position % POSITIONS_AHEAD == 0:
                 torch.cuda.synchronize()
-        return dict(zip(STREAMS, rollout.codes_NTBD.permute(1, 2, 0, 3).clone(), strict=True))
+        return {stream: codes_NBD.transpose(0, 1).clone() for stream, codes_NBD in rollout.codes_NBD.items()}
 
-    def _images(self, pixel_BND: Tensor) -> list[Image.Image]:
-        return [to_image(image) for image in self.dualtoken.decode(pixel_BND.unflatten(1, self.dualtoken.config.grid))]
+    def _images(self, codes_BND: dict[str, Tensor]) -> list[Image.Image]:
+        grid = self.dualtoken.config.grid
+        codes = {stream: codes.unflatten(1, grid) for stream, codes in codes_BND.items()}
+        return [to_image(image) for image in self.dualtoken.decode(codes)]
+
+    @property
+    def draws(self) -> bool:
+        """Whether the model writes all streams that pictures are decoded from."""
+        needed = self.dualtoken.config.feeding("picture")
+        return bool(needed) and set(needed) <= set(self.streams)
+
+    def _check_draws(self) -> None:
+        if not self.draws:
+            needed = self.dualtoken.config.feeding("picture")
+            raise ValueError(
+                f"this model can't draw: pictures are decoded from the streams {needed}, it writes {list(self.streams)}"
+            )
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megadual.streams import STREAMS
-from megadual.vision.tokenizer import QUANTIZERS
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -74,19 +71,22 @@ TABLE: list[tuple[str, list[str], Layout]] = [
     ("decoder.layers.*.mlp.linear_fc2.weight", ["model.layers.*.mlp.down_proj.weight"], SAME),
     ("decoder.final_layernorm.weight", ["model.norm.weight"], SAME),
     ("output_layer.weight", ["lm_head.weight"], VOCABULARY),
-    ("semantic_head.*", ["semantic_head.*"], SAME),
-    ("pixel_head.*", ["pixel_head.*"], SAME),
+    ("heads.*", ["heads.*"], SAME),
 ]
 
 # The last row of a DualToken's codebook is padding.
 CODE_VECTORS = Layout(lambda tensor, _: [], lambda parts, _: parts[0][:-1])
 
-# The trainer's copies of the DualToken's code vectors; an exported model has them in its DualToken.
-CODEBOOKS = {
-    f"{place}.{stream}": f"dualtoken.{QUANTIZERS[stream]}.codebooks.0.weight"
-    for place in ("embedding.codebooks", "head_codebooks")
-    for stream in STREAMS
-}
+# The trainer's copies of the DualToken's code vectors, and where an exported model has them.
+CODEBOOK_PLACES = ("embedding.codebooks", "head_codebooks")
+_CODEBOOK = re.compile(rf"(?:{'|'.join(map(re.escape, CODEBOOK_PLACES))})\.(\w+)")
+_HEAD = re.compile(r"heads\.(\w+)\.")
+
+
+def codebook_of(name: str) -> str | None:
+    """The exported tensor that holds the codebook of which the trainer's tensor `name` is a copy; None if it is none."""
+    match = _CODEBOOK.fullmatch(name)
+    return match and f"dualtoken.quantizers.{match[1]}.codebooks.0.weight"
 
 
 def _match(pattern: str, name: str) -> tuple[str, ...] | None:
@@ -105,7 +105,7 @@ def to_hf(name: str, tensor: Tensor, sizes: Sizes) -> dict[str, Tensor]:
 
     On the meta device it gives the shapes. ValueError for an unknown name.
     """
-    if name in CODEBOOKS:
+    if codebook_of(name):
         return {}
     for left, rights, layout in TABLE:
         if (texts := _match(left, name)) is not None:
@@ -129,9 +129,13 @@ class Origin:
 def origins(hf_names: Iterable[str]) -> dict[str, Origin]:
     """For each of the trainer's tensors, those of an exported model that it comes from.
 
-    The DualToken gives its codebooks; its other tensors have no place in the trainer. ValueError for an unknown name.
+    The DualToken gives the codebooks of the streams that have a head; its other tensors have no place in the trainer.
+    ValueError for an unknown name.
     """
-    found = {left: Origin([right], CODE_VECTORS) for left, right in CODEBOOKS.items()}
+    hf_names = list(hf_names)
+    streams = dict.fromkeys(match[1] for name in hf_names if (match := _HEAD.match(name)))
+    copies = [f"{place}.{stream}" for place in CODEBOOK_PLACES for stream in streams]
+    found = {left: Origin([codebook_of(left)], CODE_VECTORS) for left in copies}
     entries = {right: entry for entry in TABLE for right in entry[1]}
     for name in hf_names:
         if name.startswith("dualtoken."):

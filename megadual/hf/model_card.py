@@ -15,6 +15,8 @@ _TRAINED_BY = ("engine", "model", "data", "parallel", "train")  # the sections o
 
 def model_card(run: PretrainConfig, checkpoint: Path, meta: dict[str, Tensor]) -> str:
     llm = sum(tensor.numel() for name, tensor in meta.items() if not name.startswith("dualtoken."))
+    heads = dict.fromkeys(name.split(".")[1] for name in meta if name.startswith("heads."))
+    streams = f"the {'stream' if len(heads) == 1 else 'streams'} {' and '.join(heads)} of"
     step = json.loads((checkpoint / PROGRESS).read_text())["step"]
     return f"""---
 library_name: transformers
@@ -24,7 +26,7 @@ tags: [megadual, multimodal, image-generation, image-to-text]
 # {run.run.name}
 
 A MegaDual model: one autoregressive transformer that reads and writes text and images. Every image position
-carries a semantic and a pixel code of its DualToken, which is in this folder too.
+carries codes of {streams} its DualToken, which is in this folder too.
 {llm:,} parameters without the DualToken; {run.model.layers} layers, hidden size {run.model.hidden}.
 
 ```python

@@ -15,18 +15,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from megadual.hf.configuration_megadual import MegaDualConfig
 from megadual.hf.generation import Generation
 from megadual.model.depth_head import DepthHead
-from megadual.streams import STREAMS
 from megadual.vision.quantizer import Codebook
 from megadual.vision.tokenizer import DualToken
 
 
 @dataclass
 class MegaDualOutput(CausalLMOutputWithPast):
-    """With logits (B, S, vocabulary) semantic_logits and pixel_logits (P, D, K) for the P positions of all sequences
+    """With logits (B, S, vocabulary), and `visual_logits` by stream, (P, D, K) for the P positions of all sequences
     whose next one is drawn, in order."""
 
-    semantic_logits: Tensor | None = None
-    pixel_logits: Tensor | None = None
+    visual_logits: dict[str, Tensor] | None = None
 
 
 # What transformers calls the keys and values of the positions before: the second name since 5.24.
@@ -34,7 +32,7 @@ CACHE = next(name for name in ("cache", "past_key_values") if name in MegaDualOu
 
 
 class MegaDualForCausalLM(Generation, PreTrainedModel, GenerationMixin):
-    """Qwen2 decoder, visual projector, two depth heads and the DualToken whose codes they read and write."""
+    """Qwen2 decoder, visual projector, a depth head for each stream and the DualToken whose codes they read and write."""
 
     config_class = MegaDualConfig
     base_model_prefix = "model"
@@ -50,30 +48,31 @@ class MegaDualForCausalLM(Generation, PreTrainedModel, GenerationMixin):
         text, head = config.text_config, config.head
         self.model = Qwen2Model(text)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        dualtoken = config.dualtoken_config()
+        self.streams = {stream.name: stream for stream in config.code_streams}
         self.projector = nn.Sequential(
-            nn.Linear(2 * dualtoken.code_dim, text.hidden_size),
+            nn.Linear(sum(stream.code_dim for stream in self.streams.values()), text.hidden_size),
             nn.GELU(),
             nn.Linear(text.hidden_size, text.hidden_size),
         )
-        for stream in STREAMS:
-            self.add_module(
-                f"{stream}_head",
-                DepthHead(
+        self.heads = nn.ModuleDict(
+            {
+                name: DepthHead(
                     text.hidden_size,
                     head["width"],
                     head["layers"],
                     head["heads"],
                     head["ffn"],
-                    dualtoken.depth,
-                    dualtoken.codebook_size,
-                    dualtoken.code_dim,
-                ),
-            )
-        self.dualtoken = DualToken(dualtoken)
-        for stream in STREAMS:  # one codebook under D names would be D shared tensors to save
-            quantizer = self.dualtoken.quantizer(stream)
-            quantizer.codebooks = quantizer.codebooks[:1]
+                    stream.depth,
+                    stream.codebook_size,
+                    stream.code_dim,
+                )
+                for name, stream in self.streams.items()
+            }
+        )
+        self.dualtoken = DualToken(config.dualtoken_config())
+        for quantizer in self.dualtoken.quantizers.values():
+            if quantizer.shared:  # one codebook under D names would be D shared tensors to save
+                quantizer.codebooks = quantizer.codebooks[:1]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -93,29 +92,26 @@ class MegaDualForCausalLM(Generation, PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
-    def embed_codes(self, semantic: Tensor, pixel: Tensor) -> Tensor:
-        """Both codes (..., D) of positions -> their embeddings (..., H)."""
-        summed = [self.dualtoken.embed(semantic, "semantic"), self.dualtoken.embed(pixel, "pixel")]
+    def embed_codes(self, codes: dict[str, Tensor]) -> Tensor:
+        """Codes (..., D) of positions by stream -> their embeddings (..., H)."""
+        summed = [self.dualtoken.embed(codes[stream], stream) for stream in self.streams]
         return self.projector(torch.cat(summed, dim=-1).to(self.projector[0].weight.dtype))
 
     def embed(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        semantic_codes: Tensor | None = None,
-        pixel_codes: Tensor | None = None,
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, codes: dict[str, Tensor] | None = None
     ) -> Tensor:
         """(B, S) ids -> (B, S, H), the V `<image>` positions filled from images (I, 3, h, w) or codes (..., D)."""
         embeds_BSH = self.model.embed_tokens(input_ids)
         if pixel_values is not None:
-            encoded = self.dualtoken.encode(pixel_values.to(embeds_BSH.device, torch.float32))
-            semantic_codes, pixel_codes = encoded.semantic, encoded.pixel
+            codes = self.dualtoken.encode(pixel_values.to(embeds_BSH.device, torch.float32), pooled=False).codes
         at_BS = input_ids == self.config.special.image
-        given = 0 if semantic_codes is None else semantic_codes[..., 0].numel()
-        if at_BS.sum() != given:
-            raise ValueError(f"input_ids hold {int(at_BS.sum())} <image> positions, codes for {given} are given")
-        if given:
-            visual_VH = self.embed_codes(semantic_codes.flatten(0, -2), pixel_codes.flatten(0, -2))
+        given = {stream: codes[stream][..., 0].numel() if codes else 0 for stream in self.streams}
+        for stream, count in given.items():
+            if at_BS.sum() != count:
+                places = int(at_BS.sum())
+                raise ValueError(f"input_ids hold {places} <image> positions, {stream} codes for {count} are given")
+        if codes:
+            visual_VH = self.embed_codes({stream: codes[stream].flatten(0, -2) for stream in self.streams})
             embeds_BSH = embeds_BSH.masked_scatter(at_BS[..., None], visual_VH)
         return embeds_BSH
 
@@ -126,18 +122,17 @@ class MegaDualForCausalLM(Generation, PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        semantic_codes: Tensor | None = None,
-        pixel_codes: Tensor | None = None,
+        codes: dict[str, Tensor] | None = None,
         logits_to_keep: int = 0,
         **kwargs,
     ) -> MegaDualOutput:
         """Text logits, and visual logits (teacher-forced) where `input_ids` hold images to be drawn.
 
-        Images come as `pixel_values` (I, 3, h, w), or as `semantic_codes` and `pixel_codes` (..., D) for all
-        `<image>` positions in order. `logits_to_keep` last positions get text logits; 0: all.
+        Images come as `pixel_values` (I, 3, h, w), or as `codes`: by stream (..., D) for all `<image>` positions in
+        order. `logits_to_keep` last positions get text logits; 0: all.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, pixel_values, semantic_codes, pixel_codes)
+            inputs_embeds = self.embed(input_ids, pixel_values, codes)
         outputs = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -145,15 +140,12 @@ class MegaDualForCausalLM(Generation, PreTrainedModel, GenerationMixin):
             **kwargs,  # the cache is among them, under the name that transformers has for it
         )
         hidden_BSH = outputs.last_hidden_state
-        visual = {}
-        if semantic_codes is not None:
-            visual = self._drawn_logits(hidden_BSH, input_ids, {"semantic": semantic_codes, "pixel": pixel_codes})
         return MegaDualOutput(
             logits=self.lm_head(hidden_BSH[:, -logits_to_keep:]),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            visual_logits=self._drawn_logits(hidden_BSH, input_ids, codes) if codes else None,
             **{CACHE: outputs.get(CACHE)},
-            **visual,
         )
 
     def _drawn_logits(self, hidden_BSH: Tensor, input_ids: Tensor, codes: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,14 +153,11 @@ class MegaDualForCausalLM(Generation, PreTrainedModel, GenerationMixin):
         inside = (input_ids == special.image_gen_start).cumsum(1) > (input_ids == special.image_gen_end).cumsum(1)
         image_BS = input_ids == special.image
         drawn_BS = image_BS & inside
-        before_BS = F.pad(drawn_BS[:, 1:], (0, 1))
+        hidden_PH = hidden_BSH[F.pad(drawn_BS[:, 1:], (0, 1))]
         logits = {}
-        for stream in STREAMS:
+        for stream, head in self.heads.items():
             codes_PD = codes[stream].flatten(0, -2)[drawn_BS[image_BS]]
-            head = getattr(self, f"{stream}_head")
-            logits[f"{stream}_logits"] = head.logits(
-                hidden_BSH[before_BS], codes_PD[:, :-1], self.dualtoken.codebook(stream)
-            )
+            logits[stream] = head.logits(hidden_PH, codes_PD[:, :-1], self.dualtoken.codebook(stream))
         return logits
 
     @torch.no_grad()
@@ -176,10 +165,9 @@ class MegaDualForCausalLM(Generation, PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        semantic_codes: Tensor | None = None,
-        pixel_codes: Tensor | None = None,
+        codes: dict[str, Tensor] | None = None,
         **kwargs,
     ):
         """Text after a prompt that may hold images (see `forward`); the rest is GenerationMixin.generate."""
-        embeds = self.embed(input_ids, pixel_values, semantic_codes, pixel_codes)
+        embeds = self.embed(input_ids, pixel_values, codes)
         return super().generate(input_ids=input_ids, inputs_embeds=embeds, **kwargs)

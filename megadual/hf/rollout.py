@@ -1,7 +1,7 @@
 """Writes on from prompts, text token by text token and image position by image position, each one captured step.
 
 Shape suffixes: R rows = `branches` x B images, B images or texts, S positions of a prompt, N positions of an image,
-T streams, D code depth, K codebook size, H the LLM's width, V vocabulary, L cache slots.
+T streams, D a stream's code depth, K its codebook size, H the LLM's width, V vocabulary, L cache slots.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from megadual.hf.decoding import Sampler, StaticHead, StaticLLM, captured
 from megadual.kernels.few_rows import linear
-from megadual.streams import STREAMS
 
 
 class Rollout:
     """The state of `images` texts or images that are written together.
 
     With two branches the second half of the rows is the same without its captions, for guidance. `choose(position,
-    d, logits (T, B, K))`, where given, takes the place of sampling codes; it may use the host, so nothing is captured.
+    stream, d, logits (B, K))`, where given, takes the place of sampling codes; it may use the host, so nothing is
+    captured.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Rollout:
         slots: int,
         text_top_k: int = 1,
         code_top_k: int = 900,
-        choose: Callable[[int, int, Tensor], Tensor] | None = None,
+        choose: Callable[[int, str, int, Tensor], Tensor] | None = None,
     ):
         self.model, self.images, self.branches, self.choose = model, images, branches, choose
         device, rows = model.device, images * branches
@@ -44,14 +44,23 @@ class Rollout:
         self.bias_V = torch.zeros(model.config.text_config.vocab_size, device=device)  # -inf: not to be written
         self.tokens_B = torch.zeros(images, dtype=torch.int64, device=device)
         # images
-        self.heads = [
-            StaticHead(getattr(model, f"{stream}_head"), model.dualtoken.codebook(stream), rows) for stream in STREAMS
-        ]
+        streams = model.streams
+        self.heads = {
+            name: StaticHead(head, model.dualtoken.codebook(name), rows) for name, head in model.heads.items()
+        }
+        self.depth = max(stream.depth for stream in streams.values())
+        # Codes among as many are sampled together.
+        sizes = dict.fromkeys(stream.codebook_size for stream in streams.values())
+        self.alike = [[name for name, stream in streams.items() if stream.codebook_size == size] for size in sizes]
+        self.places = {name: t for t, name in enumerate(streams)}
         self.code_sampler = Sampler(code_top_k, device)
-        self.code_uniform_NDTB = torch.zeros(positions, config.depth, len(STREAMS), images, device=device)
+        self.code_uniform_NDTB = torch.zeros(positions, self.depth, len(streams), images, device=device)
         self.scale = torch.ones((), device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.codes_NTBD = torch.zeros(positions, len(STREAMS), images, config.depth, dtype=torch.int64, device=device)
+        self.codes_NBD = {
+            name: torch.zeros(positions, images, stream.depth, dtype=torch.int64, device=device)
+            for name, stream in streams.items()
+        }
 
     @cached_property
     def write(self) -> Callable[[], None]:
@@ -84,23 +93,39 @@ class Rollout:
 
     def _draw(self) -> None:
         hidden_RH = self.llm.step(self.embeds_RH)
-        logits = [head.first(hidden_RH) for head in self.heads]
-        codes = []
-        for d in range(self.codes_NTBD.size(-1)):
-            if d:
-                rows_TR = codes[-1].repeat(1, self.branches)
-                logits = [head.next(d, codes_R) for head, codes_R in zip(self.heads, rows_TR, strict=True)]
-            logits_TRK = torch.stack(logits).float()
-            if self.branches == 2:
-                captioned_TBK, bare_TBK = logits_TRK.chunk(2, dim=1)
-                logits_TRK = torch.lerp(bare_TBK, captioned_TBK, self.scale)
-            codes.append(self._codes(d, logits_TRK))
-        codes_TBD = torch.stack(codes, dim=-1)
-        self.codes_NTBD.index_copy_(0, self.position, codes_TBD[None])
-        self.embeds_RH.copy_(self.model.embed_codes(*codes_TBD).repeat(self.branches, 1))
+        codes: dict[str, list[Tensor]] = {name: [] for name in self.heads}
+        for d in range(self.depth):
+            logits_RK = {}
+            for name, head in self.heads.items():
+                if d < head.depth:
+                    before = codes[name]
+                    logits_RK[name] = head.next(d, before[-1].repeat(self.branches)) if d else head.first(hidden_RH)
+            for name, codes_B in self._codes(d, logits_RK).items():
+                codes[name].append(codes_B)
+        codes_BD = {name: torch.stack(each, dim=-1) for name, each in codes.items()}
+        for name, drawn in self.codes_NBD.items():
+            drawn.index_copy_(0, self.position, codes_BD[name][None])
+        self.embeds_RH.copy_(self.model.embed_codes(codes_BD).repeat(self.branches, 1))
         self.position += 1
 
-    def _codes(self, d: int, logits_TBK: Tensor) -> Tensor:
-        if self.choose:
-            return self.choose(int(self.position), d, logits_TBK)
-        return self.code_sampler(logits_TBK, self.code_uniform_NDTB.index_select(0, self.position)[0, d])
+    def _codes(self, d: int, logits_RK: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The codes (B,) of depth d, by stream."""
+        chosen = {}
+        for alike in self.alike:
+            names = [name for name in alike if name in logits_RK]
+            if not names:
+                continue
+            logits_TBK = torch.stack([logits_RK[name] for name in names]).float()
+            if self.branches == 2:
+                captioned_TBK, bare_TBK = logits_TBK.chunk(2, dim=1)
+                logits_TBK = torch.lerp(bare_TBK, captioned_TBK, self.scale)
+            if self.choose:
+                position = int(self.position)
+                codes = [self.choose(position, name, d, logits) for name, logits in zip(names, logits_TBK, strict=True)]
+            else:
+                uniform_TB = self.code_uniform_NDTB.index_select(0, self.position)[0, d]
+                if len(names) < len(self.places):
+                    uniform_TB = torch.stack([uniform_TB[self.places[name]] for name in names])
+                codes = self.code_sampler(logits_TBK, uniform_TB)
+            chosen |= dict(zip(names, codes, strict=True))
+        return chosen

@@ -13,15 +13,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megadual.errors import command
-from megadual.streams import END_OF_TEXT, SPECIAL_TOKENS, STREAMS, SpecialIds
+from megadual.streams import END_OF_TEXT, SPECIAL_TOKENS, SpecialIds
 from megadual.testing.shards import random_documents, write_shard_set
 from megadual.text import fingerprint, save_text_tokenizer
-from megadual.vision import read_codebooks
+from megadual.vision import CodebookSet, read_codebooks
 from megadual.vision.presets import preset
-from megadual.vision.tokenizer import QUANTIZERS
 
 
-def write_codebooks(folder: Path, name: str, seed: int) -> dict:
+def write_codebooks(folder: Path, name: str, seed: int) -> CodebookSet:
     """A DualToken's folder that holds its config and random codebooks alone; returns what `read_codebooks` reads."""
     config = preset(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,10 +28,10 @@ def write_codebooks(folder: Path, name: str, seed: int) -> dict:
     generator = torch.Generator().manual_seed(seed)
     save_file(
         {
-            f"{QUANTIZERS[stream]}.codebooks.0.weight": torch.randn(
-                config.codebook_size + 1, config.code_dim, generator=generator
+            f"quantizers.{stream.name}.codebooks.0.weight": torch.randn(
+                stream.codebook_size + 1, stream.code_dim, generator=generator
             )
-            for stream in STREAMS
+            for stream in config.code_streams
         },
         folder / "model.safetensors",
     )
@@ -69,17 +68,16 @@ def main() -> None:
     documents = random_documents(
         args.documents,
         args.seed,
-        codebooks["grid"],
-        codebooks["depth"],
-        len(codebooks["pixel"]),
-        args.text_vocabulary,
-        tuple(args.caption),
+        codebooks.grid,
+        streams=codebooks.streams,
+        vocabulary=args.text_vocabulary,
+        caption=tuple(args.caption),
         special=SpecialIds.of(tokenizer),
     )
     write_shard_set(
         args.output / "shards",
         documents,
-        dualtoken={"fingerprint": codebooks["fingerprint"]},
+        dualtoken={"fingerprint": codebooks.fingerprint},
         text_tokenizer={"fingerprint": fingerprint(tokenizer)},
         shard_bytes=1 << 26,
     )

@@ -33,8 +33,7 @@ def write_run(folder: Path, *overrides: str) -> PretrainConfig:
     documents = random_documents(
         60,
         grid=dualtoken.config.grid,
-        depth=DEPTH,
-        codebook_size=CODEBOOK,
+        streams=dualtoken.config.code_streams,
         vocabulary=len(tokenizer),
         special=SpecialIds.of(tokenizer),
     )

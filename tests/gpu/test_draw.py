@@ -7,8 +7,8 @@ from transformers import SiglipConfig
 from megadual.hf import rollout
 from megadual.hf.configuration_megadual import MegaDualConfig
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
-from megadual.streams import STREAMS, SpecialIds
-from megadual.vision.config import DualTokenConfig
+from megadual.streams import SpecialIds
+from megadual.vision.config import DualTokenConfig, StreamConfig
 
 N, DEPTH, CODEBOOK = 16, 3, 32
 CAPTIONS = [[10, 11, 12], [20, 21, 22, 23, 24, 25]]
@@ -22,8 +22,12 @@ def model(request):
         text_config=dict(**tower, vocab_size=64, bos_token_id=0, eos_token_id=0),
     )
     dualtoken = DualTokenConfig(
-        siglip.to_dict(), layer_shortcut=1, layer_recon=2, layer_sem=3, codebook_size=CODEBOOK, code_dim=8,
-        depth=DEPTH, decoder_latent=4, decoder_in_channels=16, decoder_channels=8, decoder_multipliers=[1, 1, 2],
+        siglip.to_dict(),
+        {
+            "semantic": StreamConfig(layers=[3], feeds=["teacher"], codebook_size=CODEBOOK, code_dim=8, depth=DEPTH),
+            "pixel": StreamConfig(layers=[2, 1], feeds=["picture"], codebook_size=CODEBOOK, code_dim=8, depth=DEPTH),
+        },
+        decoder_latent=4, decoder_in_channels=16, decoder_channels=8, decoder_multipliers=[1, 1, 2],
         decoder_res_blocks=1, decoder_attention=[], decoder_norm_groups=4,
     )  # fmt: skip
     text = dict(
@@ -32,7 +36,9 @@ def model(request):
     )  # fmt: skip
     head = dict(width=32, layers=2, heads=2, ffn=48)
     torch.manual_seed(0)
-    config = MegaDualConfig(text, 1e4, head, vars(dualtoken), vars(SpecialIds(*range(6))))
+    config = MegaDualConfig(
+        text, 1e4, head=head, dualtoken=dualtoken.to_dict(), special_ids=vars(SpecialIds(*range(6)))
+    )
     model = MegaDualForCausalLM(config).to(request.param).cuda().eval()
     model.dualtoken.float()
     model.model.rotary_emb.float()
@@ -64,17 +70,17 @@ def test_other_weights_are_not_drawn_with_an_old_graph(model):
 def test_forced_steps_equal_one_forward_pass(model):
     special = model.config.special
     generator = torch.Generator().manual_seed(0)
-    forced = torch.randint(CODEBOOK, (len(STREAMS), 1, N, DEPTH), generator=generator).cuda()
-    seen = torch.zeros(len(STREAMS), N, DEPTH, CODEBOOK, device="cuda")
+    forced = {s: torch.randint(CODEBOOK, (1, N, DEPTH), generator=generator).cuda() for s in model.streams}
+    seen = {stream: torch.zeros(N, DEPTH, CODEBOOK, device="cuda") for stream in model.streams}
 
-    def choose(position, d, logits):
-        seen[:, position, d] = logits[:, 0]
-        return forced[:, :, position, d]
+    def choose(position, stream, d, logits):
+        seen[stream][position, d] = logits[0]
+        return forced[stream][:, position, d]
 
     model.draw_codes(CAPTIONS[:1], cfg_scale=1.0, choose=choose)
     ids = torch.tensor([[*CAPTIONS[0], special.image_gen_start] + [special.image] * N], device="cuda")
     with torch.no_grad():
-        whole = model(input_ids=ids, semantic_codes=forced[0], pixel_codes=forced[1])
+        whole = model(input_ids=ids, codes=forced)
     tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
-    for t, stream in enumerate(STREAMS):
-        assert (seen[t] - getattr(whole, f"{stream}_logits").float()).abs().max() < tolerance
+    for stream, logits in whole.visual_logits.items():
+        assert (seen[stream] - logits.float()).abs().max() < tolerance

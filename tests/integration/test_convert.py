@@ -173,7 +173,7 @@ print(json.dumps({
     "size": first.size,
     "repeats": first.tobytes() == model.draw(["two cats"], seed=3)[0].tobytes(),
     "dtypes": [str(model.lm_head.weight.dtype), str(model.dualtoken.codebook("pixel").dtype)],
-    "codes": model.dualtoken.encode(inputs["pixel_values"]).semantic.flatten().tolist(),
+    "codes": model.dualtoken.encode(inputs["pixel_values"]).codes["semantic"].flatten().tolist(),
     "rope": config.text_config.to_dict()["rope_parameters"]["rope_theta"],
     "buffers": buffers,
 }))
@@ -195,7 +195,7 @@ def test_the_folder_works_without_megadual(name, exported, tmp_path):
     assert found["dtypes"] == ["torch.bfloat16" if run.train.precision == "bf16" else "torch.float32", "torch.float32"]
     dualtoken = DualToken.from_pretrained(run.model.dualtoken)
     image = Image.effect_mandelbrot((40, 30), (-2, -1.5, 1, 1.5), 20)
-    codes = dualtoken.encode(dualtoken.preprocess(image)[None]).semantic.flatten().tolist()
+    codes = dualtoken.encode(dualtoken.preprocess(image)[None]).codes["semantic"].flatten().tolist()
     assert found["codes"] == codes
     for name, tensor in dualtoken.named_buffers():
         assert found["buffers"][f"dualtoken.{name}"] == tensor.double().sum().item(), name

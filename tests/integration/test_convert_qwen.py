@@ -23,7 +23,7 @@ from megadual.vision import DualTokenConfig, read_codebooks
 
 HEAD = ["model.head.width=32", "model.head.layers=2", "model.head.heads=2", "model.head.ffn=48"]
 BASE = Path(__file__).parents[2] / "pretrain" / "configs" / "tiny.yaml"
-VISUAL = ("embedding.projector", "semantic_head", "pixel_head")
+VISUAL = ("embedding.projector", "heads")
 PADDING = 13  # rows of the table that no token has
 
 
@@ -115,13 +115,13 @@ def test_a_run_starts_from_it(converted, dualtoken, tmp_path):
     assert fingerprint(tokenizer) == fingerprint(load_text_tokenizer(folder / "qwen"))  # shards made with either serve
     config = DualTokenConfig.load(dualtoken)
     documents = random_documents(
-        30, grid=config.grid, depth=DEPTH, codebook_size=config.codebook_size, vocabulary=len(tokenizer),
+        30, grid=config.grid, streams=config.code_streams, vocabulary=len(tokenizer),
         special=SpecialIds.of(tokenizer),
     )  # fmt: skip
     shards = write_shard_set(
         tmp_path / "shards",
         documents,
-        dualtoken={"fingerprint": read_codebooks(dualtoken)["fingerprint"]},
+        dualtoken={"fingerprint": read_codebooks(dualtoken).fingerprint},
         text_tokenizer={"fingerprint": fingerprint(tokenizer)},
     )
     rest = [f"data.sets=[{shards}]", f"run.dir={tmp_path}", "train.steps=1", "train.seq_len=64"]

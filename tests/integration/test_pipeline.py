@@ -165,7 +165,7 @@ def test_pages_and_texts_come_back(inputs, shards):
 
     assert parts("pages/page-0000") == ["A cat", "and a dog", ""]
     assert documents["pages/page-0000"].grids.tolist() == [[4, 4], [4, 4]]
-    assert documents["pages/page-0000"].semantic.shape == (32, 3)
+    assert documents["pages/page-0000"].codes["semantic"].shape == (32, 3)
     assert parts("pages/page-0001") == ["text alone"] and len(documents["pages/page-0001"].grids) == 0
     assert parts("pages/page-0002") == ["", "one <image> here"]
     assert parts("lines/00000001") == ["another text"] and "lines/00000002" not in documents
@@ -188,9 +188,9 @@ def test_streaming_dataset_reads_the_documents(inputs, shards):
             assert row["text_ids"][0] == image
             assert tokenizer.decode(row["text_ids"][1:]) == caption
             assert row["grids"].tolist() == [[4, 4]]
-            assert row["semantic"].dtype == np.uint16
-            assert torch.equal(torch.from_numpy(row["semantic"].astype(np.int64)), codes.semantic[0].flatten(0, 1))
-            assert torch.equal(torch.from_numpy(row["pixel"].astype(np.int64)), codes.pixel[0].flatten(0, 1))
+            for stream, expected in codes.codes.items():
+                assert row[stream].dtype == np.uint16
+                assert torch.equal(torch.from_numpy(row[stream].astype(np.int64)), expected[0].flatten(0, 1))
             assert row["meta"]["sizes"] == [[32, 32]]
 
 

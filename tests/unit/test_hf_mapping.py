@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from megadual.hf.mapping import CODEBOOKS, Sizes, origins, to_hf
+from megadual.hf.mapping import CODEBOOK_PLACES, Sizes, codebook_of, origins, to_hf
 
+CODEBOOKS = {f"{place}.{stream}" for place in CODEBOOK_PLACES for stream in ("semantic", "pixel")}
 SIZES = Sizes(heads=6, kv_heads=2, text_size=300, padded_text_size=384)
 H, HEAD, FFN = 24, 4, 40
 
@@ -17,8 +18,8 @@ def trainer_state() -> dict[str, torch.Tensor]:
         "embedding.projector.2.bias": (H,),
         "decoder.final_layernorm.weight": (H,),
         "output_layer.weight": (384, H),
-        "semantic_head.classifiers": (3, 32, 8),
-        "pixel_head.layers.1.qkv.weight": (24, 8),
+        "heads.semantic.classifiers": (3, 32, 8),
+        "heads.pixel.layers.1.qkv.weight": (24, 8),
     }
     for i in (0, 11):
         shapes |= {
@@ -42,12 +43,12 @@ def exported(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def test_round_trip_is_bitwise():
     state = trainer_state()
-    hf = exported(state) | {name: torch.randn(33, 8) for name in CODEBOOKS.values()}
+    hf = exported(state) | {codebook_of(name): torch.randn(33, 8) for name in CODEBOOKS}
     hf |= {"dualtoken.decoder.conv_in.weight": torch.ones(1)}
     back = {name: origin.merge(hf.__getitem__, SIZES) for name, origin in origins(hf).items()}
-    assert set(back) == set(state) | set(CODEBOOKS)
+    assert set(back) == set(state) | CODEBOOKS
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
-    assert all(torch.equal(back[left], hf[right][:-1]) for left, right in CODEBOOKS.items())
+    assert all(torch.equal(back[name], hf[codebook_of(name)][:-1]) for name in CODEBOOKS)
     assert all(to_hf(name, back[name], SIZES) == {} for name in CODEBOOKS)
 
 

@@ -11,7 +11,6 @@ from checkpoints_tools import convert_to_hf
 from megadual.hf.decoding import Sampler, StaticLLM
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.processing_megadual import IM_END, IM_START, MegaDualProcessor
-from megadual.streams import STREAMS
 from megadual.testing.models import CODEBOOK, DEPTH, IMAGE_SIZE, write_run
 from megadual.text import load_text_tokenizer
 
@@ -49,47 +48,46 @@ def test_drawing_step_by_step_equals_one_forward_pass(model, scale):
     """Captions of other lengths beside it (left padding), the caches and guidance change nothing."""
     special = model.config.special
     captions = [[10, 11, 12, 13, 14], [20]]
-    forced = torch.stack([random_codes(2, N, seed=seed) for seed in range(len(STREAMS))])
-    seen = torch.zeros(len(STREAMS), 2, N, DEPTH, CODEBOOK)
+    forced = {stream: random_codes(2, N, seed=seed) for seed, stream in enumerate(model.streams)}
+    seen = {stream: torch.zeros(2, N, DEPTH, CODEBOOK) for stream in model.streams}
 
-    def choose(position, d, logits):
-        seen[:, :, position, d] = logits
-        return forced[:, :, position, d]
+    def choose(position, stream, d, logits):
+        seen[stream][:, position, d] = logits
+        return forced[stream][:, position, d]
 
     drawn = model.draw_codes(captions, scale, choose=choose)
     for b, caption in enumerate(captions):
         whole = []
         for prompt in (caption, []):
             ids = torch.tensor([[*prompt, special.image_gen_start] + [special.image] * N + [special.image_gen_end]])
-            codes = {f"{stream}_codes": forced[t, b] for t, stream in enumerate(STREAMS)}
             with torch.no_grad():
-                whole.append(model(input_ids=ids, **codes))
-        for t, stream in enumerate(STREAMS):
-            assert torch.equal(drawn[stream], forced[t])
-            conditional, unconditional = (getattr(output, f"{stream}_logits") for output in whole)
+                whole.append(model(input_ids=ids, codes={stream: codes[b] for stream, codes in forced.items()}))
+        for stream, codes in forced.items():
+            assert torch.equal(drawn[stream], codes)
+            conditional, unconditional = (output.visual_logits[stream] for output in whole)
             expected = unconditional + scale * (conditional - unconditional)
             assert expected.shape == (N, DEPTH, CODEBOOK) and expected.std() > 0.1
-            assert (seen[t, b] - expected).abs().max() < 1e-4
+            assert (seen[stream][b] - expected).abs().max() < 1e-4
 
 
 def test_drawing_with_caches_equals_every_position_without(model):
     """Each position by a forward pass of its own over all before it, nothing kept."""
     special, caption = model.config.special, [10, 11, 12]
-    forced = torch.stack([random_codes(N, seed=seed) for seed in range(len(STREAMS))])
-    seen = torch.zeros(len(STREAMS), N, DEPTH, CODEBOOK)
+    forced = {stream: random_codes(N, seed=seed) for seed, stream in enumerate(model.streams)}
+    seen = {stream: torch.zeros(N, DEPTH, CODEBOOK) for stream in model.streams}
 
-    def choose(position, d, logits):
-        seen[:, position, d] = logits[:, 0]
-        return forced[:, position, None, d]
+    def choose(position, stream, d, logits):
+        seen[stream][position, d] = logits[0]
+        return forced[stream][position, d, None]
 
     model.draw_codes([caption], cfg_scale=1.0, choose=choose)
     for position in range(N):
         ids = torch.tensor([[*caption, special.image_gen_start] + [special.image] * (position + 1)])
-        semantic, pixel = forced[:, : position + 1]
+        codes = {stream: codes[: position + 1] for stream, codes in forced.items()}
         with torch.no_grad():
-            output = model(input_ids=ids, semantic_codes=semantic, pixel_codes=pixel, use_cache=False)
-        for t, stream in enumerate(STREAMS):
-            assert (seen[t, position] - getattr(output, f"{stream}_logits")[-1]).abs().max() < 1e-4
+            output = model(input_ids=ids, codes=codes, use_cache=False)
+        for stream, logits in output.visual_logits.items():
+            assert (seen[stream][position] - logits[-1]).abs().max() < 1e-4
 
 
 def test_text_step_by_step_equals_one_forward_pass(model, pictures):
@@ -230,12 +228,12 @@ def test_an_answer_of_text_and_an_image(model, pictures, prescribe):
     assert drawing.size == (IMAGE_SIZE, IMAGE_SIZE)
 
     inputs = model.processor(text="<image>two", images=pictures[0])
-    shown, drawn = model.dualtoken.encode(inputs["pixel_values"]), model._kept[1].codes_NTBD[:, :, 0]
-    semantic, pixel = (torch.cat([x.flatten(0, -2), drawn[:, t]]) for t, x in enumerate((shown.semantic, shown.pixel)))
+    shown, drawn = model.dualtoken.encode(inputs["pixel_values"]).codes, model._kept[1].codes_NBD
+    codes = {stream: torch.cat([shown[stream].flatten(0, -2), drawn[stream][:, 0]]) for stream in drawn}
     image = [special.image_gen_start] + [special.image] * N + [special.image_gen_end]
     ids = torch.tensor([[*inputs["input_ids"][0].tolist(), *words, *image, *after]])
     with torch.no_grad():
-        whole = model(input_ids=ids, semantic_codes=semantic, pixel_codes=pixel).logits[0]
+        whole = model(input_ids=ids, codes=codes).logits[0]
     start = inputs["input_ids"].size(1) - 1
     image_end = start + len(words) + len(image)
     places = [start, start + 1, start + 2, image_end - 1, image_end, image_end + 1, image_end + 2]
@@ -249,7 +247,7 @@ def test_an_image_in_an_answer_is_drawn_as_draw_draws_it(model, prescribe):
     special, words = model.config.special, [10, 11]
     prescribe([*words, special.image_gen_start, 0, special.image_gen_start, 0, special.end_of_text])
     _, first, second = model.interleave("two", seed=7)
-    (alone,) = model._images(model.draw_codes([[*model._ids("two"), *words]], seed=7)["pixel"])
+    (alone,) = model._images(model.draw_codes([[*model._ids("two"), *words]], seed=7))
     assert first.tobytes() == alone.tobytes() != second.tobytes()
 
 
@@ -266,9 +264,7 @@ def test_images_come_as_pixels_or_as_codes(model, pictures):
     encoded = model.dualtoken.encode(inputs["pixel_values"])
     with torch.no_grad():
         by_pixels = model(**inputs).logits
-        by_codes = model(
-            input_ids=inputs["input_ids"], semantic_codes=encoded.semantic, pixel_codes=encoded.pixel
-        ).logits
+        by_codes = model(input_ids=inputs["input_ids"], codes=encoded.codes).logits
     assert torch.equal(by_pixels, by_codes)
 
 
@@ -277,10 +273,10 @@ def test_images_that_do_not_count_are_refused(model, pictures):
     with pytest.raises(ValueError, match="2 <image> marks for 1 images"):
         processor(text="<image><image>", images=pictures[0])
     ids = processor(images=pictures[0])["input_ids"]
-    with pytest.raises(ValueError, match="16 <image> positions, codes for 0"):
+    with pytest.raises(ValueError, match="16 <image> positions, semantic codes for 0"):
         model(input_ids=ids)
-    with pytest.raises(ValueError, match="16 <image> positions, codes for 15"):
-        model(input_ids=ids, semantic_codes=random_codes(15), pixel_codes=random_codes(15))
+    with pytest.raises(ValueError, match="16 <image> positions, pixel codes for 15"):
+        model(input_ids=ids, codes={"semantic": random_codes(16), "pixel": random_codes(15)})
 
 
 def test_sampling_keeps_to_top_k_and_top_p():
