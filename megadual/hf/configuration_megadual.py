@@ -10,8 +10,8 @@ class MegaDualConfig(PretrainedConfig):
     """A Qwen2 decoder with a visual projector, two depth heads and a DualToken.
 
     text_config is a Qwen2Config or its fields; `rope_base` stands here too, because transformers 4 and 5 name
-    it differently there. `streams` are those of the DualToken's that the model reads and writes, in order; None: all.
-    `head` are the sizes of each stream's visual head: width, layers, heads, ffn. `dualtoken` is DualTokenConfig.to_dict(),
+    it differently there. `streams` are those of the DualToken's that the model reads and writes; None: all. `head` are
+    the sizes of each stream's visual head: width, layers, heads, ffn. `dualtoken` is DualTokenConfig.to_dict(),
     `special_ids` are the fields of streams.SpecialIds.
     """
 

@@ -84,7 +84,7 @@ _HEAD = re.compile(r"heads\.(\w+)\.")
 
 
 def codebook_of(name: str) -> str | None:
-    """The exported tensor that holds the codebook of which the trainer's tensor `name` is a copy; None if it is none."""
+    """The exported tensor with the codebook that the trainer's tensor `name` is a copy of; None where it is none."""
     match = _CODEBOOK.fullmatch(name)
     return match and f"dualtoken.quantizers.{match[1]}.codebooks.0.weight"
 

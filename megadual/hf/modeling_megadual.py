@@ -32,7 +32,7 @@ CACHE = next(name for name in ("cache", "past_key_values") if name in MegaDualOu
 
 
 class MegaDualForCausalLM(Generation, PreTrainedModel, GenerationMixin):
-    """Qwen2 decoder, visual projector, a depth head for each stream and the DualToken whose codes they read and write."""
+    """Qwen2 decoder, visual projector, a depth head a stream and the DualToken whose codes they read and write."""
 
     config_class = MegaDualConfig
     base_model_prefix = "model"

@@ -15,7 +15,7 @@ from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.tensors import CheckpointTensors
 from megadual.streams import END_OF_TEXT, SPECIAL_TOKENS, SpecialIds
 from megadual.testing.distributed import run_distributed
-from megadual.testing.models import CAPTIONS, DEPTH, write_dualtoken
+from megadual.testing.models import CAPTIONS, write_dualtoken
 from megadual.testing.shards import random_documents, write_shard_set
 from megadual.text import fingerprint, load_text_tokenizer
 from megadual.train import setup
