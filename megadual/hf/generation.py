@@ -54,8 +54,7 @@ class Generation:
         """A text for each image, going on from `prompt`. At temperature 0 the likeliest token is taken."""
         inputs = self.processor(text=[IMAGE + prompt] * len(images), images=images).to(self.device)
         slots = inputs["input_ids"].size(1) + max_new_tokens
-        rollout = self._rollout(len(images), 1, slots, text_top_k=top_k if temperature else 1)
-        write = rollout.write
+        rollout = self._rollout(len(images), 1, slots, text_top_k=top_k if temperature else 1, draws=False)
         self._set_text(rollout, temperature, top_p, seed)
         rollout.start(self.embed(inputs["input_ids"], inputs["pixel_values"]), inputs["attention_mask"].bool())
         stops, texts = self._stops, [[] for _ in images]
@@ -64,7 +63,7 @@ class Generation:
         for step in range(max_new_tokens):
             if step == min_new_tokens:
                 rollout.bias_V[list(stops)] = 0.0
-            write()
+            rollout.write()
             for i, token in enumerate(rollout.tokens_B.tolist()):
                 if i in unfinished and token not in stops:
                     texts[i].append(token)
@@ -130,11 +129,10 @@ class Generation:
         kept_RS = torch.arange(longest, device=self.device) >= torch.tensor(padding, device=self.device)[:, None]
         rows, columns = self.dualtoken.config.grid
         slots = longest + rows * columns
-        rollout = self._rollout(len(captions), branches, slots, code_top_k=top_k, choose=choose)
-        draw = rollout.draw
+        rollout = self._rollout(len(captions), branches, slots, code_top_k=top_k, writes=False, choose=choose)
         self._set_codes(rollout, cfg_scale, temperature, top_p, seed)
         rollout.start(self.model.embed_tokens(ids_RS), kept_RS)
-        return self._draw_positions(rollout, draw, progress)
+        return self._draw_positions(rollout, progress)
 
     @torch.no_grad()
     def interleave(
@@ -168,8 +166,8 @@ class Generation:
         special, (rows, columns) = self.config.special, self.dualtoken.config.grid
         branches = 2 if cfg_scale != 1 else 1
         slots = inputs["input_ids"].size(1) + max_new_tokens + max_images * (rows * columns + 2)
-        rollout = self._rollout(1, branches, slots, text_top_k=text_top_k if text_temperature else 1, code_top_k=top_k)
-        write, draw = rollout.write, rollout.draw
+        text_top_k = text_top_k if text_temperature else 1
+        rollout = self._rollout(1, branches, slots, text_top_k=text_top_k, code_top_k=top_k, draws=max_images > 0)
         self._set_text(rollout, text_temperature, text_top_p, seed)
         rollout.bias_V[special.image_gen_start] = 0.0 if max_images else -torch.inf
         embeds_BSH = self.embed(inputs["input_ids"], inputs.get("pixel_values"))
@@ -177,7 +175,7 @@ class Generation:
 
         answer, text, drawn = [], [], 0
         for _ in range(max_new_tokens):
-            write()
+            rollout.write()
             token = int(rollout.tokens_B)
             if token in self._stops:
                 break
@@ -187,19 +185,19 @@ class Generation:
             answer += [self.tokenizer.decode(text, skip_special_tokens=True)] if text else []
             self._set_codes(rollout, cfg_scale, temperature, top_p, seed + drawn)
             rollout.llm.forget(slice(1, None))
-            answer += self._images(self._draw_positions(rollout, draw, progress))
-            write()  # the last position is read as well
+            answer += self._images(self._draw_positions(rollout, progress))
+            rollout.write()  # the last position is read as well
             rollout.say(special.image_gen_end)
             text, drawn = [], drawn + 1
             if drawn == max_images:
                 rollout.bias_V[special.image_gen_start] = -torch.inf
         return answer + ([self.tokenizer.decode(text, skip_special_tokens=True)] if text else [])
 
-    def _draw_positions(self, rollout: Rollout, draw: Callable[[], None], progress: bool) -> dict[str, Tensor]:
+    def _draw_positions(self, rollout: Rollout, progress: bool) -> dict[str, Tensor]:
         rollout.position.zero_()
         positions = len(rollout.code_uniform_NDTB)
         for position in tqdm(range(positions), unit="position", disable=not progress, mininterval=0.5):
-            draw()
+            rollout.draw()
             if progress and self.device.type == "cuda" and position % POSITIONS_AHEAD == 0:
                 torch.cuda.synchronize()
         return {stream: codes_NBD.transpose(0, 1).clone() for stream, codes_NBD in rollout.codes_NBD.items()}
@@ -234,13 +232,16 @@ class Generation:
         return ends - {None}
 
     def _rollout(self, images: int, branches: int, slots: int, **options) -> Rollout:
-        """A rollout, the last one where it fits: its graphs read the weights where and as they were then."""
-        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
-        key = (images, branches, whole_slots(slots), tuple(options.items()), weights)
+        """A rollout, the last one where it fits."""
+        key = (images, branches, whole_slots(slots), tuple(options.items()), self._weights_as_they_are())
         if self._kept[0] != key:
             self._kept = (None, None)  # frees the other's cache first
             self._kept = (key, Rollout(self, images, branches, slots, **options))
         return self._kept[1]
+
+    def _weights_as_they_are(self) -> tuple:
+        """Changes with the weights' places, which captured graphs read, and their values, which a rollout copies."""
+        return tuple((parameter.data_ptr(), parameter._version) for parameter in self.parameters())
 
     def _set_text(self, rollout: Rollout, temperature: float, top_p: float, seed: int | None) -> None:
         special = self.config.special

@@ -1,11 +1,10 @@
-"""Writes on from prompts, text token by text token and image position by image position, each one captured step.
+"""Goes on from prompts, text token by text token and image position by image position, each one captured step.
 
 Shape suffixes: R rows = `branches` x B images, B images or texts, S positions of a prompt, N positions of an image,
 T streams, D a stream's code depth, K its codebook size, H the LLM's width, V vocabulary, L cache slots.
 """
 
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +14,9 @@ from megadual.kernels.few_rows import linear
 
 
 class Rollout:
-    """The state of `images` texts or images that are written together.
+    """The state of `images` texts or images that go on together.
+
+    `start` reads their prompts; then each `write()` adds a token to every text, each `draw()` a position to every image.
 
     With two branches the second half of the rows is the same without its captions, for guidance. `choose(position,
     stream, d, logits (B, K))`, where given, takes the place of sampling codes; it may use the host, so nothing is
@@ -30,6 +31,8 @@ class Rollout:
         slots: int,
         text_top_k: int = 1,
         code_top_k: int = 900,
+        writes: bool = True,
+        draws: bool = True,
         choose: Callable[[int, str, int, Tensor], Tensor] | None = None,
     ):
         self.model, self.images, self.branches, self.choose = model, images, branches, choose
@@ -62,15 +65,9 @@ class Rollout:
             for name, stream in streams.items()
         }
 
-    @cached_property
-    def write(self) -> Callable[[], None]:
-        """Feed `embeds_RH`, choose the next token of every text, and embed it. To be taken before `start`."""
-        return captured(self._write, self.model.device)
-
-    @cached_property
-    def draw(self) -> Callable[[], None]:
-        """Feed `embeds_RH`, choose the codes of every image's next position, and embed them. Likewise."""
-        return self._draw if self.choose else captured(self._draw, self.model.device)
+        # Capturing runs a step, so it is done before there is anything to go on from.
+        self.write = captured(self._write, device) if writes else None
+        self.draw = (self._draw if choose else captured(self._draw, device)) if draws else None
 
     def start(self, embeds_RSH: Tensor, kept_RS: Tensor) -> None:
         """Forget all, read prompts that are padded at the left where `kept` is false; the last position waits."""
@@ -85,6 +82,7 @@ class Rollout:
         self.embeds_RH.copy_(self.model.model.embed_tokens.weight[token])
 
     def _write(self) -> None:
+        """Feed `embeds_RH`, choose the next token of every text, and embed it."""
         hidden_RH = self.llm.step(self.embeds_RH)
         uniform_B = self.text_uniform_LB.index_select(0, self.llm.slot - 1)[0]
         logits_BV = linear(hidden_RH[: self.images], self.model.lm_head.weight).float() + self.bias_V
@@ -92,6 +90,7 @@ class Rollout:
         self.embeds_RH.copy_(self.model.model.embed_tokens(self.tokens_B).repeat(self.branches, 1))
 
     def _draw(self) -> None:
+        """Feed `embeds_RH`, choose the codes of every image's next position, and embed them."""
         hidden_RH = self.llm.step(self.embeds_RH)
         codes: dict[str, list[Tensor]] = {name: [] for name in self.heads}
         for d in range(self.depth):
