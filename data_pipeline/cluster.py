@@ -12,6 +12,7 @@ from data_pipeline.board import Board
 from data_pipeline.config import PipelineConfig, WorkersConfig
 from data_pipeline.encode import Encoder
 from data_pipeline.plan import Plan
+from data_pipeline.readers import InputShard
 from megadual.errors import UserError
 
 SAMPLES_BEFORE_STOP = 1000  # no run is stopped early for its bad fraction before it has finished as many
@@ -71,76 +72,107 @@ def worker_count(workers: WorkersConfig, shards: int, can_grow: bool) -> int:
 def encode_all(config: PipelineConfig, plan: Plan, board: Board, can_grow: bool) -> dict[str, str]:
     """Encode the plan's shards on Ray workers; returns the URLs of those given up, with the last error of each.
 
-    Ends early when too much of what is finished is unusable or too many inputs failed. A worker gets a shard only
-    when it is ready, so that no shard waits for a worker that cannot start. `can_grow`: the cluster may get nodes.
+    Ends early when too much of what is finished is unusable or too many inputs failed. `can_grow`: the cluster may get
+    nodes.
     """
-    worker_class = ray.remote(num_cpus=config.workers.cpus, num_gpus=config.workers.gpus)(Encoder)
-    todo, attempts, given_up = deque(plan.todo), Counter(), {}
-    waiting = {}  # what a worker will answer -> (worker, its shard; None while it starts)
-    failed_starts, last_answer = 0, time.monotonic()
-
-    def start_worker() -> None:
-        worker = worker_class.remote(config, plan.identity)
-        waiting[worker.__ray_ready__.remote()] = (worker, None)
-
-    def unfinished() -> bool:
-        return bool(todo) or any(shard is not None for _, shard in waiting.values())
-
-    def give_work(worker) -> None:
-        if todo:
-            shard = todo.popleft()
-            attempts[shard.url] += 1
-            waiting[worker.encode_shard.options(num_returns="streaming").remote(shard)] = (worker, shard)
-        else:
-            ray.kill(worker)
-
+    pool = WorkerPool(config, plan, board)
     try:
-        for _ in range(worker_count(config.workers, len(todo), can_grow)):
-            start_worker()
-        while unfinished() and not too_many_failures(config, plan, board, len(given_up)):
-            answers = ray.wait(list(waiting), num_returns=1, timeout=1)[0]
-            if answers or any(shard is not None for _, shard in waiting.values()):
-                last_answer = time.monotonic()
-            elif time.monotonic() - last_answer > SECONDS_BEFORE_WORD:
-                last_answer = time.monotonic()
-                board.say(f"waiting for a worker: {resources(config.workers)}")
-            for answer in answers:
-                worker, shard = waiting.pop(answer)
-                try:
-                    if shard is None:
-                        ray.get(answer)
-                        failed_starts = 0
-                        board.start()
-                        give_work(worker)
-                    else:
-                        board.update(shard, ray.get(next(answer)))
-                        waiting[answer] = (worker, shard)
-                except StopIteration:
-                    board.finish(shard)
-                    give_work(worker)
-                except RayError as error:
-                    if shard is None:
-                        failed_starts += 1
-                        if failed_starts == config.workers.attempts:
-                            raise UserError(f"workers do not start: {str(error).splitlines()[-1]}") from error
-                    else:
-                        board.restart(shard)
-                        board.say(f"{shard.url}: attempt {attempts[shard.url]} failed: {reason(error)}")
-                        if attempts[shard.url] < config.workers.attempts:
-                            todo.append(shard)
-                        else:
-                            given_up[shard.url] = reason(error)
-                            board.failed += 1
-                    if isinstance(error, RayTaskError):  # the worker itself is well
-                        give_work(worker)
-                    else:
-                        ray.kill(worker)  # it may only be out of reach, and hold the room for the next one
-                        if todo:
-                            start_worker()
+        for _ in range(worker_count(config.workers, len(plan.todo), can_grow)):
+            pool.start_worker()
+        while pool.unfinished and not too_many_failures(config, plan, board, len(pool.given_up)):
+            pool.take_answers()
     finally:
-        for worker, _ in waiting.values():
+        pool.close()
+    return pool.given_up
+
+
+class WorkerPool:
+    """Workers, the shards that they are on, and those to do.
+
+    A worker gets a shard only when it is ready, so that no shard waits for a worker that cannot start.
+    """
+
+    def __init__(self, config: PipelineConfig, plan: Plan, board: Board):
+        self.config, self.identity, self.board = config, plan.identity, board
+        self.worker_class = ray.remote(num_cpus=config.workers.cpus, num_gpus=config.workers.gpus)(Encoder)
+        self.todo, self.attempts = deque(plan.todo), Counter()
+        self.given_up: dict[str, str] = {}  # URL -> its last error
+        self.waiting = {}  # what a worker will answer -> (worker, its shard; None while it starts)
+        self.failed_starts, self.last_answer = 0, time.monotonic()
+
+    @property
+    def encoding(self) -> bool:
+        """Whether any worker has a shard."""
+        return any(shard is not None for _, shard in self.waiting.values())
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self.todo) or self.encoding
+
+    def start_worker(self) -> None:
+        worker = self.worker_class.remote(self.config, self.identity)
+        self.waiting[worker.__ray_ready__.remote()] = (worker, None)
+
+    def take_answers(self) -> None:
+        """Wait a second at most for what workers answer, and see to it."""
+        answers = ray.wait(list(self.waiting), num_returns=1, timeout=1)[0]
+        self._tell_if_nobody_works(bool(answers))
+        for answer in answers:
+            worker, shard = self.waiting.pop(answer)
+            try:
+                if shard is None:
+                    ray.get(answer)
+                    self.failed_starts = 0
+                    self.board.start()
+                    self._give_shard(worker)
+                else:
+                    self.board.update(shard, ray.get(next(answer)))
+                    self.waiting[answer] = (worker, shard)
+            except StopIteration:
+                self.board.finish(shard)
+                self._give_shard(worker)
+            except RayError as error:
+                self._note_failed_start(error) if shard is None else self._note_failed_shard(shard, error)
+                if isinstance(error, RayTaskError):  # the worker itself is well
+                    self._give_shard(worker)
+                else:
+                    ray.kill(worker)  # it may only be out of reach, and hold the room for the next one
+                    if self.todo:
+                        self.start_worker()
+
+    def close(self) -> None:
+        for worker, _ in self.waiting.values():
             ray.kill(worker)
-    return given_up
+
+    def _give_shard(self, worker) -> None:
+        if not self.todo:
+            ray.kill(worker)
+            return
+        shard = self.todo.popleft()
+        self.attempts[shard.url] += 1
+        self.waiting[worker.encode_shard.options(num_returns="streaming").remote(shard)] = (worker, shard)
+
+    def _note_failed_start(self, error: RayError) -> None:
+        self.failed_starts += 1
+        if self.failed_starts == self.config.workers.attempts:
+            raise UserError(f"workers do not start: {str(error).splitlines()[-1]}") from error
+
+    def _note_failed_shard(self, shard: InputShard, error: RayError) -> None:
+        attempts = self.attempts[shard.url]
+        self.board.restart(shard)
+        self.board.say(f"{shard.url}: attempt {attempts} failed: {reason(error)}")
+        if attempts < self.config.workers.attempts:
+            self.todo.append(shard)
+        else:
+            self.given_up[shard.url] = reason(error)
+            self.board.failed += 1
+
+    def _tell_if_nobody_works(self, answered: bool) -> None:
+        if answered or self.encoding:
+            self.last_answer = time.monotonic()
+        elif time.monotonic() - self.last_answer > SECONDS_BEFORE_WORD:
+            self.last_answer = time.monotonic()
+            self.board.say(f"waiting for a worker: {resources(self.config.workers)}")
 
 
 def too_many_failures(config: PipelineConfig, plan: Plan, board: Board, failed: int) -> bool:

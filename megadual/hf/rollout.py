@@ -16,7 +16,7 @@ from megadual.kernels.few_rows import linear
 class Rollout:
     """The state of `images` texts or images that go on together.
 
-    `start` reads their prompts; then each `write()` adds a token to every text, each `draw()` a position to every image.
+    `start` reads the prompts; then each `write()` adds a token to every text, each `draw()` a position to every image.
 
     With two branches the second half of the rows is the same without its captions, for guidance. `choose(position,
     stream, d, logits (B, K))`, where given, takes the place of sampling codes; it may use the host, so nothing is
