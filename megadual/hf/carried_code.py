@@ -1,6 +1,11 @@
-"""The Python files that an exported folder carries: megadual's modules that the three classes need, side by side."""
+"""The Python files that an exported folder carries: the modules of megadual that its three classes need, side by side.
 
-import re
+transformers loads such code from one flat folder, whose files import each other as `from .name import`. So a module
+`megadual.vision.tokenizer` becomes the file vision_tokenizer.py, and only the first line of each import of megadual is
+another. Imports within `try` are left as they are: kernels, which the folder does without.
+"""
+
+import ast
 from pathlib import Path
 
 import megadual
@@ -10,11 +15,19 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_megadual.MegaDualForCausalLM",
     "AutoProcessor": "processing_megadual.MegaDualProcessor",
 }
-# Indented ones are within `try`: kernels, which the folder does without.
-_IMPORT = re.compile(r"^from (megadual[\w.]*|\.\w[\w.]*) import", flags=re.MULTILINE)
 
 
-def file_name(module: str) -> str:
+def write_code(folder: Path) -> None:
+    """Write the files of AUTO_MAP and of all that they need."""
+    for entry in AUTO_MAP.values():
+        module = f"megadual.hf.{entry.partition('.')[0]}"
+        needed = _needed(module)
+        (folder / f"{_file_name(module)}.py").write_text(_rewritten(module) + _named(needed - _imported(module)))
+        for other in needed:
+            (folder / f"{_file_name(other)}.py").write_text(_rewritten(other))
+
+
+def _file_name(module: str) -> str:
     """megadual.vision.tokenizer -> vision_tokenizer, megadual.hf.decoding -> decoding."""
     return module.removeprefix("megadual.").removeprefix("hf.").replace(".", "_")
 
@@ -23,36 +36,37 @@ def _source(module: str) -> str:
     return (Path(megadual.__file__).parents[1] / f"{module.replace('.', '/')}.py").read_text()
 
 
-def _absolute(imported: str, module: str) -> str:
-    return module.rpartition(".")[0] + imported if imported.startswith(".") else imported
+def _import_lines(module: str) -> dict[int, str]:
+    """The lines (from 0) on which a module's own imports of megadual begin, and what each imports."""
+    package, found = module.rpartition(".")[0], {}
+    for node in ast.parse(_source(module)).body:
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("megadual.")):
+            found[node.lineno - 1] = f"{package}.{node.module}" if node.level else node.module
+    return found
+
+
+def _imported(module: str) -> set[str]:
+    return set(_import_lines(module).values())
 
 
 def _needed(module: str) -> set[str]:
-    """The modules of megadual that a module imports, directly and not."""
+    """What a module imports, directly and not."""
     found, waiting = set(), [module]
     while waiting:
-        module = waiting.pop()
-        new = {_absolute(match[1], module) for match in _IMPORT.finditer(_source(module))} - found
+        new = _imported(waiting.pop()) - found
         found |= new
         waiting += new
     return found
 
 
-def _flat(module: str) -> str:
-    """A module's source, its imports of megadual made relative to the folder."""
-    return _IMPORT.sub(lambda match: f"from .{file_name(_absolute(match[1], module))} import", _source(module))
+def _rewritten(module: str) -> str:
+    lines = _source(module).splitlines(keepends=True)
+    for number, imported in _import_lines(module).items():
+        lines[number] = f"from .{_file_name(imported)} import" + lines[number].partition(" import")[2]
+    return "".join(lines)
 
 
-def write_code(folder: Path) -> None:
-    """Write the files of AUTO_MAP and of all that they need."""
-    for entry in AUTO_MAP.values():
-        module = f"megadual.hf.{entry.partition('.')[0]}"
-        needed, code = sorted(_needed(module)), _flat(module)
-        direct = {_absolute(match[1], module) for match in _IMPORT.finditer(_source(module))}
-        if named := [f"    from .{file_name(name)} import *  # noqa: F403\n" for name in needed if name not in direct]:
-            code += "\n\nif False:  # transformers 4 brings only the files that this one names\n" + "".join(named)
-        (folder / f"{file_name(module)}.py").write_text(code)
-        for name in needed:
-            path = folder / f"{file_name(name)}.py"
-            if not path.exists():
-                path.write_text(_flat(name))
+def _named(modules: set[str]) -> str:
+    """transformers 4 brings only the files that the class's own file names, so this names the others."""
+    lines = [f"    from .{_file_name(module)} import *  # noqa: F403\n" for module in sorted(modules)]
+    return "\n\nif False:\n" + "".join(lines) if lines else ""
