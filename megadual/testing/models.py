@@ -43,14 +43,20 @@ def write_run(folder: Path, *overrides: str) -> PretrainConfig:
         dualtoken={"fingerprint": dualtoken.fingerprint(), "path": str(folder / "dualtoken")},
         text_tokenizer={"fingerprint": fingerprint(tokenizer), "path": str(folder / "text_tokenizer")},
     )
-    defaults = [
+    return sized_run(
+        f"model.dualtoken={folder}/dualtoken", f"model.text_tokenizer={folder}/text_tokenizer",
+        f"data.sets=[{folder}/shards]", f"run.dir={folder}/run", *overrides,
+    )  # fmt: skip
+
+
+def sized_run(*overrides: str) -> PretrainConfig:
+    """A resolved run of two steps of a model of two layers; `overrides` give the rest."""
+    sizes = [
         "model.preset=tiny", "model.layers=2", "model.hidden=64", "model.ffn=96", "model.heads=4",
         "model.kv_heads=2", "model.head.width=32", "model.head.layers=2", "model.head.heads=2", "model.head.ffn=48",
-        f"model.dualtoken={folder}/dualtoken", f"model.text_tokenizer={folder}/text_tokenizer",
-        f"data.sets=[{folder}/shards]", "train.steps=2", "train.seq_len=64", "train.global_batch_tokens=256",
-        "train.lr=1e-2", f"run.dir={folder}/run",
+        "train.steps=2", "train.seq_len=64", "train.global_batch_tokens=256", "train.lr=1e-2",
     ]  # fmt: skip
-    run = load_config(PretrainConfig, None, [*defaults, *overrides])
+    run = load_config(PretrainConfig, None, [*sizes, *overrides])
     run.model = presets.resolve(run.model)
     return run
 
