@@ -18,7 +18,7 @@ from megadual.config import DataConfig
 from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
 from megadual.errors import command
-from megadual.streams import SpecialIds
+from megadual.streams import SpecialIds, Stream
 from megadual.testing.shards import SPECIAL, random_documents, write_shard_set
 from megadual.text import load_text_tokenizer
 
@@ -62,7 +62,8 @@ def main() -> None:
         print(measure(args.shards, special, args.seq_len, args.seconds))
         return
     with tempfile.TemporaryDirectory() as folder:
-        documents = random_documents(8000, grid=(16, 16), depth=4, codebook_size=16384, caption=(20, 60))
+        streams = [Stream(name, depth=4, codebook_size=16384, code_dim=32) for name in ("semantic", "pixel")]
+        documents = random_documents(8000, grid=(16, 16), streams=streams, caption=(20, 60))
         root = write_shard_set(Path(folder) / "set", documents)
         print(measure([str(root)], SPECIAL, args.seq_len, args.seconds))
 

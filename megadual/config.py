@@ -112,7 +112,7 @@ def parse_command_line(schema: type, description: str, argv: list[str] | None = 
 
 @dataclasses.dataclass
 class HeadConfig:
-    """Both visual heads (DepthHead)."""
+    """Each stream's visual head (DepthHead)."""
 
     width: int | None = None
     layers: int | None = None
@@ -122,7 +122,7 @@ class HeadConfig:
 
 @dataclasses.dataclass
 class ModelConfig:
-    """A Qwen2.5-shaped decoder with a visual projector and two visual heads.
+    """A Qwen2.5-shaped decoder with a visual projector and a visual head for each stream.
 
     `preset` fills every field that is left null (megadual/model/presets.py).
     """
@@ -137,7 +137,8 @@ class ModelConfig:
     norm_eps: float | None = None
     tie_embeddings: bool | None = None
     head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
-    dualtoken: str = MISSING  # folder of the DualToken whose codebooks the model reads and writes
+    dualtoken: str = MISSING  # folder of the DualToken whose codes the model reads and writes
+    streams: list[str] | None = None  # those of its streams that the model has; null: all
     text_tokenizer: str = MISSING  # Hugging Face folder or id
 
 
@@ -164,15 +165,6 @@ class ParallelConfig:
 
 
 @dataclasses.dataclass
-class LossConfig:
-    """Weights of the per-stream mean losses in the total."""
-
-    text: float = 1.0
-    semantic: float = 1.0
-    pixel: float = 1.0
-
-
-@dataclasses.dataclass
 class TrainConfig:
     steps: int = MISSING
     global_batch_tokens: int = MISSING  # positions per optimizer step, padding included
@@ -189,7 +181,7 @@ class TrainConfig:
     clip_grad: float = 1.0
     parts: list[str] = dataclasses.field(default_factory=lambda: ["projector", "llm", "heads"])  # what is trained
     recompute: bool = False  # full activation recompute, layer by layer
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    loss: dict[str, float] = dataclasses.field(default_factory=dict)  # weights of mean losses (text, a stream); else 1
     spike_factor: float | None = None  # a loss over this many times the median of the steps before is bad
     spike_window: int = 64  # steps of that median
     bad_loss: str = "stop"  # at a loss that is bad or not finite: stop, or skip the step's update (megatron)

@@ -8,6 +8,7 @@ from megadual.config import PretrainConfig, load_config
 from megadual.errors import UserError, command
 from megadual.run import lock
 from megadual.run.record import read_starts
+from megadual.train.metrics import mean_losses
 
 
 def describe(folder: Path) -> dict[str, str]:
@@ -21,9 +22,9 @@ def describe(folder: Path) -> dict[str, str]:
     about["started"] = f"{last['time']} on {last['world']} processes, git {(last['git'] or 'unknown')[:12]}"
     if steps:
         step = steps[-1]
-        streams = ", ".join(f"{name} {_number(step[f'loss_{name}'])}" for name in ("text", "semantic", "pixel"))
+        losses = ", ".join(f"{name} {_number(loss)}" for name, loss in mean_losses(step).items())
         about["step"] = f"{step['step']:,} of {config.train.steps:,} ({step['tokens']:,} tokens)"
-        about["loss"] = f"{_number(step['loss'])} ({streams})"
+        about["loss"] = f"{_number(step['loss'])} ({losses})"
         about["tokens/s"] = f"{sum(s['tokens_per_s'] for s in steps) / len(steps):,.0f} over {len(steps)} steps"
         about["MFU"] = f"{step['mfu']:.1%}" if step["mfu"] else "unknown device"
     about["restarts"] = str(len(starts) - 1) + "".join(f"\n  {s['time']}: {_end(s)}" for s in starts[:-1])

@@ -1,26 +1,45 @@
 """The contract between the pipeline and the model: tokens, shard columns, how a document becomes positions.
 
 Shape suffixes: T text ids of a document, N image positions of a document, I images, S positions of a
-sequence, D code depth (per stream).
+sequence, D code depth of a stream.
 """
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-STREAMS = ("semantic", "pixel")
+from megadual.errors import UserError
+
+TEXT = "text"  # the loss beside the streams'
 
 
 @dataclass(frozen=True)
 class Stream:
     """One of a DualToken's streams of codes, as data and language models see it: D codes a position, each one of K
-    vectors of width C.
+    vectors of width C. ValueError where K codes don't fit a shard set's uint16.
     """
 
     name: str
     depth: int  # D
     codebook_size: int  # K
     code_dim: int  # C
+
+    def __post_init__(self):
+        if self.codebook_size > 1 << 16:
+            raise ValueError(
+                f"stream '{self.name}': a codebook of {self.codebook_size:,} is too large, codes are stored as uint16 "
+                f"(at most {1 << 16:,})"
+            )
+
+
+def choose_streams(streams: Iterable[Stream], names: list[str] | None) -> list[Stream]:
+    """The streams that `model.streams` names, in the DualToken's order; None: all. UserError names those there are."""
+    streams = list(streams)
+    known = [stream.name for stream in streams]
+    if names is not None and (not names or not set(names) <= set(known)):
+        raise UserError(f"model.streams={names} must name streams of model.dualtoken: at least one of {known}")
+    return [stream for stream in streams if names is None or stream.name in names]
 
 
 def check_stream_names(names) -> None:
@@ -33,15 +52,32 @@ IMAGE = "<image>"  # stands for one image in a document's text, and for one imag
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, IMAGE, "<image_start>", "<image_end>", "<image_gen_start>", "<image_gen_end>")
 
-# One MDS row is one document; the encodings are mosaicml-streaming's names.
-MDS_COLUMNS = {
-    "key": "str",
-    "text_ids": "ndarray:uint32",
-    "semantic": "ndarray:uint16",
-    "pixel": "ndarray:uint16",
-    "grids": "ndarray:uint16",
-    "meta": "json",
-}
+# One MDS row is one document; the encodings are mosaicml-streaming's names. Beside these columns each stream has one.
+COLUMNS = {"key": "str", "text_ids": "ndarray:uint32", "grids": "ndarray:uint16", "meta": "json"}
+CODES = "ndarray:uint16"
+
+
+def check_stream_names(names: Iterable[str]) -> None:
+    """ValueError where streams can't have these names: columns of shard sets, losses and parts of the model do too."""
+    from torch.nn import ModuleDict  # takes seconds to import
+
+    names = list(names)
+    for name in names:
+        if not name.isidentifier():
+            raise ValueError(
+                f"stream '{name}': a name must be letters, digits and underscores, and begin with no digit"
+            )
+        if name in COLUMNS or name == TEXT or hasattr(ModuleDict(), name):
+            raise ValueError(f"stream '{name}': the name has another meaning; choose another")
+        if names.count(name) > 1:
+            raise ValueError(f"stream '{name}' is there {names.count(name)} times; names must differ")
+
+
+def mds_columns(streams: Iterable[str]) -> dict[str, str]:
+    """The columns of a shard set with these streams: name -> encoding."""
+    key, text_ids, *rest = COLUMNS.items()
+    return dict([key, text_ids, *((name, CODES) for name in streams), *rest])
+
 
 # Beside a folder's MDS files: (documents, 3) int32, each document's text ids, images and image positions, so that rows
 # are packed without reading the documents.
@@ -77,69 +113,75 @@ class SpecialIds:
 class Document:
     """Text with images in it, the images as codes: one row of a shard set.
 
-    text_ids (T,) uint32, each image one `<image>` id; semantic, pixel (N, D) uint16, all images in order,
+    text_ids (T,) uint32, each image one `<image>` id; codes: stream -> (N, D) uint16, all images in order,
     row-major; grids (I, 2) uint16, rows and columns of each image, N = sum of rows x columns.
     """
 
     key: str
     text_ids: np.ndarray
-    semantic: np.ndarray
-    pixel: np.ndarray
+    codes: dict[str, np.ndarray]
     grids: np.ndarray
     meta: dict = field(default_factory=dict)
 
-    def check(self, special: SpecialIds) -> "Document":
-        """Raise ValueError, naming the document, where its columns do not fit together."""
-        images = np.count_nonzero(self.text_ids == special.image)
-        positions = sum(rows * columns for rows, columns in self.grids.tolist())
-        if images != len(self.grids):
-            raise ValueError(f"document '{self.key}': {images} image tokens in the text, {len(self.grids)} grids")
-        for stream in STREAMS:
-            codes = getattr(self, stream)
-            if codes.ndim != 2 or len(codes) != positions:
-                raise ValueError(
-                    f"document '{self.key}': {stream} codes of shape {codes.shape}, the grids say {positions} positions"
-                )
-        return self
+    @property
+    def positions(self) -> int:
+        """N"""
+        return sum(rows * columns for rows, columns in self.grids.tolist())
 
-    def row(self) -> dict:
-        """The document as MDSWriter takes it.
-
-        MDS holds no empty array, so a document without images has one grid of 0 x 0 and one row of codes there.
-        """
-        row = {column.name: getattr(self, column.name) for column in fields(self)}
-        if not len(self.grids):
-            row["grids"] = np.zeros((1, 2), dtype=np.uint16)
-            row |= {stream: np.zeros((1, getattr(self, stream).shape[1]), dtype=np.uint16) for stream in STREAMS}
-        return row
-
-    @classmethod
-    def from_row(cls, row: dict) -> "Document":
-        """The document that `row()` stored."""
-        document = cls(**row)
-        if not document.grids.item(0):
-            document.grids = document.grids[:0]
-            document.semantic, document.pixel = document.semantic[:0], document.pixel[:0]
-        return document
+    @property
+    def depths(self) -> dict[str, int]:
+        """stream -> D"""
+        return {stream: codes_ND.shape[1] for stream, codes_ND in self.codes.items()}
 
     @property
     def is_pair(self) -> bool:
         """One image and its caption: may be read in either direction."""
         return len(self.grids) == 1
 
+    def check(self, special: SpecialIds) -> "Document":
+        """Raise ValueError, naming the document, where its columns do not fit together."""
+        images, positions = np.count_nonzero(self.text_ids == special.image), self.positions
+        if images != len(self.grids):
+            raise ValueError(f"document '{self.key}': {images} image tokens in the text, {len(self.grids)} grids")
+        for stream, codes_ND in self.codes.items():
+            if codes_ND.ndim != 2 or len(codes_ND) != positions:
+                raise ValueError(
+                    f"document '{self.key}': {stream} codes of shape {codes_ND.shape}, "
+                    f"the grids say {positions} positions"
+                )
+        return self
+
+    def row(self) -> dict:
+        """The document as MDSWriter takes it: one value for each of `mds_columns`.
+
+        MDS holds no empty array, so a document without images has one grid of 0 x 0 and one row of codes there.
+        """
+        codes, grids = self.codes, self.grids
+        if not len(grids):
+            grids = np.zeros((1, 2), dtype=np.uint16)
+            codes = {stream: np.zeros((1, codes_ND.shape[1]), dtype=np.uint16) for stream, codes_ND in codes.items()}
+        return {"key": self.key, "text_ids": self.text_ids, **codes, "grids": grids, "meta": self.meta}
+
+    @classmethod
+    def from_row(cls, row: dict) -> "Document":
+        """The document that `row()` stored, with those of its streams that `row` still holds."""
+        key, text_ids, grids, meta = (row.pop(name) for name in COLUMNS)
+        if grids.item(0):
+            return cls(key, text_ids, row, grids, meta)
+        return cls(key, text_ids, {stream: codes_ND[:0] for stream, codes_ND in row.items()}, grids[:0], meta)
+
 
 @dataclass
 class Sequence:
-    """One document laid out as positions.
+    """One document laid out as positions, or several, end to end.
 
-    tokens (S,) int64, `<image>` at image positions; semantic, pixel (S, D) int64, zero at text positions;
+    tokens (S,) int64, `<image>` at image positions; codes: stream -> (S, D) int64, zero at text positions;
     text_targets (S,) int64, the next token where it is text, else IGNORE; draw (S,) bool, true where the
     next position is an image position to be drawn (its codes are then those of the next position).
     """
 
     tokens: np.ndarray
-    semantic: np.ndarray
-    pixel: np.ndarray
+    codes: dict[str, np.ndarray]
     text_targets: np.ndarray
     draw: np.ndarray
 
@@ -147,14 +189,26 @@ class Sequence:
         return len(self.tokens)
 
     @classmethod
-    def padding(cls, length: int, depth: int, special: SpecialIds) -> "Sequence":
-        """Positions that hold no document: end-of-text tokens without targets."""
+    def padding(cls, length: int, depths: Mapping[str, int], special: SpecialIds) -> "Sequence":
+        """Positions that hold no document: end-of-text tokens without targets. `depths`: stream -> D."""
         return cls(
             tokens=np.full(length, special.end_of_text, dtype=np.int64),
-            semantic=np.zeros((length, depth), dtype=np.int64),
-            pixel=np.zeros((length, depth), dtype=np.int64),
+            codes={stream: np.zeros((length, depth), dtype=np.int64) for stream, depth in depths.items()},
             text_targets=np.full(length, IGNORE, dtype=np.int64),
             draw=np.zeros(length, dtype=bool),
+        )
+
+    @classmethod
+    def joined(cls, sequences: "list[Sequence]") -> "Sequence":
+        """Sequences of the same streams, laid end to end."""
+        return cls(
+            tokens=np.concatenate([sequence.tokens for sequence in sequences]),
+            codes={
+                stream: np.concatenate([sequence.codes[stream] for sequence in sequences])
+                for stream in sequences[0].codes
+            },
+            text_targets=np.concatenate([sequence.text_targets for sequence in sequences]),
+            draw=np.concatenate([sequence.draw for sequence in sequences]),
         )
 
 
@@ -178,8 +232,8 @@ def sequence_length(text_tokens: int, images: int, positions: int, dropped_capti
 def to_sequence(doc: Document, special: SpecialIds, draw_images: list[bool], drop_caption: bool = False) -> Sequence:
     """One document as a sequence of its own; the arguments are those of `lay_out`."""
     dropped = drop_caption and doc.is_pair and draw_images[0]
-    length = sequence_length(len(doc.text_ids), len(doc.grids), len(doc.semantic), dropped)
-    sequence = Sequence.padding(length, doc.semantic.shape[1], special)
+    length = sequence_length(len(doc.text_ids), len(doc.grids), doc.positions, dropped)
+    sequence = Sequence.padding(length, doc.depths, special)
     lay_out(doc, special, draw_images, drop_caption, sequence, 0)
     return sequence
 
@@ -192,12 +246,15 @@ def lay_out(
     draw_images says for each image whether it is to be drawn (between the gen tokens, with visual targets)
     or only looked at. A pair is re-ordered by its direction; other documents keep their order.
     `drop_caption` leaves out the caption of a pair that is drawn (for classifier-free guidance).
-    Every document ends in `<|endoftext|>`.
+    Every document ends in `<|endoftext|>`. Of its codes those of the streams that `on` has are taken.
     """
     if len(draw_images) != len(doc.grids):
         raise ValueError(f"document '{doc.key}': {len(draw_images)} directions for {len(doc.grids)} images")
-    if doc.semantic.shape[1] != on.semantic.shape[1]:
-        raise ValueError(f"document '{doc.key}' has {doc.semantic.shape[1]} codes a stream, not {on.semantic.shape[1]}")
+    for stream, on_SD in on.codes.items():
+        if doc.codes[stream].shape[1] != on_SD.shape[1]:
+            raise ValueError(
+                f"document '{doc.key}' has {doc.codes[stream].shape[1]} {stream} codes a position, not {on_SD.shape[1]}"
+            )
     drop_caption = drop_caption and doc.is_pair and draw_images[0]
     text = arrange_text(doc.text_ids, draw_images, special.image, doc.is_pair, drop_caption)
     at, read, codes = begin, 0, 0  # positions laid out, text and codes used
@@ -210,8 +267,8 @@ def lay_out(
         on.tokens[start] = special.image_gen_start if drawn else special.image_start
         on.tokens[start + 1 : end] = special.image
         on.tokens[end] = special.image_gen_end if drawn else special.image_end
-        on.semantic[start + 1 : end] = doc.semantic[codes : codes + size]
-        on.pixel[start + 1 : end] = doc.pixel[codes : codes + size]
+        for stream, on_SD in on.codes.items():
+            on_SD[start + 1 : end] = doc.codes[stream][codes : codes + size]
         on.draw[start : end - 1] = drawn
         before_image.append(slice(start, end - 1))
         at, read, codes = end + 1, place + 1, codes + size

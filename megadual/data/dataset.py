@@ -1,11 +1,11 @@
 """The trainer's batches: which rows a data-parallel rank reads at a step, laid out as tensors.
 
-Shape suffixes: T flattened positions of a micro-batch (rows x seq_len), D code depth, n documents.
+Shape suffixes: T flattened positions of a micro-batch (rows x seq_len), D code depth of a stream, n documents.
 """
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -27,13 +27,12 @@ class MicroBatch:
     tokens: torch.Tensor  # (T,) int64, <image> at image positions
     positions: torch.Tensor  # (T,) int64, from 0 in every document
     cu_seqlens: torch.Tensor  # (n + 1,) int32, where documents start, then T
-    semantic: torch.Tensor  # (T, D) int64, zero at text positions
-    pixel: torch.Tensor  # (T, D) int64
+    codes: dict[str, torch.Tensor]  # stream -> (T, D) int64, zero at text positions
     text_targets: torch.Tensor  # (T,) int64, IGNORE where the next position is not text
-    image_positions: torch.Tensor  # (V,) int64, where the image positions are
-    text_positions: torch.Tensor  # (P,) int64, where the next position is text
-    draw_positions: torch.Tensor  # (P',) int64, where the next position's codes are targets
-    draw_targets: torch.Tensor  # (P', 2, D) int64, those codes, semantic and pixel
+    image_at: torch.Tensor  # (V,) int64, where an image position is
+    predicts_text_at: torch.Tensor  # (P,) int64, where the next position is text
+    predicts_codes_at: torch.Tensor  # (P',) int64, where the next position is drawn: its codes are targets
+    draw_targets: dict[str, torch.Tensor]  # stream -> (P', D) int64, those codes
     keys: list[str]  # of the documents, in order
     lengths: list[int]  # of the documents; what is left of T is padding
     longest: int  # of the documents and the padding
@@ -47,40 +46,38 @@ class MicroBatch:
         return sum(self.lengths)
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        return replace(self, **moved)
+        def moved(value):
+            if isinstance(value, dict):
+                return {stream: moved(tensor) for stream, tensor in value.items()}
+            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+        return MicroBatch(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})
 
 
 def collate(sequences: list[Sequence], special: SpecialIds, keys: list[str]) -> MicroBatch:
     """Sequences laid end to end; `keys` are those of the ones that are documents, "" that of padding."""
-    whole = Sequence(*(np.concatenate([getattr(s, column.name) for s in sequences]) for column in fields(Sequence)))
-    return _micro_batch(whole, [len(sequence) for sequence in sequences], special, keys)
+    return _micro_batch(Sequence.joined(sequences), [len(sequence) for sequence in sequences], special, keys)
 
 
 def _micro_batch(sequence: Sequence, lengths: list[int], special: SpecialIds, keys: list[str]) -> MicroBatch:
     """A micro-batch of what is laid out on `sequence`, parts of `lengths`."""
     ends = np.cumsum([0] + lengths)
     # Indices are found here and not on the GPU, where finding them would wait for it.
-    draw_positions = np.flatnonzero(sequence.draw)
-    drawn = draw_positions + 1
+    predicts_codes_at = np.flatnonzero(sequence.draw)
     arrays = {
         "tokens": sequence.tokens,
         "positions": np.arange(ends[-1]) - np.repeat(ends[:-1], lengths),
         "cu_seqlens": ends.astype(np.int32),
-        "semantic": sequence.semantic,
-        "pixel": sequence.pixel,
         "text_targets": sequence.text_targets,
-        "image_positions": np.flatnonzero(sequence.tokens == special.image),
-        "text_positions": np.flatnonzero(sequence.text_targets != IGNORE),
-        "draw_positions": draw_positions,
-        "draw_targets": np.stack([sequence.semantic[drawn], sequence.pixel[drawn]], axis=1),
+        "image_at": np.flatnonzero(sequence.tokens == special.image),
+        "predicts_text_at": np.flatnonzero(sequence.text_targets != IGNORE),
+        "predicts_codes_at": predicts_codes_at,
     }
+    drawn = predicts_codes_at + 1
     return MicroBatch(
         **{name: torch.from_numpy(array) for name, array in arrays.items()},
+        codes={stream: torch.from_numpy(codes) for stream, codes in sequence.codes.items()},
+        draw_targets={stream: torch.from_numpy(codes[drawn]) for stream, codes in sequence.codes.items()},
         keys=[key for key in keys if key],
         lengths=[length for length, key in zip(lengths, keys, strict=True) if key],
         longest=max(lengths),
@@ -170,7 +167,7 @@ class PackedDataset:
             for piece in row:
                 document = self.sets[piece.set][piece.document]
                 if whole is None:
-                    whole = Sequence.padding(len(rows) * self.seq_len, document.semantic.shape[1], special)
+                    whole = Sequence.padding(len(rows) * self.seq_len, document.depths, special)
                 try:
                     document.check(special)
                     end = lay_out(document, special, piece.draw_images, piece.drop_caption, whole, begin)

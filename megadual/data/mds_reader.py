@@ -1,4 +1,4 @@
-"""Memory-mapped reading of a local shard set: any document by number, lengths without decoding the codes.
+"""Memory-mapped reading of a local shard set: any document by number, and of its codes those that are asked for.
 
 A shard is mosaicml-streaming's MDS file: uint32 count, uint32[count + 1] offsets, a JSON header, then one
 record per document: the byte sizes of its columns (uint32 each), then the columns.
@@ -8,21 +8,18 @@ import itertools
 import json
 import struct
 from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from megadual.errors import UserError
-from megadual.streams import LENGTHS, MDS_COLUMNS, Document
+from megadual.streams import CODES, COLUMNS, LENGTHS, Document, mds_columns
 
-# The type of an array column's values, None where it holds text.
-_DTYPES = {
-    name: np.dtype(encoding.partition(":")[2]) if encoding.startswith("ndarray:") else None
-    for name, encoding in MDS_COLUMNS.items()
-}
-_SIZES = struct.Struct(f"<{len(MDS_COLUMNS)}I")
+_AGAIN = "make the set again with data_pipeline/tokenize.py"
 
 
 class Lengths(NamedTuple):
@@ -37,7 +34,7 @@ class Lengths(NamedTuple):
 _SHAPES = {axes << 2 | log2: struct.Struct(f"<{axes}{kind}") for axes in (1, 2) for log2, kind in enumerate("BHIQ")}
 
 
-def _decode_array(buffer: bytes, start: int, size: int, dtype: np.dtype) -> np.ndarray:
+def _decode_array(dtype: np.dtype, buffer: bytes, start: int, size: int) -> np.ndarray:
     shape = _SHAPES.get(buffer[start])
     if shape is None:
         raise ValueError(f"an array of one or two axes doesn't begin with the byte {buffer[start]}")
@@ -46,6 +43,51 @@ def _decode_array(buffer: bytes, start: int, size: int, dtype: np.dtype) -> np.n
     if rest:
         raise ValueError(f"{rest} bytes more than whole values of {dtype}")
     return np.frombuffer(buffer, dtype, count, values).reshape(shape.unpack_from(buffer, start + 1))
+
+
+def _decode_text(buffer: bytes, start: int, size: int) -> str:
+    return buffer[start : start + size].decode()
+
+
+def _decode_json(buffer: bytes, start: int, size: int) -> Any:
+    return json.loads(_decode_text(buffer, start, size))
+
+
+def _decoder(encoding: str) -> Callable[[bytes, int, int], Any]:
+    if encoding.startswith("ndarray:"):
+        return partial(_decode_array, np.dtype(encoding.partition(":")[2]))
+    return {"str": _decode_text, "json": _decode_json}[encoding]
+
+
+class _Records:
+    """How the records of a set's documents are read."""
+
+    def __init__(self, root: Path, columns: dict[str, str], streams: Iterable[str] | None):
+        """`columns`: name -> encoding, in the records' order; `streams`: those to decode, None for all."""
+        there = [name for name, encoding in columns.items() if encoding == CODES and name not in COLUMNS]
+        if columns != mds_columns(there):
+            raise UserError(f"shard set '{root}': columns {columns} are not a shard set's {mds_columns(there)}")
+        self.streams = there if streams is None else list(streams)
+        if lacking := [stream for stream in self.streams if stream not in there]:
+            raise UserError(
+                f"shard set '{root}' has no codes of the streams {lacking}, only of {there}; tokenize the data again, "
+                "or choose from these with model.streams"
+            )
+        self.columns = columns
+        self.sizes = struct.Struct(f"<{len(columns)}I")
+        self.decoders = [
+            (name, _decoder(encoding) if name in COLUMNS or name in self.streams else None)
+            for name, encoding in columns.items()
+        ]
+
+    def decode(self, record: bytes) -> Document:
+        """The document that `record` holds; ValueError, IndexError or struct.error where it is damaged."""
+        start, row = self.sizes.size, {}
+        for (name, decode), size in zip(self.decoders, self.sizes.unpack_from(record), strict=True):
+            if decode:
+                row[name] = decode(record, start, size)
+            start += size
+        return Document.from_row(row)
 
 
 def _map(path: Path) -> memoryview:
@@ -60,14 +102,17 @@ def _map(path: Path) -> memoryview:
     return memoryview(mapped.numpy())
 
 
+def _columns(info: dict) -> dict[str, str]:
+    return dict(zip(info["column_names"], info["column_encodings"], strict=True))
+
+
 class _Shard:
     """One MDS file."""
 
-    def __init__(self, path: Path, info: dict):
-        self.path = path
-        self.columns = dict(zip(info["column_names"], info["column_encodings"], strict=True))
-        if self.columns != MDS_COLUMNS or any(info["column_sizes"]):
-            raise UserError(f"shard '{path}': columns {self.columns} are not a shard set's {MDS_COLUMNS}")
+    def __init__(self, path: Path, info: dict, records: _Records):
+        self.path, self.records = path, records
+        if _columns(info) != records.columns or any(info["column_sizes"]):
+            raise UserError(f"shard '{path}': columns {_columns(info)} are not those of its set, {records.columns}")
         if info["compression"]:
             raise UserError(f"shard '{path}' is compressed ({info['compression']}); shard sets are read uncompressed")
         if not path.is_file():
@@ -75,7 +120,7 @@ class _Shard:
         if path.stat().st_size != info["raw_data"]["bytes"]:
             raise UserError(
                 f"shard '{path}' has {path.stat().st_size:,} bytes, index.json says {info['raw_data']['bytes']:,}: "
-                "it is damaged or cut off; make it again with data_pipeline/tokenize.py"
+                f"it is damaged or cut off; {_AGAIN}"
             )
         self.bytes = _map(path)
         count = int.from_bytes(self.bytes[:4], "little")
@@ -90,59 +135,28 @@ class _Shard:
 
     def __getitem__(self, i: int) -> Document:
         record = bytes(self.bytes[self.offsets[i] : self.offsets[i + 1]])
-        start, values = _SIZES.size, {}
         try:
-            for name, size in zip(self.columns, _SIZES.unpack_from(record), strict=True):
-                if dtype := _DTYPES[name]:
-                    values[name] = _decode_array(record, start, size, dtype)
-                else:
-                    text = record[start : start + size].decode()
-                    values[name] = json.loads(text) if self.columns[name] == "json" else text
-                start += size
+            return self.records.decode(record)
         except (ValueError, IndexError, struct.error) as error:
             raise UserError(f"shard '{self.path}' is damaged at its document {i}: {error}") from error
-        return Document.from_row(values)
-
-    def lengths(self) -> Lengths:
-        buffer = np.frombuffer(self.bytes, np.uint8)
-        starts = self.offsets[:-1].astype(np.int64)
-        header = 4 * len(self.columns)
-        sizes = buffer[starts[:, None] + np.arange(header)].view("<u4").astype(np.int64)
-        begins = starts[:, None] + header + np.cumsum(sizes, axis=1) - sizes
-        names = list(self.columns)
-
-        def values(column: str, itemsize: int) -> np.ndarray:
-            j = names.index(column)
-            kind = buffer[begins[:, j]].astype(np.int64)
-            return (sizes[:, j] - 1 - (kind >> 2 << (kind & 3))) // itemsize
-
-        begin = begins[:, names.index("semantic")]
-        width = 1 << (buffer[begin].astype(np.int64) & 3)  # bytes of the shape's first entry: the positions
-        positions = sum(
-            np.where(byte < width, buffer[begin + 1 + byte].astype(np.int64) << 8 * byte, 0) for byte in range(4)
-        )
-        begin = begins[:, names.index("grids")]
-        kind = buffer[begin].astype(np.int64)
-        first_rows = begin + 1 + (kind >> 2 << (kind & 3))
-        has_images = (buffer[first_rows] | buffer[first_rows + 1]) > 0  # a 0 x 0 grid stands for none
-        images = np.where(has_images, values("grids", 2) // 2, 0)
-        return Lengths(*(column.astype(np.int32) for column in (values("text_ids", 4), images, positions * has_images)))
 
 
 class ShardSet:
     """A shard set made by data_pipeline/tokenize.py: `set[i]` is document i, in the order of index.json.
 
-    Raises UserError where the set is missing, unfinished, empty, or a file does not fit the index.
+    Its documents have the codes of `streams`; None: of all that the set has. Raises UserError where the set is missing,
+    unfinished, empty, lacks one of them, or a file does not fit the index.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, streams: Iterable[str] | None = None):
         self.root = Path(root)
         self.manifest = self._read_json("manifest.json")
         entries = self._read_json("index.json")["shards"]
-        self.shards = [_Shard(self.root / entry["raw_data"]["basename"], entry) for entry in entries]
-        self._ends = np.cumsum([len(shard) for shard in self.shards]).tolist()
-        if not self.shards or self._ends[-1] == 0:
+        if not sum(entry["samples"] for entry in entries):
             raise UserError(f"shard set '{root}' holds no documents")
+        records = _Records(self.root, _columns(entries[0]), streams)
+        self.shards = [_Shard(self.root / entry["raw_data"]["basename"], entry, records) for entry in entries]
+        self._ends = np.cumsum([len(shard) for shard in self.shards]).tolist()
         if self._ends[-1] != self.manifest["documents"]:
             raise UserError(
                 f"shard set '{root}': index.json lists {self._ends[-1]} documents, "
@@ -151,20 +165,22 @@ class ShardSet:
         self.lengths = self._read_lengths()
 
     def _read_lengths(self) -> Lengths:
-        """As the pipeline noted them; where it did not, from the documents, which reads most of a set's pages."""
+        """As the pipeline noted them beside each folder's documents."""
         parts = []
-        for folder, group in itertools.groupby(self.shards, lambda shard: shard.path.parent):
-            shards, noted = list(group), None
-            if (folder / LENGTHS).is_file():
-                try:
-                    noted = np.load(folder / LENGTHS)
-                except ValueError as error:
-                    raise UserError(f"'{folder / LENGTHS}' is damaged ({error}); remove it to do without") from error
-            if noted is not None and noted.shape == (sum(map(len, shards)), len(Lengths._fields)):
-                parts.append(noted.T)
-            else:
-                parts += [np.stack(shard.lengths()) for shard in shards]
-        return Lengths(*np.concatenate(parts, axis=1))
+        for folder, shards in itertools.groupby(self.shards, lambda shard: shard.path.parent):
+            file, documents = folder / LENGTHS, sum(map(len, shards))
+            if not file.is_file():
+                raise UserError(f"'{file}' does not exist: {_AGAIN}")
+            try:
+                noted = np.load(file)
+            except ValueError as error:
+                raise UserError(f"'{file}' is damaged ({error}): {_AGAIN}") from error
+            if noted.shape != (documents, len(Lengths._fields)):
+                raise UserError(
+                    f"'{file}' holds {' x '.join(map(str, noted.shape))} numbers for {documents} documents: {_AGAIN}"
+                )
+            parts.append(noted)
+        return Lengths(*np.concatenate(parts).T)
 
     def _read_json(self, name: str) -> dict:
         path = self.root / name

@@ -5,6 +5,7 @@ import dataclasses
 from megadual.config import PretrainConfig
 from megadual.engine.stages import Traffic, costs
 from megadual.engine.topology import Topology
+from megadual.model import sizes
 from megadual.model.dual_lm import Vocabulary
 from megadual.model.fused import LOGITS_AT_ONCE
 
@@ -37,13 +38,10 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
     virtual = parallel.virtual_pipeline
     hidden, head, tensor, data = model.hidden, model.head, parallel.tensor, layout.data
     kv = model.kv_heads * (hidden // model.heads)
-    layer = hidden * (2 * hidden + 2 * kv) + hidden + 2 * kv + 3 * hidden * model.ffn + 2 * hidden
-    table = vocabulary.padded_text_size * hidden
-    codebook_size, code_dim = vocabulary.codebooks["pixel"].shape
-    projector = 2 * code_dim * hidden + hidden**2 + 2 * hidden
-    one_head = hidden * head.width + head.width**2 + code_dim * head.width + 3 * head.width
-    one_head += head.layers * (4 * head.width**2 + 3 * head.width * head.ffn + 2 * head.width)
-    one_head += vocabulary.depth * (codebook_size + 1) * head.width + head.width
+    layer = sizes.layer(model).total
+    table = sizes.text_table(model, vocabulary.padded_text_size).total
+    projector = sizes.projector(model, vocabulary.streams).total
+    all_heads = [sizes.HeadWeights.of(model, stream) for stream in vocabulary.streams]
 
     cost = costs(run, vocabulary, traffic)
     per_stage = [parallel.stage_layers[stage :: parallel.pipeline] for stage in range(parallel.pipeline)]
@@ -75,7 +73,7 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
         whole = {"projector": projector if first else 0, "llm": 0, "heads": 0}
         if last:
             split += 0 if model.tie_embeddings and first else table
-            whole["llm"], whole["heads"] = hidden, 2 * one_head  # the last norm
+            whole["llm"], whole["heads"] = hidden, sum(each.total for each in all_heads)  # the last norm
         on_gpu = split / tensor + sum(whole.values())
         trained = llm * split / tensor + sum(whole[part] for part in set(train.parts))
         # passes through a chunk that wait for their backward, of which there are `virtual` a micro-batch
@@ -89,9 +87,10 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
         if last:
             # one chunk's logits, the trained classifiers' gradients, made with them, and the visual heads' states
             logits = min(LOGITS_AT_ONCE, positions * traffic.text * vocabulary.padded_text_size / tensor) * width
-            logits += (llm * table / tensor + heads * 2 * vocabulary.depth * codebook_size * head.width) * width
-            drawn = positions * traffic.drawn / inner
-            logits += 2 * drawn * vocabulary.depth * head.layers * (8 * head.width + 3 * head.ffn) * width
+            classifiers = sum(each.classifiers.matrices for each in all_heads)
+            logits += (llm * table / tensor + heads * classifiers) * width
+            codes = positions * traffic.drawn / inner * sum(stream.depth for stream in vocabulary.streams)
+            logits += codes * head.layers * (8 * head.width + 3 * head.ffn) * width
         bucket = DEEPSPEED_BUCKET * per_gradient if run.engine == "deepspeed" else 0
         stages.append(
             StageEstimate(

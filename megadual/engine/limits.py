@@ -1,6 +1,5 @@
 """What the values of a run's config may be, each by itself; what they may be together is in topology.py."""
 
-import dataclasses
 from operator import attrgetter
 
 from megadual.config import PretrainConfig
@@ -21,7 +20,6 @@ AT_LEAST_1 = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "train.seed", "train.lr", "train.min_lr", "train.warmup_steps", "train.weight_decay", "train.clip_grad",
-    "train.loss.text", "train.loss.semantic", "train.loss.pixel",
 )  # fmt: skip
 POSITIVE = ("train.spike_factor", "run.hang_timeout", "parallel.gpu_memory_gib")
 SHARES = ("data.draw_probability", "data.caption_dropout", "train.beta1", "train.beta2")
@@ -46,7 +44,8 @@ def check_limits(run: PretrainConfig) -> None:
     check(("train.beta1", "train.beta2"), lambda value: value < 1, "below 1")
     if run.train.min_lr > run.train.lr:
         raise UserError(f"train.min_lr={run.train.min_lr} must not be over train.lr={run.train.lr}, which decays to it")
-    if not any(dataclasses.astuple(run.train.loss)):
-        raise UserError("train.loss.text, semantic and pixel are all 0: nothing would be trained")
+    for name, weight in run.train.loss.items():
+        if weight < 0:
+            raise UserError(f"train.loss.{name}={weight} must be 0 or more")
     if not run.data.sets:
         raise UserError("data.sets=[] names no shard set; make one with data_pipeline/tokenize.py")

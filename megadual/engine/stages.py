@@ -63,18 +63,18 @@ def split_layers(layers: int, chunks: int, cost: Costs) -> list[int]:
     if chunks == 1:
         return [layers]
     before, after = cost.embedding / cost.layer, cost.heads / cost.layer
-    best = None
-    for last in range(layers - chunks + 2):
-        others, plain = layers - last, chunks - 1
-        for first in range(1, others - plain + 2):
-            middle = [(others - first) // (plain - 1)] * (plain - 1) if plain > 1 else []
-            for i in range(others - first - sum(middle) if middle else 0):
-                middle[i] += 1
-            if first + sum(middle) != others:
-                continue
-            split = [first, *middle, last]
-            worst = max([first * cost.first + before, *middle, last + after])
-            key = (worst, sum(layers**2 for layers in split))  # of equal ones, the most even
-            if best is None or key < best[0]:
-                best = (key, split)
-    return best[1]
+
+    def dearest_then_least_even(split: list[int]) -> tuple[float, int]:
+        first, *middle, last = split
+        return max(first * cost.first + before, *middle, last + after), sum(layers**2 for layers in split)
+
+    splits = [
+        [first, *_evenly(layers - first - last, chunks - 2), last]
+        for last in range(layers - chunks + 2)
+        for first in ([layers - last] if chunks == 2 else range(1, layers - last - chunks + 3))
+    ]
+    return min(splits, key=dearest_then_least_even)
+
+
+def _evenly(layers: int, chunks: int) -> list[int]:
+    return [layers // chunks + (i < layers % chunks) for i in range(chunks)]

@@ -11,22 +11,20 @@ from megadual.config import PretrainConfig
 from megadual.data.dataset import MicroBatch
 from megadual.model.dual_lm import StreamLosses, Vocabulary
 from megadual.model.flops import step_flops
-from megadual.streams import STREAMS
+from megadual.streams import TEXT
 
 
 @dataclasses.dataclass
 class StepResult:
-    """What one optimizer step did; equal on every rank. Per-depth losses are (D,) lists.
+    """What one optimizer step did; equal on every rank.
 
-    `flops` are the model FLOPs of the whole step, `fill` the share of positions that are not padding.
+    `losses` are the mean losses of the text and of each stream, by name, `depth_losses` each stream's (D,) by depth;
+    `flops` the model FLOPs of the whole step, `fill` the share of positions that are not padding.
     """
 
-    loss: float
-    loss_text: float
-    loss_semantic: float
-    loss_pixel: float
-    depth_semantic: list[float]
-    depth_pixel: list[float]
+    loss: float  # the weighted sum
+    losses: dict[str, float]
+    depth_losses: dict[str, list[float]]
     grad_norm: float
     lr: float
     flops: float
@@ -34,17 +32,18 @@ class StepResult:
 
 
 class GlobalLosses:
-    """The losses of one global batch: each stream's is divided by its count of targets in all of it.
+    """The losses of one global batch: each is divided by its count of targets in all of it.
 
     So how rows fall on micro-batches and ranks does not change them. `batches` are this data-parallel rank's, whole
     where context-parallel ranks share them. Collective over the data-parallel group.
     """
 
     def __init__(self, run: PretrainConfig, batches: list[MicroBatch], vocabulary: Vocabulary):
-        self.run, self.depth = run, vocabulary.depth
+        self.run, self.streams = run, vocabulary.streams
+        self.weights = {name: run.train.loss.get(name, 1.0) for name in [TEXT, *(s.name for s in self.streams)]}
         counts = torch.tensor(
             [
-                [len(b.text_positions), len(b.draw_positions), len(b.image_positions), b.tokens.numel()]
+                [len(b.predicts_text_at), len(b.predicts_codes_at), len(b.image_at), b.tokens.numel()]
                 + [b.filled, sum(length**2 for length in b.lengths)]
                 for b in batches
             ],
@@ -56,17 +55,17 @@ class GlobalLosses:
         self.text_count, self.draw_count = max(text, 1), max(drawn, 1)
         self.flops = step_flops(run.model, vocabulary, filled, squares, images, text, drawn, run.train.parts)
         self.fill = filled / positions
-        self.sums = torch.zeros(1 + 2 * self.depth, dtype=torch.float64, device=torch.cuda.current_device())
+        sums = 1 + sum(stream.depth for stream in self.streams)  # the text's, then each stream's by depth
+        self.sums = torch.zeros(sums, dtype=torch.float64, device=torch.cuda.current_device())
 
     def total(self, losses: StreamLosses) -> torch.Tensor:
         """One micro-batch's part of the weighted loss to minimise; its sums are kept for `result`."""
-        self.sums += torch.cat([losses.text.view(1), losses.semantic, losses.pixel]).detach()
-        weights, drawn = self.run.train.loss, self.draw_count * self.depth
-        return (
-            weights.text * losses.text / self.text_count
-            + weights.semantic * losses.semantic.sum() / drawn
-            + weights.pixel * losses.pixel.sum() / drawn
-        )
+        visual = [losses.visual[stream.name] for stream in self.streams]
+        self.sums += torch.cat([losses.text.view(1), *visual]).detach()
+        total = self.weights[TEXT] * losses.text / self.text_count
+        for stream, sums_D in zip(self.streams, visual, strict=True):
+            total = total + self.weights[stream.name] * sums_D.sum() / (self.draw_count * stream.depth)
+        return total
 
     def result(self, grad_norm: float, lr: float) -> StepResult:
         """Add up the last stages' sums and hand them to every rank (collective over all ranks)."""
@@ -77,17 +76,16 @@ class GlobalLosses:
             sums[1:] = visual
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-        text = sums[0].item() / self.text_count
-        per_depth = (sums[1:] / self.draw_count).view(len(STREAMS), self.depth)
-        semantic, pixel = per_depth.mean(1).tolist()
-        weights = self.run.train.loss
+        text, *visual = sums.split([1, *(stream.depth for stream in self.streams)])
+        depth_losses = {
+            stream.name: sums_D / self.draw_count for stream, sums_D in zip(self.streams, visual, strict=True)
+        }
+        losses = {TEXT: text.item() / self.text_count}
+        losses |= {stream: mean_D.mean().item() for stream, mean_D in depth_losses.items()}
         return StepResult(
-            loss=weights.text * text + weights.semantic * semantic + weights.pixel * pixel,
-            loss_text=text,
-            loss_semantic=semantic,
-            loss_pixel=pixel,
-            depth_semantic=per_depth[0].tolist(),
-            depth_pixel=per_depth[1].tolist(),
+            loss=sum(self.weights[name] * loss for name, loss in losses.items()),
+            losses=losses,
+            depth_losses={stream: mean_D.tolist() for stream, mean_D in depth_losses.items()},
             grad_norm=float(grad_norm),
             lr=lr,
             flops=self.flops,

@@ -24,39 +24,38 @@ def context_share(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
     total = batch.tokens.size(0)
     width = total // (2 * size)
     starts = [part * width for part in _held_parts(rank, size)]
-    at = torch.cat([torch.arange(start, start + width) for start in starts])
-    held = [part for other in range(size) for part in _held_parts(other, size)]
-    gathered = torch.empty(total, dtype=torch.int64)  # where a position's key lies once those of all ranks are joined
-    gathered[torch.cat([torch.arange(part * width, (part + 1) * width) for part in held])] = torch.arange(total)
+    held = torch.cat([torch.arange(start, start + width) for start in starts])  # positions of the batch, in our order
 
-    queries, keys = [], []
-    bounds = batch.cu_seqlens.tolist()
+    joined = [part for other in range(size) for part in _held_parts(other, size)]  # as all ranks' keys are joined
+    key_at = torch.empty(total, dtype=torch.int64)  # where a position's key is among those
+    key_at[torch.cat([torch.arange(part * width, (part + 1) * width) for part in joined])] = torch.arange(total)
+
+    queries, keys = [], []  # of each piece of a document that lies within one of our parts
     for start in starts:
-        for first, end in itertools.pairwise(bounds):
-            begin, end = max(first, start), min(end, start + width)
-            if begin < end:
-                queries.append(end - begin)
-                keys.append(gathered[first:end])
+        for first, end in itertools.pairwise(batch.cu_seqlens.tolist()):
+            piece_begin, piece_end = max(first, start), min(end, start + width)
+            if piece_begin < piece_end:
+                queries.append(piece_end - piece_begin)
+                keys.append(key_at[first:piece_end])
 
-    here = torch.full((total,), -1)
-    here[at] = torch.arange(len(at))
+    held_at = torch.full((total,), -1)  # where a position of the batch is in our share, -1 where it is not
+    held_at[held] = torch.arange(len(held))
 
-    def of_share(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        own = here[positions]
-        return own[own >= 0], own >= 0
+    def of_share(positions: torch.Tensor) -> torch.Tensor:
+        own = held_at[positions]
+        return own[own >= 0]
 
-    draw_positions, drawn_here = of_share(batch.draw_positions)
+    targets_held = held_at[batch.predicts_codes_at] >= 0
     return dataclasses.replace(
         batch,
-        tokens=batch.tokens[at],
-        positions=batch.positions[at],
-        semantic=batch.semantic[at],
-        pixel=batch.pixel[at],
-        text_targets=batch.text_targets[at],
-        image_positions=of_share(batch.image_positions)[0],
-        text_positions=of_share(batch.text_positions)[0],
-        draw_positions=draw_positions,
-        draw_targets=batch.draw_targets[drawn_here],
+        tokens=batch.tokens[held],
+        positions=batch.positions[held],
+        codes={stream: codes_TD[held] for stream, codes_TD in batch.codes.items()},
+        text_targets=batch.text_targets[held],
+        image_at=of_share(batch.image_at),
+        predicts_text_at=of_share(batch.predicts_text_at),
+        predicts_codes_at=of_share(batch.predicts_codes_at),
+        draw_targets={stream: codes_PD[targets_held] for stream, codes_PD in batch.draw_targets.items()},
         cu_seqlens=torch.tensor([0, *queries]).cumsum(0).int(),
         key_seqlens=torch.tensor([0, *map(len, keys)]).cumsum(0).int(),
         keys_at=torch.cat(keys),

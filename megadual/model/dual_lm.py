@@ -1,6 +1,7 @@
-"""The unified LLM: text and dual-code image positions in, text, semantic and pixel predictions out.
+"""The unified LLM: text and image positions of several streams of codes in, predictions of text and of each stream out.
 
-Shape suffixes: T positions of a micro-batch, H hidden width, D code depth.
+Shape suffixes: T positions of a micro-batch, P those that predict something, H hidden width; of a stream D code depth,
+K codes, C their width.
 """
 
 from dataclasses import dataclass
@@ -12,25 +13,25 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from megadual.config import PretrainConfig
+from megadual.config import HeadConfig, PretrainConfig
 from megadual.data.dataset import MicroBatch
 from megadual.model.attention import PackedDocuments, rotary_angles
 from megadual.model.depth_head import DepthHead
 from megadual.model.embeddings import Codebooks, DualEmbedding
 from megadual.model.fused import linear_cross_entropy
 from megadual.model.layers import block_spec, transformer_config
-from megadual.streams import STREAMS
+from megadual.streams import Stream
 
 VOCAB_MULTIPLE = 128  # the text table is padded to this, whatever the layout, so that layouts agree
 
 
 @dataclass
 class Vocabulary:
-    """Sizes and frozen code vectors that the text tokenizer and the DualToken give the model."""
+    """What the text tokenizer and the DualToken give the model: its streams are those that it reads and writes."""
 
     text_size: int
-    depth: int
-    codebooks: dict[str, torch.Tensor]  # stream -> (K, C)
+    streams: list[Stream]
+    codebooks: dict[str, torch.Tensor]  # stream -> (K, C), frozen
 
     @property
     def padded_text_size(self) -> int:
@@ -39,15 +40,14 @@ class Vocabulary:
 
 @dataclass
 class StreamLosses:
-    """Summed cross-entropies of a micro-batch, fp32: text (), semantic and pixel (D,).
+    """Summed cross-entropies of a micro-batch, fp32: text (), visual of each stream (D,).
 
     Under context parallelism they are this rank's part of the sum; under sequence parallelism the visual ones are
     this tensor-parallel rank's.
     """
 
     text: torch.Tensor
-    semantic: torch.Tensor
-    pixel: torch.Tensor
+    visual: dict[str, torch.Tensor]
 
 
 class DualLM(LanguageModule):
@@ -69,9 +69,11 @@ class DualLM(LanguageModule):
         self.rope_base = run.model.rope_base
         config = self.config
         if pre_process or post_process:
-            codebooks = Codebooks(*(vocabulary.codebooks[stream] for stream in STREAMS))
+            codebooks = Codebooks({stream.name: vocabulary.codebooks[stream.name] for stream in vocabulary.streams})
         if pre_process:
-            self.embedding = DualEmbedding(config, vocabulary.padded_text_size, codebooks, self.tp_group)
+            self.embedding = DualEmbedding(
+                config, vocabulary.padded_text_size, vocabulary.streams, codebooks, self.tp_group
+            )
         self.decoder = TransformerBlock(
             config,
             block_spec(config, vp_stage),
@@ -91,23 +93,25 @@ class DualLM(LanguageModule):
                 tp_group=self.tp_group,
             )
             self.head_codebooks = codebooks
-            for stream in STREAMS:
-                codebook_size, code_dim = vocabulary.codebooks[stream].shape
-                head = DepthHead(
-                    config.hidden_size,
-                    run.model.head.width,
-                    run.model.head.layers,
-                    run.model.head.heads,
-                    run.model.head.ffn,
-                    vocabulary.depth,
-                    codebook_size,
-                    code_dim,
-                ).to(device=torch.cuda.current_device(), dtype=config.params_dtype)
-                for parameter in head.parameters():
-                    # Each tensor-parallel rank runs the heads on its own positions, so gradients are summed.
-                    parameter.sequence_parallel = config.sequence_parallel
-                setattr(self, f"{stream}_head", head)
+            self.heads = torch.nn.ModuleDict(
+                {stream.name: self._head(run.model.head, stream) for stream in vocabulary.streams}
+            )
+            for parameter in self.heads.parameters():
+                # Each tensor-parallel rank runs the heads on its own positions, so gradients are summed.
+                parameter.sequence_parallel = config.sequence_parallel
         self.setup_embeddings_and_output_layer()
+
+    def _head(self, head: HeadConfig, stream: Stream) -> DepthHead:
+        return DepthHead(
+            self.config.hidden_size,
+            head.width,
+            head.layers,
+            head.heads,
+            head.ffn,
+            stream.depth,
+            stream.codebook_size,
+            stream.code_dim,
+        ).to(device=torch.cuda.current_device(), dtype=self.config.params_dtype)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Take the hidden states of the stage before (called by megatron-core's schedules)."""
@@ -132,7 +136,7 @@ class DualLM(LanguageModule):
         hidden = self.hidden_states(batch)
         if not self.post_process:
             return hidden
-        return StreamLosses(self._text_loss(hidden, batch), *self._visual_losses(hidden, batch))
+        return StreamLosses(self._text_loss(hidden, batch), self._visual_losses(hidden, batch))
 
     def output_weight(self) -> torch.Tensor:
         """This rank's share of the text output layer, which is the embedding's where they are tied."""
@@ -144,31 +148,31 @@ class DualLM(LanguageModule):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        at = batch.text_positions
+        at = batch.predicts_text_at
         hidden_PH = hidden.squeeze(1).index_select(0, at)  # whose gradient is cheaper than indexing's
         return linear_cross_entropy(
             hidden_PH[None], self.output_weight()[None], batch.text_targets[at][None], group=self.tp_group
         )[0]
 
-    def _drawn(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(P,) positions in this rank's share of the hidden states whose next one is drawn, and (P, 2, D) its codes."""
-        at, targets = batch.draw_positions, batch.draw_targets
-        if not self.config.sequence_parallel:
-            return at, targets
-        share = batch.tokens.size(0) // self.tp_group.size()
-        start = self.tp_group.rank() * share
-        own = (at >= start) & (at < start + share)
-        return at[own] - start, targets[own]
+    def _drawn(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(P,) where in this rank's share of the hidden states the next position is drawn; its codes, (P, D) each."""
+        at, targets = batch.predicts_codes_at, batch.draw_targets
+        if self.config.sequence_parallel:
+            share = batch.tokens.size(0) // self.tp_group.size()
+            start = self.tp_group.rank() * share
+            own = (at >= start) & (at < start + share)
+            at, targets = at[own] - start, {stream: codes_PD[own] for stream, codes_PD in targets.items()}
+        return at, targets
 
-    def _visual_losses(self, hidden: torch.Tensor, batch: MicroBatch) -> list[torch.Tensor]:
+    def _visual_losses(self, hidden: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
         at, targets = self._drawn(batch)
         some = len(at) > 0
         if not some:
             # Every rank has to run every module, forward and backward, and CUDA's attention refuses an empty batch.
-            at, targets = at.new_zeros(1), targets.new_zeros(1, *targets.shape[1:])
+            at = at.new_zeros(1)
+            targets = {stream: codes_PD.new_zeros(1, codes_PD.size(1)) for stream, codes_PD in targets.items()}
         hidden_PH = hidden.squeeze(1).index_select(0, at)
-        losses = []
-        for i, stream in enumerate(STREAMS):
-            head, codebook = getattr(self, f"{stream}_head"), getattr(self.head_codebooks, stream)
-            losses.append(head(hidden_PH, targets[:, i], codebook) * float(some))
-        return losses
+        return {
+            stream: head(hidden_PH, targets[stream], self.head_codebooks[stream]) * float(some)
+            for stream, head in self.heads.items()
+        }

@@ -1,7 +1,10 @@
-"""How positions enter the transformer: text ids through a table, image positions through their two codes.
+"""How positions enter the transformer: text ids through a table, image positions through the codes of all streams.
 
-Shape suffixes: T positions, V image positions among them, D code depth, C code width, H hidden width.
+Shape suffixes: T positions, V image positions among them, H hidden width; of a stream D code depth, K codes, C their
+width.
 """
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -10,34 +13,38 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadual.data.dataset import MicroBatch
+from megadual.streams import Stream
 
 
 class Codebooks(torch.nn.Module):
-    """The frozen code vectors of both streams, as buffers kept in fp32 whatever the model's precision."""
+    """The frozen code vectors of each stream, as buffers kept in fp32 whatever the model's precision."""
 
-    def __init__(self, semantic_KC: torch.Tensor, pixel_KC: torch.Tensor):
+    def __init__(self, codebooks: Mapping[str, torch.Tensor]):
         super().__init__()
-        device = torch.cuda.current_device()
-        self.register_buffer("semantic", semantic_KC.float().to(device))
-        self.register_buffer("pixel", pixel_KC.float().to(device))
+        for stream, codebook_KC in codebooks.items():
+            self.register_buffer(stream, codebook_KC.float().to(torch.cuda.current_device()))
+
+    def __getitem__(self, stream: str) -> torch.Tensor:
+        return self.get_buffer(stream)
 
 
 class DualEmbedding(MegatronModule):
     """Word embeddings (vocabulary-parallel) and the visual projector, of the first pipeline stage.
 
-    An image position's embedding is MLP(concat(sum of its semantic code vectors, sum of its pixel code
-    vectors)): both codes enter one position (paper, unified input).
+    An image position's embedding is MLP(concat(sum of its code vectors, for each stream)): all streams enter one
+    position (paper, unified input).
     """
 
-    def __init__(self, config: TransformerConfig, vocab_size: int, codebooks: Codebooks, tp_group):
+    def __init__(
+        self, config: TransformerConfig, vocab_size: int, streams: list[Stream], codebooks: Codebooks, tp_group
+    ):
         super().__init__(config=config)
         self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
             vocab_size, config.hidden_size, init_method=config.init_method, config=config, tp_group=tp_group
         )
-        self.codebooks = codebooks
-        width = codebooks.semantic.size(1) + codebooks.pixel.size(1)
+        self.streams, self.codebooks = streams, codebooks
         self.projector = torch.nn.Sequential(
-            torch.nn.Linear(width, config.hidden_size),
+            torch.nn.Linear(sum(stream.code_dim for stream in streams), config.hidden_size),
             torch.nn.GELU(),
             torch.nn.Linear(config.hidden_size, config.hidden_size),
         ).to(device=torch.cuda.current_device(), dtype=config.params_dtype)
@@ -45,12 +52,12 @@ class DualEmbedding(MegatronModule):
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """(T, 1, H), or this tensor-parallel rank's share of T under sequence parallelism."""
         embedded_TH = self.word_embeddings(batch.tokens.unsqueeze(0)).squeeze(0)
-        summed = [
-            F.embedding(codes[batch.image_positions], table).sum(1)
-            for codes, table in ((batch.semantic, self.codebooks.semantic), (batch.pixel, self.codebooks.pixel))
+        summed_VC = [
+            F.embedding(batch.codes[stream.name][batch.image_at], self.codebooks[stream.name]).sum(1)
+            for stream in self.streams
         ]
-        visual_VH = self.projector(torch.cat(summed, dim=-1).to(embedded_TH.dtype))
-        embedded_TH = embedded_TH.index_copy(0, batch.image_positions, visual_VH)
+        visual_VH = self.projector(torch.cat(summed_VC, dim=-1).to(embedded_TH.dtype))
+        embedded_TH = embedded_TH.index_copy(0, batch.image_at, visual_VH)
         hidden = embedded_TH.unsqueeze(1)
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from megadual.config import ModelConfig
+from megadual.model import sizes
 from megadual.model.dual_lm import Vocabulary
 from megadual.model.freezing import PARTS
+from megadual.streams import Stream
 
 # Dense bf16 peak of one GPU in FLOP/s, by a part of its name.
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
@@ -26,7 +28,7 @@ class Work:
     attention: float  # one layer, per squared document length
     embed_image: float  # the projector, per image position
     text_target: float  # the output layer, per position whose next one is text
-    drawn_target: float  # both visual heads, per position whose next one is drawn
+    drawn_target: float  # all visual heads, per position whose next one is drawn
 
     def with_backward(self, parts: Collection[str], received: bool = False) -> "Work":
         """Of forward work, that of a step that trains `parts`.
@@ -47,19 +49,19 @@ class Work:
 
 def work(model: ModelConfig, vocabulary: Vocabulary) -> Work:
     """The forward multiply-adds of a resolved model."""
-    hidden, head = model.hidden, model.head
-    kv = model.kv_heads * (hidden // model.heads)
-    codebook_size, code_dim = vocabulary.codebooks["pixel"].shape
-    depth = vocabulary.depth
-    depth_layer = 4 * head.width**2 + 3 * head.width * head.ffn + depth * head.width  # with its attention
-    one_head = hidden * head.width + head.width**2
-    one_head += depth * (code_dim * head.width + head.layers * depth_layer + codebook_size * head.width)
+
+    def one_head(stream: Stream) -> int:
+        head = sizes.HeadWeights.of(model, stream)
+        attention = model.head.layers * stream.depth * model.head.width
+        each_depth = stream.depth * (head.transformer.matrices + attention)
+        return head.projector.matrices + each_depth + head.classifiers.matrices
+
     return Work(
-        layer_position=hidden * (2 * hidden + 2 * kv) + 3 * hidden * model.ffn,
-        attention=hidden,  # two products of length x length x hidden, half of each masked
-        embed_image=2 * code_dim * hidden + hidden**2,
-        text_target=hidden * vocabulary.padded_text_size,
-        drawn_target=2 * one_head,
+        layer_position=sizes.layer(model).matrices,
+        attention=model.hidden,  # two products of length x length x hidden, half of each masked
+        embed_image=sizes.projector(model, vocabulary.streams).matrices,
+        text_target=sizes.text_table(model, vocabulary.padded_text_size).matrices,
+        drawn_target=sum(map(one_head, vocabulary.streams)),
     )
 
 

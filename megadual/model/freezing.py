@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # the configuration is checked before torch is loaded
 PARTS = {
     "projector": r"embedding\.projector\.",
     "llm": r"embedding\.word_embeddings\.|decoder\.|output_layer\.",
-    "heads": r"(semantic|pixel)_head\.",
+    "heads": r"heads\.",
 }
 
 

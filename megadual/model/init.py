@@ -41,7 +41,9 @@ def initial(name: str, shape: list[int], seed: int, hidden: int, layers: int) ->
         return torch.ones(shape)
     if name.endswith(".bias"):
         return torch.zeros(shape)
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()
+    # Heads were attributes `STREAM_head` at first: their tensors are drawn by those names, so that numbers stay equal.
+    drawn_by = re.sub(r"^heads\.(\w+)\.", r"\1_head.", name)
+    digest = hashlib.blake2b(f"{seed}:{drawn_by}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
     full = torch.empty(shape).normal_(0.0, math.sqrt(2 / (5 * hidden)), generator=generator)
     if RESIDUAL_OUT.search(name):

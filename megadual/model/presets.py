@@ -24,7 +24,7 @@ PRESETS = {
 
 
 def resolve(model: ModelConfig) -> ModelConfig:
-    """`model` with every null field filled from its preset."""
+    """`model` with every null field filled that its preset has."""
     if model.preset not in PRESETS:
         raise UserError(f"model.preset '{model.preset}' is unknown; known: {', '.join(PRESETS)}")
 
@@ -33,7 +33,7 @@ def resolve(model: ModelConfig) -> ModelConfig:
             value = getattr(section, field.name)
             if dataclasses.is_dataclass(value):
                 fill(value, preset[field.name])
-            elif value is None:
+            elif value is None and field.name in preset:
                 setattr(section, field.name, preset[field.name])
         return section
 

@@ -1,17 +1,19 @@
 """Small shard sets of random codes, for tests."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from megadual.streams import Document, SpecialIds
+from megadual.streams import LENGTHS, Document, SpecialIds, Stream
 
 SPECIAL = SpecialIds(end_of_text=0, image=1, image_start=2, image_end=3, image_gen_start=4, image_gen_end=5)
+STREAMS = (Stream("semantic", 2, 64, 8), Stream("pixel", 2, 64, 8))
 
 
 def random_documents(
-    count: int, seed: int = 0, grid: tuple[int, int] = (2, 3), depth: int = 2, codebook_size: int = 64,
+    count: int, seed: int = 0, grid: tuple[int, int] = (2, 3), streams: Iterable[Stream] = STREAMS,
     vocabulary: int = 256, caption: tuple[int, int] = (1, 12), images: tuple[int, int] = (1, 1),
     special: SpecialIds = SPECIAL,
 ) -> list[Document]:  # fmt: skip
@@ -27,13 +29,15 @@ def random_documents(
         for _ in range(number):
             text.append([special.image])
             text.append(random.integers(6, vocabulary, random.integers(caption[0], caption[1] + 1)))
-        shape = (number * grid[0] * grid[1], depth)
+        positions = number * grid[0] * grid[1]
         documents.append(
             Document(
                 key=f"random-{seed}/{i:06d}",
                 text_ids=np.concatenate(text).astype(np.uint32),
-                semantic=random.integers(0, codebook_size, shape, dtype=np.uint16),
-                pixel=random.integers(0, codebook_size, shape, dtype=np.uint16),
+                codes={
+                    stream.name: random.integers(0, stream.codebook_size, (positions, stream.depth), dtype=np.uint16)
+                    for stream in streams
+                },
                 grids=np.array([grid] * number, dtype=np.uint16).reshape(number, 2),
                 meta={"source": f"random-{seed}"},
             )
@@ -49,9 +53,11 @@ def write_shard_set(
     from megadual.data.mds import document_writer  # reading a set needs no mosaicml-streaming
 
     root = Path(root)
-    with document_writer(root / "part", shard_bytes) as writer:
+    with document_writer(root / "part", documents[0].codes, shard_bytes) as writer:
         for document in documents:
             writer.write(document.row())
+    lengths = [(len(document.text_ids), len(document.grids), document.positions) for document in documents]
+    np.save(root / "part" / LENGTHS, np.array(lengths, dtype=np.int32))
     index = json.loads((root / "part" / "index.json").read_text())
     for shard in index["shards"]:
         shard["raw_data"]["basename"] = f"part/{shard['raw_data']['basename']}"
@@ -60,7 +66,7 @@ def write_shard_set(
         "format": 1,
         "documents": len(documents),
         "images": sum(len(document.grids) for document in documents),
-        "positions": sum(len(document.semantic) for document in documents),
+        "positions": sum(document.positions for document in documents),
         "dualtoken": {"fingerprint": "none", "path": "random", **(dualtoken or {})},
         "text_tokenizer": {"fingerprint": "none", "path": "random", **(text_tokenizer or {})},
     }

@@ -1,6 +1,5 @@
 """A tiny run for tests: a random shard set on disk, its vocabulary, and a config that trains on it."""
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -15,26 +14,30 @@ from megadual.data.mds_reader import ShardSet  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
 from megadual.model import presets  # noqa: E402
 from megadual.model.dual_lm import Vocabulary  # noqa: E402
-from megadual.streams import STREAMS  # noqa: E402
+from megadual.streams import Stream, choose_streams  # noqa: E402
 from megadual.testing.shards import SPECIAL, random_documents, write_shard_set  # noqa: E402
 from megadual.train import setup  # noqa: E402
+from megadual.train.metrics import numbers_of  # noqa: E402
 
-TEXT_VOCABULARY, CODEBOOK, CODE_DIM, DEPTH, GRID = 300, 64, 8, 3, (3, 3)
+TEXT_VOCABULARY, GRID = 300, (3, 3)
+STREAMS = [Stream(name, depth=3, codebook_size=64, code_dim=8) for name in ("semantic", "pixel")]
 
 
-def write_tiny_set(root: Path, count: int = 200, images: tuple[int, int] = (0, 2)) -> Path:
+def write_tiny_set(
+    root: Path, count: int = 200, images: tuple[int, int] = (0, 2), streams: list[Stream] = STREAMS
+) -> Path:
     """A shard set of random documents with between images[0] and images[1] images."""
-    documents = random_documents(
-        count, grid=GRID, depth=DEPTH, codebook_size=CODEBOOK, vocabulary=TEXT_VOCABULARY, images=images
-    )
+    documents = random_documents(count, grid=GRID, streams=streams, vocabulary=TEXT_VOCABULARY, images=images)
     return write_shard_set(root, documents)
 
 
-def vocabulary(seed: int = 0) -> Vocabulary:
-    """Random code vectors for both streams."""
+def vocabulary(streams: list[Stream] = STREAMS, seed: int = 0) -> Vocabulary:
+    """Random code vectors for each stream."""
     generator = torch.Generator().manual_seed(seed)
-    codebooks = {stream: torch.randn(CODEBOOK, CODE_DIM, generator=generator) for stream in STREAMS}
-    return Vocabulary(TEXT_VOCABULARY, DEPTH, codebooks)
+    codebooks = {
+        stream.name: torch.randn(stream.codebook_size, stream.code_dim, generator=generator) for stream in streams
+    }
+    return Vocabulary(TEXT_VOCABULARY, streams, codebooks)
 
 
 def tiny_run(folder: Path, shards: Path, *overrides: str) -> PretrainConfig:
@@ -64,23 +67,30 @@ def golden_run(folder: Path, shards: Path, engine: str, steps: int) -> PretrainC
     return run
 
 
-def build(run: PretrainConfig):
-    """(engine, data) of a tiny run in this process's group."""
-    layout = topology(run, dist.get_world_size())
-    inputs = setup.Inputs([ShardSet(root) for root in run.data.sets], SPECIAL, vocabulary())
+def inputs_of(run: PretrainConfig, streams: list[Stream] = STREAMS) -> setup.Inputs:
+    """What `setup.read_inputs` returns where the run's DualToken has `streams`; resolves the run's stages."""
+    streams = choose_streams(streams, run.model.streams)
+    sets = [ShardSet(root, [stream.name for stream in streams]) for root in run.data.sets]
+    inputs = setup.Inputs(sets, SPECIAL, vocabulary(streams))
     setup.resolve_stages(run, inputs)
+    return inputs
+
+
+def build(run: PretrainConfig, streams: list[Stream] = STREAMS):
+    """(engine, data) of a tiny run in this process's group."""
+    layout, inputs = topology(run, dist.get_world_size()), inputs_of(run, streams)
     engine = setup.engine(run, layout, inputs.vocabulary)
     return engine, setup.dataset(run, inputs.sets, SPECIAL, layout, engine.data_rank)
 
 
-def losses(run: PretrainConfig) -> list[dict]:
-    """Train the run's steps without saving and return each step's results (a worker of run_distributed)."""
-    engine, data = build(run)
-    results = [dataclasses.asdict(engine.train_step(data.step(s))) for s in range(run.train.steps)]
+def losses(run: PretrainConfig, streams: list[Stream] = STREAMS) -> list[dict]:
+    """Train the run's steps without saving and return each step's numbers (a worker of run_distributed)."""
+    engine, data = build(run, streams)
+    results = [numbers_of(engine.train_step(data.step(s))) for s in range(run.train.steps)]
     engine.shutdown()
     return results
 
 
-def losses_of(runs: list[PretrainConfig]) -> list[list[dict]]:
+def losses_of(runs: list[PretrainConfig], streams: list[Stream] = STREAMS) -> list[list[dict]]:
     """`losses` of several runs of one world size, one after the other in the same processes."""
-    return [losses(run) for run in runs]
+    return [losses(run, streams) for run in runs]

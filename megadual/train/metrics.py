@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 from tqdm import tqdm
@@ -11,6 +12,9 @@ from tqdm import tqdm
 from megadual.config import PretrainConfig
 from megadual.run.record import read_starts
 from megadual.run.step_log import StepLog
+
+if TYPE_CHECKING:  # megadual.runs reads metrics without torch
+    from megadual.engine.step import StepResult
 
 
 class MetricsLog:
@@ -31,9 +35,7 @@ class MetricsLog:
 
     def step(self, entry: dict) -> None:
         self.steps.write(entry)
-        self.bar.set_postfix(
-            {name: _short(entry[f"loss_{name}"]) for name in ("text", "semantic", "pixel")}, refresh=False
-        )
+        self.bar.set_postfix({name: _short(loss) for name, loss in mean_losses(entry).items()}, refresh=False)
         self.bar.update()
 
     def picture(self, step: int, path: Path | None) -> None:
@@ -54,9 +56,28 @@ def _short(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3f}"
 
 
-def entry_of(step: int, result, **more) -> dict:
+def entry_of(step: int, result: "StepResult", **more) -> dict:
     """One line of metrics.jsonl; null stands for what is not finite, which JSON has no word for."""
-    return {name: _finite(value) for name, value in {"step": step, **dataclasses.asdict(result), **more}.items()}
+    return {name: _finite(value) for name, value in {"step": step, **numbers_of(result), **more}.items()}
+
+
+def numbers_of(result: "StepResult") -> dict:
+    """A step's numbers by their names in metrics: `loss_NAME` for the text and each stream, `depth_STREAM` (D,)."""
+    numbers = {}
+    for name, value in dataclasses.asdict(result).items():
+        match name:
+            case "losses":
+                numbers |= {f"loss_{of}": loss for of, loss in value.items()}
+            case "depth_losses":
+                numbers |= {f"depth_{of}": losses for of, losses in value.items()}
+            case _:
+                numbers[name] = value
+    return numbers
+
+
+def mean_losses(entry: dict) -> dict[str, float | None]:
+    """Those of the text and each stream in a line of metrics.jsonl, by name."""
+    return {name.removeprefix("loss_"): value for name, value in entry.items() if name.startswith("loss_")}
 
 
 def _finite(value):

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import torch
+
 from megadual.config import PretrainConfig
 from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
@@ -11,10 +13,30 @@ from megadual.engine.stages import Traffic, costs, split_layers
 from megadual.engine.topology import Topology
 from megadual.errors import UserError
 from megadual.model.dual_lm import Vocabulary
-from megadual.streams import STREAMS, SpecialIds
+from megadual.streams import TEXT, SpecialIds, Stream, choose_streams
 from megadual.text import fingerprint, load_text_tokenizer
 from megadual.train.checkpoint import resolve_checkpoint, starting_weights
 from megadual.vision import read_codebooks
+
+
+# TODO: goes with `_read_codebooks` once megadual.vision.read_codebooks returns this.
+@dataclasses.dataclass
+class CodebookSet:
+    """A DualToken's streams and their codebooks, stream -> (K, C)."""
+
+    streams: list[Stream]
+    vectors: dict[str, torch.Tensor]
+    fingerprint: str
+    grid: tuple[int, int]
+
+
+def _read_codebooks(folder: str) -> CodebookSet:
+    books = read_codebooks(folder)
+    if not isinstance(books, dict):
+        return books
+    vectors = {name: value for name, value in books.items() if isinstance(value, torch.Tensor)}
+    streams = [Stream(name, books["depth"], *vectors_KC.shape) for name, vectors_KC in vectors.items()]
+    return CodebookSet(streams, vectors, books["fingerprint"], books["grid"])
 
 
 @dataclasses.dataclass
@@ -31,22 +53,32 @@ def read_inputs(run: PretrainConfig) -> Inputs:
     """Open the run's tokenizers and shard sets; UserError where one is missing or they don't belong together."""
     tokenizer = load_text_tokenizer(run.model.text_tokenizer)
     try:
-        codebooks = read_codebooks(run.model.dualtoken)
+        codebooks = _read_codebooks(run.model.dualtoken)
     except ValueError as error:
         raise UserError(f"model.dualtoken: {error}") from error
+    streams = choose_streams(codebooks.streams, run.model.streams)
+    names = [stream.name for stream in streams]
+    check_losses(run, names)
     if run.checkpoint.start:
         resolve_checkpoint(run.checkpoint.start)
-    sets = [ShardSet(root) for root in run.data.sets]
+    sets = [ShardSet(root, names) for root in run.data.sets]
     for shard_set in sets:
-        shard_set.check(codebooks["fingerprint"], run.model.dualtoken, fingerprint(tokenizer), run.model.text_tokenizer)
-    vocabulary = Vocabulary(
-        text_size=len(tokenizer),
-        depth=codebooks["depth"],
-        codebooks={stream: codebooks[stream] for stream in STREAMS},
-    )
+        shard_set.check(codebooks.fingerprint, run.model.dualtoken, fingerprint(tokenizer), run.model.text_tokenizer)
+    vocabulary = Vocabulary(len(tokenizer), streams, {name: codebooks.vectors[name] for name in names})
     inputs = Inputs(sets, SpecialIds.of(tokenizer), vocabulary)
     resolve_stages(run, inputs)
     return inputs
+
+
+def check_losses(run: PretrainConfig, streams: list[str]) -> None:
+    """UserError where `train.loss` names none of the model's losses, or weighs all of them 0."""
+    weights, known = run.train.loss, [TEXT, *streams]
+    if unknown := sorted(set(weights) - set(known)):
+        raise UserError(
+            f"train.loss.{unknown[0]} weighs a loss that the model does not have; known: {', '.join(known)}"
+        )
+    if not any(weights.get(name, 1.0) for name in known):
+        raise UserError(f"train.loss weighs {' and '.join(known)} 0: nothing would be trained")
 
 
 def resolve_stages(run: PretrainConfig, inputs: Inputs) -> None:
@@ -77,14 +109,14 @@ def engine(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary):
 def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
     """What the run is about to do, for people."""
     documents = sum(len(shard_set) for shard_set in inputs.sets)
-    vocabulary = inputs.vocabulary
+    vocabulary, streams = inputs.vocabulary, inputs.vocabulary.streams
     about = (
         f"pretrain: {run.train.steps} steps of {run.train.global_batch_tokens:,} positions "
         f"({layout.rows_per_step} rows of {run.train.seq_len}, {layout.microbatches} micro-batches a rank) "
         f"on {documents:,} documents\n"
         f"layout: engine={run.engine} {layout.describe(run)} on {layout.world} processes, {run.train.precision}\n"
-        f"model: {run.model.layers} layers of {run.model.hidden}, {vocabulary.text_size:,} text tokens, "
-        f"2 streams of {vocabulary.depth} codes among {len(vocabulary.codebooks['pixel']):,}"
+        f"model: {run.model.layers} layers of {run.model.hidden}, {vocabulary.text_size:,} text tokens; "
+        + ", ".join(f"{stream.name}: {stream.depth} codes among {stream.codebook_size:,}" for stream in streams)
     )
     stages = estimate(run, layout, vocabulary, inputs.traffic)
     return about + "\n" + table(stages, run.parallel.gpu_memory_gib)

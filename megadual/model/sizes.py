@@ -1,0 +1,64 @@
+"""How many weights each part of a resolved model has: what parameters, memory and FLOPs are counted from."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megadual.config import ModelConfig
+from megadual.streams import Stream
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Numbers in a part's matrices, each a multiply-add for what goes through, and in its vectors, which are added."""
+
+    matrices: int
+    vectors: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.matrices + self.vectors
+
+
+def layer(model: ModelConfig) -> Weights:
+    """One transformer layer."""
+    hidden, kv = model.hidden, model.kv_heads * (model.hidden // model.heads)
+    return Weights(
+        matrices=hidden * (2 * hidden + 2 * kv) + 3 * hidden * model.ffn,
+        vectors=hidden + 2 * kv + 2 * hidden,  # of q, k, v; two norms
+    )
+
+
+def text_table(model: ModelConfig, padded_text_size: int) -> Weights:
+    """The text embedding, or the output layer."""
+    return Weights(padded_text_size * model.hidden)
+
+
+def projector(model: ModelConfig, streams: Iterable[Stream]) -> Weights:
+    """From the code vectors of all streams to the embedding of an image position."""
+    hidden = model.hidden
+    return Weights(sum(stream.code_dim for stream in streams) * hidden + hidden**2, 2 * hidden)
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """One stream's head."""
+
+    projector: Weights  # a position goes through it once
+    transformer: Weights  # each depth of a position goes through it, its code's projector included
+    classifiers: Weights  # of all depths, each with its embedding
+
+    @classmethod
+    def of(cls, model: ModelConfig, stream: Stream) -> "HeadWeights":
+        width, layers, ffn = model.head.width, model.head.layers, model.head.ffn
+        return cls(
+            projector=Weights(model.hidden * width + width**2, 2 * width),
+            transformer=Weights(
+                matrices=stream.code_dim * width + layers * (4 * width**2 + 3 * width * ffn),
+                vectors=width + layers * 2 * width + width,  # of the codes' projector; norms of the layers and the last
+            ),
+            classifiers=Weights(stream.depth * stream.codebook_size * width, stream.depth * width),
+        )
+
+    @property
+    def total(self) -> int:
+        return self.projector.total + self.transformer.total + self.classifiers.total
