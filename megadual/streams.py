@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megadual.errors import UserError
-
 TEXT = "text"  # the loss beside the streams'
 
 
@@ -31,21 +29,6 @@ class Stream:
                 f"stream '{self.name}': a codebook of {self.codebook_size:,} is too large, codes are stored as uint16 "
                 f"(at most {1 << 16:,})"
             )
-
-
-def choose_streams(streams: Iterable[Stream], names: list[str] | None) -> list[Stream]:
-    """The streams that `model.streams` names, in the DualToken's order; None: all. UserError names those there are."""
-    streams = list(streams)
-    known = [stream.name for stream in streams]
-    if names is not None and (not names or not set(names) <= set(known)):
-        raise UserError(f"model.streams={names} must name streams of model.dualtoken: at least one of {known}")
-    return [stream for stream in streams if names is None or stream.name in names]
-
-
-def check_stream_names(names) -> None:
-    for name in names:
-        if not name.isidentifier():
-            raise ValueError(f"a stream can't be named '{name}'")
 
 
 IMAGE = "<image>"  # stands for one image in a document's text, and for one image position in a sequence

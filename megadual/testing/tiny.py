@@ -14,7 +14,7 @@ from megadual.data.mds_reader import ShardSet  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
 from megadual.model import presets  # noqa: E402
 from megadual.model.dual_lm import Vocabulary  # noqa: E402
-from megadual.streams import Stream, choose_streams  # noqa: E402
+from megadual.streams import Stream  # noqa: E402
 from megadual.testing.shards import SPECIAL, random_documents, write_shard_set  # noqa: E402
 from megadual.train import setup  # noqa: E402
 from megadual.train.metrics import numbers_of  # noqa: E402
@@ -69,7 +69,7 @@ def golden_run(folder: Path, shards: Path, engine: str, steps: int) -> PretrainC
 
 def inputs_of(run: PretrainConfig, streams: list[Stream] = STREAMS) -> setup.Inputs:
     """What `setup.read_inputs` returns where the run's DualToken has `streams`; resolves the run's stages."""
-    streams = choose_streams(streams, run.model.streams)
+    streams = setup.choose_streams(streams, run.model.streams)
     sets = [ShardSet(root, [stream.name for stream in streams]) for root in run.data.sets]
     inputs = setup.Inputs(sets, SPECIAL, vocabulary(streams))
     setup.resolve_stages(run, inputs)

@@ -1,8 +1,7 @@
 """From a run's config to what it trains on and with, checked before any process group exists."""
 
 import dataclasses
-
-import torch
+from collections.abc import Iterable
 
 from megadual.config import PretrainConfig
 from megadual.data.dataset import PackedDataset
@@ -13,30 +12,10 @@ from megadual.engine.stages import Traffic, costs, split_layers
 from megadual.engine.topology import Topology
 from megadual.errors import UserError
 from megadual.model.dual_lm import Vocabulary
-from megadual.streams import TEXT, SpecialIds, Stream, choose_streams
+from megadual.streams import TEXT, SpecialIds, Stream
 from megadual.text import fingerprint, load_text_tokenizer
 from megadual.train.checkpoint import resolve_checkpoint, starting_weights
 from megadual.vision import read_codebooks
-
-
-# TODO: goes with `_read_codebooks` once megadual.vision.read_codebooks returns this.
-@dataclasses.dataclass
-class CodebookSet:
-    """A DualToken's streams and their codebooks, stream -> (K, C)."""
-
-    streams: list[Stream]
-    vectors: dict[str, torch.Tensor]
-    fingerprint: str
-    grid: tuple[int, int]
-
-
-def _read_codebooks(folder: str) -> CodebookSet:
-    books = read_codebooks(folder)
-    if not isinstance(books, dict):
-        return books
-    vectors = {name: value for name, value in books.items() if isinstance(value, torch.Tensor)}
-    streams = [Stream(name, books["depth"], *vectors_KC.shape) for name, vectors_KC in vectors.items()]
-    return CodebookSet(streams, vectors, books["fingerprint"], books["grid"])
 
 
 @dataclasses.dataclass
@@ -53,7 +32,7 @@ def read_inputs(run: PretrainConfig) -> Inputs:
     """Open the run's tokenizers and shard sets; UserError where one is missing or they don't belong together."""
     tokenizer = load_text_tokenizer(run.model.text_tokenizer)
     try:
-        codebooks = _read_codebooks(run.model.dualtoken)
+        codebooks = read_codebooks(run.model.dualtoken)
     except ValueError as error:
         raise UserError(f"model.dualtoken: {error}") from error
     streams = choose_streams(codebooks.streams, run.model.streams)
@@ -68,6 +47,15 @@ def read_inputs(run: PretrainConfig) -> Inputs:
     inputs = Inputs(sets, SpecialIds.of(tokenizer), vocabulary)
     resolve_stages(run, inputs)
     return inputs
+
+
+def choose_streams(streams: Iterable[Stream], names: list[str] | None) -> list[Stream]:
+    """The streams that `model.streams` names, in the DualToken's order; None: all. UserError names those there are."""
+    streams = list(streams)
+    known = [stream.name for stream in streams]
+    if names is not None and (not names or not set(names) <= set(known)):
+        raise UserError(f"model.streams={names} must name streams of model.dualtoken: at least one of {known}")
+    return [stream for stream in streams if names is None or stream.name in names]
 
 
 def check_losses(run: PretrainConfig, streams: list[str]) -> None:

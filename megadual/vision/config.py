@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import SiglipConfig
 
 from megadual.streams import Stream, check_stream_names
@@ -145,8 +144,6 @@ class DualTokenConfig:
         check_stream_names(self.streams)
         layers = self.vision["num_hidden_layers"]
         for name, stream in self.streams.items():
-            if hasattr(nn.ModuleDict, name):
-                raise ValueError(f"a stream can't be named '{name}'")
             stream.check(name, self.hidden_size, layers)
         if self.teacher_layer is not None:
             for name, stream in self.streams.items():
