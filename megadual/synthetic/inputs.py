@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megadual.errors import command
-from megadual.streams import END_OF_TEXT, SPECIAL_TOKENS, STREAMS, SpecialIds
+from megadual.streams import END_OF_TEXT, SPECIAL_TOKENS, SpecialIds, Stream
 from megadual.testing.shards import random_documents, write_shard_set
 from megadual.text import fingerprint, save_text_tokenizer
 from megadual.vision import read_codebooks
@@ -29,10 +29,10 @@ def write_codebooks(folder: Path, name: str, seed: int) -> dict:
     generator = torch.Generator().manual_seed(seed)
     save_file(
         {
-            f"{QUANTIZERS[stream]}.codebooks.0.weight": torch.randn(
+            f"{quantizer}.codebooks.0.weight": torch.randn(
                 config.codebook_size + 1, config.code_dim, generator=generator
             )
-            for stream in STREAMS
+            for quantizer in QUANTIZERS.values()
         },
         folder / "model.safetensors",
     )
@@ -70,8 +70,7 @@ def main() -> None:
         args.documents,
         args.seed,
         codebooks["grid"],
-        codebooks["depth"],
-        len(codebooks["pixel"]),
+        [Stream(name, codebooks["depth"], *codebooks[name].shape) for name in QUANTIZERS],
         args.text_vocabulary,
         tuple(args.caption),
         special=SpecialIds.of(tokenizer),

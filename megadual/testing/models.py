@@ -8,11 +8,12 @@ from checkpoints_tools import convert_to_hf
 from megadual.config import PretrainConfig, load_config
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.model import presets
-from megadual.streams import SpecialIds
+from megadual.streams import SpecialIds, Stream
 from megadual.testing.shards import random_documents, write_shard_set
 from megadual.testing.vision import tiny_dualtoken
 from megadual.text import fingerprint, load_text_tokenizer, save_text_tokenizer, train_text_tokenizer
 from megadual.vision import DualToken
+from megadual.vision.tokenizer import QUANTIZERS
 
 IMAGE_SIZE, DEPTH, CODEBOOK = 16, 3, 32  # tiny_dualtoken's
 CAPTIONS = ["two red apples to the left of a cat, on blue", "a small tree above three large cars, on white"]
@@ -33,8 +34,7 @@ def write_run(folder: Path, *overrides: str) -> PretrainConfig:
     documents = random_documents(
         60,
         grid=dualtoken.config.grid,
-        depth=DEPTH,
-        codebook_size=CODEBOOK,
+        streams=[Stream(name, DEPTH, CODEBOOK, dualtoken.config.code_dim) for name in QUANTIZERS],
         vocabulary=len(tokenizer),
         special=SpecialIds.of(tokenizer),
     )
