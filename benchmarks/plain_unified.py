@@ -12,17 +12,16 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from megadual.config import ModelConfig
 from megadual.data.dataset import MicroBatch
 from megadual.model.dual_lm import Vocabulary
-from megadual.streams import IGNORE, STREAMS
+from megadual.streams import IGNORE, Stream
 
 
 class PlainDepthHead(nn.Module):
     """A small Qwen2 over the depths of a position."""
 
-    def __init__(self, hidden: int, head, depth: int, codebook_KC: Tensor):
+    def __init__(self, hidden: int, head, stream: Stream):
         super().__init__()
-        K, C = codebook_KC.shape
         self.projector = nn.Sequential(nn.Linear(hidden, head.width), nn.GELU(), nn.Linear(head.width, head.width))
-        self.code_projector = nn.Linear(C, head.width)
+        self.code_projector = nn.Linear(stream.code_dim, head.width)
         self.transformer = Qwen2Model(
             Qwen2Config(
                 vocab_size=1,
@@ -34,7 +33,9 @@ class PlainDepthHead(nn.Module):
                 attn_implementation="sdpa",
             )
         )
-        self.classifiers = nn.ModuleList(nn.Linear(head.width, K, bias=False) for _ in range(depth))
+        self.classifiers = nn.ModuleList(
+            nn.Linear(head.width, stream.codebook_size, bias=False) for _ in range(stream.depth)
+        )
 
     def forward(self, hidden_PH: Tensor, codes_PD: Tensor, codebook_KC: Tensor) -> Tensor:
         """Mean cross-entropy over positions and depths."""
@@ -50,7 +51,7 @@ class PlainDepthHead(nn.Module):
 
 
 class PlainUnified(nn.Module):
-    """Qwen2ForCausalLM, a visual projector and two depth heads; `forward` is the loss of one row of one document."""
+    """Qwen2ForCausalLM, a visual projector and depth heads; `forward` is the loss of one row of one document."""
 
     def __init__(self, model: ModelConfig, vocabulary: Vocabulary):
         super().__init__()
@@ -65,26 +66,25 @@ class PlainUnified(nn.Module):
                 attn_implementation="sdpa",
             )
         )
-        for stream in STREAMS:
-            codebook = vocabulary.codebooks[stream]
-            self.register_buffer(f"{stream}_codebook", codebook)
-            setattr(self, f"{stream}_head", PlainDepthHead(model.hidden, model.head, vocabulary.depth, codebook))
-        width = sum(codebook.size(1) for codebook in vocabulary.codebooks.values())
+        self.heads = nn.ModuleDict()
+        for stream in vocabulary.streams:
+            self.register_buffer(f"{stream.name}_codebook", vocabulary.codebooks[stream.name])
+            self.heads[stream.name] = PlainDepthHead(model.hidden, model.head, stream)
+        width = sum(stream.code_dim for stream in vocabulary.streams)
         self.projector = nn.Sequential(nn.Linear(width, model.hidden), nn.GELU(), nn.Linear(model.hidden, model.hidden))
 
     def forward(self, batch: MicroBatch) -> Tensor:
         embedded_TH = self.lm.model.embed_tokens(batch.tokens)
-        codebooks = [getattr(self, f"{stream}_codebook") for stream in STREAMS]
+        codebooks = {stream: self.get_buffer(f"{stream}_codebook") for stream in self.heads}
         summed = [
-            F.embedding(getattr(batch, stream)[batch.image_positions], codebook).sum(1)
-            for stream, codebook in zip(STREAMS, codebooks, strict=True)
+            F.embedding(batch.codes[stream][batch.image_at], codebook).sum(1) for stream, codebook in codebooks.items()
         ]
         visual = self.projector(torch.cat(summed, dim=-1).to(embedded_TH.dtype))
-        embedded_TH = embedded_TH.index_copy(0, batch.image_positions, visual.to(embedded_TH.dtype))
+        embedded_TH = embedded_TH.index_copy(0, batch.image_at, visual.to(embedded_TH.dtype))
         hidden_TH = self.lm.model(inputs_embeds=embedded_TH[None], use_cache=False).last_hidden_state[0]
         logits = self.lm.lm_head(hidden_TH).float()
         loss = F.cross_entropy(logits, batch.text_targets, ignore_index=IGNORE)
-        drawn_PH = hidden_TH[batch.draw_positions]
-        for i, (stream, codebook) in enumerate(zip(STREAMS, codebooks, strict=True)):
-            loss = loss + getattr(self, f"{stream}_head")(drawn_PH, batch.draw_targets[:, i], codebook)
+        drawn_PH = hidden_TH[batch.predicts_codes_at]
+        for stream, head in self.heads.items():
+            loss = loss + head(drawn_PH, batch.draw_targets[stream], codebooks[stream])
         return loss

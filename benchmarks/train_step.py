@@ -42,7 +42,7 @@ from megadual.model import presets  # noqa: E402
 from megadual.model.attention import gpu_kernel  # noqa: E402
 from megadual.model.dual_lm import DualLM, Vocabulary  # noqa: E402
 from megadual.model.flops import peak_flops, step_flops  # noqa: E402
-from megadual.streams import STREAMS, Document, SpecialIds, to_sequence  # noqa: E402
+from megadual.streams import Document, SpecialIds, Stream, to_sequence  # noqa: E402
 
 CONTESTANTS = ("ours alone", "plain compiled", "ours in the engine", "plain", "plain compiled amp")
 GIB = 2**30
@@ -61,8 +61,9 @@ def setting(args) -> tuple[PretrainConfig, Vocabulary]:
     run.model = presets.resolve(run.model)
     text, classes, width, depth = (300, 64, 8, 8) if args.preset == "tiny" else (152_064, 16_384, 32, 8)
     generator = torch.Generator().manual_seed(0)
-    codebooks = {stream: torch.randn(classes, width, generator=generator) for stream in STREAMS}
-    return run, Vocabulary(text, depth, codebooks)
+    streams = [Stream(name, depth, classes, width) for name in ("semantic", "pixel")]
+    codebooks = {stream.name: torch.randn(classes, width, generator=generator) for stream in streams}
+    return run, Vocabulary(text, streams, codebooks)
 
 
 def micro_batch(run: PretrainConfig, vocabulary: Vocabulary, documents: int) -> MicroBatch:
@@ -73,16 +74,16 @@ def micro_batch(run: PretrainConfig, vocabulary: Vocabulary, documents: int) -> 
     sequences = []
     for _ in range(documents):
         text = random.integers(6, vocabulary.text_size, length - image - 3)
-        codes = [random.integers(0, len(book), (image, vocabulary.depth)) for book in vocabulary.codebooks.values()]
-        document = Document("", np.append(text, SPECIAL.image), *codes, np.array([[1, image]]))
+        codes = {s.name: random.integers(0, s.codebook_size, (image, s.depth)) for s in vocabulary.streams}
+        document = Document("", np.append(text, SPECIAL.image), codes, np.array([[1, image]]))
         sequences.append(to_sequence(document, SPECIAL, [True]))
     return collate(sequences, SPECIAL, [f"{i}" for i in range(documents)])
 
 
 def flops_of(run: PretrainConfig, vocabulary: Vocabulary, batch: MicroBatch) -> float:
     return step_flops(
-        run.model, vocabulary, batch.filled, sum(n**2 for n in batch.lengths), len(batch.image_positions),
-        len(batch.text_positions), len(batch.draw_positions),
+        run.model, vocabulary, batch.filled, sum(n**2 for n in batch.lengths), len(batch.image_at),
+        len(batch.predicts_text_at), len(batch.predicts_codes_at),
     )  # fmt: skip
 
 
@@ -134,8 +135,9 @@ def measure_ours(run: PretrainConfig, vocabulary: Vocabulary, batch: MicroBatch,
     model = DualLM(run, vocabulary)
 
     def total(losses):
-        drawn = vocabulary.depth * len(batch.draw_positions)
-        return losses.text / len(batch.text_positions) + (losses.semantic.sum() + losses.pixel.sum()) / drawn
+        drawn = len(batch.predicts_codes_at)
+        visual = sum(losses.visual[stream.name].sum() / (drawn * stream.depth) for stream in vocabulary.streams)
+        return losses.text / len(batch.predicts_text_at) + visual
 
     result = {
         "kernel": getattr(gpu_kernel(), "func", gpu_kernel()).__name__ if torch.cuda.is_available() else "SDPA",
@@ -154,13 +156,13 @@ def parts_of(run: PretrainConfig, vocabulary: Vocabulary, model: DualLM, batch: 
     """Name -> (something to differentiate, its model FLOPs)."""
     positions, squares = batch.filled, sum(n**2 for n in batch.lengths)
     hidden = model.hidden_states(batch).detach().requires_grad_()
-    layers = step_flops(run.model, vocabulary, positions, squares, len(batch.image_positions), 0, 0)
-    text = step_flops(run.model, vocabulary, 0, 0, 0, len(batch.text_positions), 0)
-    drawn = step_flops(run.model, vocabulary, 0, 0, 0, 0, len(batch.draw_positions))
+    layers = step_flops(run.model, vocabulary, positions, squares, len(batch.image_at), 0, 0)
+    text = step_flops(run.model, vocabulary, 0, 0, 0, len(batch.predicts_text_at), 0)
+    drawn = step_flops(run.model, vocabulary, 0, 0, 0, 0, len(batch.predicts_codes_at))
     return {
         "embedding and layers": (lambda: model.hidden_states(batch).float().sum(), layers),
         "text output layer": (lambda: model._text_loss(hidden, batch), text),
-        "visual heads": (lambda: torch.cat(model._visual_losses(hidden, batch)).sum(), drawn),
+        "visual heads": (lambda: torch.cat(list(model._visual_losses(hidden, batch).values())).sum(), drawn),
     }
 
 
@@ -175,8 +177,8 @@ def measure_engine(run: PretrainConfig, vocabulary: Vocabulary, batch: MicroBatc
     result["ms_a_micro_batch_of_8"] = eight / 8
     positions = batch.filled
     traffic = Traffic(
-        len(batch.text_positions) / positions, len(batch.draw_positions) / positions,
-        len(batch.image_positions) / positions, sum(n**2 for n in batch.lengths) / positions,
+        len(batch.predicts_text_at) / positions, len(batch.predicts_codes_at) / positions,
+        len(batch.image_at) / positions, sum(n**2 for n in batch.lengths) / positions,
     )  # fmt: skip
     (stage,) = estimate(run, layout, vocabulary, traffic)
     result["estimate_gib"] = {

@@ -99,7 +99,7 @@ def trainer_logits(
             parameter.copy_(trainer.read(name))
         hidden_TH = model.hidden_states(batch).squeeze(1)
         logits = {"text": hidden_TH @ model.output_weight().T}
-        at = batch.draw_positions
+        at = batch.predicts_codes_at
         for stream, head in model.heads.items():
             codes_PD, codebook = batch.codes[stream][at + 1], model.head_codebooks[stream]
             logits[stream] = head.logits(hidden_TH[at], codes_PD[:, :-1], codebook)

@@ -1,10 +1,9 @@
 """Parts of a tiny run's steps, saved and taken up again, for tests: workers of `run_distributed`."""
 
-import dataclasses
-
 from megadual.config import PretrainConfig
 from megadual.testing import tiny
 from megadual.train.checkpoint import Checkpointer
+from megadual.train.metrics import numbers_of
 
 
 def train_part(run: PretrainConfig, start: int, stop: int, save: bool):
@@ -13,7 +12,7 @@ def train_part(run: PretrainConfig, start: int, stop: int, save: bool):
     checkpointer = Checkpointer(run)
     if start:
         assert checkpointer.load(engine, checkpointer.latest())["step"] == start
-    results = [dataclasses.asdict(engine.train_step(data.step(s))) for s in range(start, stop)]
+    results = [numbers_of(engine.train_step(data.step(s))) for s in range(start, stop)]
     if save:
         checkpointer.save(engine, stop)
         checkpointer.finish()
@@ -27,7 +26,7 @@ def train_through(run: PretrainConfig, save_at: int) -> list[dict]:
     engine, data = tiny.build(run)
     checkpointer, results = Checkpointer(run), []
     for s in range(run.train.steps):
-        results.append(dataclasses.asdict(engine.train_step(data.step(s))))
+        results.append(numbers_of(engine.train_step(data.step(s))))
         checkpointer.poll()
         if s + 1 == save_at:
             checkpointer.save(engine, save_at)

@@ -56,9 +56,7 @@ def test_resume_under_another_layout(run_in, uninterrupted, tmp_path, saved, loa
     (processes, layout), (other_processes, other_layout) = LAYOUTS[saved], LAYOUTS[loaded]
     run_distributed(train_part, processes, run_in(tmp_path, *layout, "checkpoint.background=false"), 0, 3, True)
     got, _ = run_distributed(train_part, other_processes, run_in(tmp_path, *other_layout), 3, STEPS, False)[0]
-    for a, b in zip(got, uninterrupted[0][3:], strict=True):
-        for name in ("loss", "loss_text", "loss_semantic", "loss_pixel", "grad_norm"):
-            assert a[name] == pytest.approx(b[name], abs=1e-5)
+    assert max(layouts.differences(got, uninterrupted[0][3:])) < 1e-5
 
 
 @pytest.mark.parametrize("layout, precision", [

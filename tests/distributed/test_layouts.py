@@ -5,10 +5,11 @@ import functools
 import pytest
 
 from megadual.data.mds_reader import ShardSet
-from megadual.streams import sequence_length
+from megadual.streams import Stream, sequence_length
 from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
 from megadual.testing.layouts import LAYOUTS, TOLERANCE, differences
+from megadual.train.metrics import mean_losses, numbers_of
 
 # benchmarks/layouts.py runs all of testing.layouts, in both precisions.
 TESTED = (
@@ -63,18 +64,48 @@ def test_bf16(train, layout):
 
 def test_training_learns(train):
     (results,) = train(1, "train.steps=30")
-    for name in ("loss_text", "loss_semantic", "loss_pixel"):
-        assert results[-1][name] < results[0][name] - 0.05, name
+    for name, loss in mean_losses(results[0]).items():
+        assert mean_losses(results[-1])[name] < loss - 0.05, name
+
+
+# Unlike each other in all sizes.
+THREE_STREAMS = [Stream("deep", 4, 48, 12), Stream("middle", 1, 96, 4), Stream("shallow", 2, 32, 8)]
+
+
+def test_other_streams(tmp_path):
+    """Three streams, and one of them alone on the same set."""
+    shards = tiny.write_tiny_set(tmp_path / "set", streams=THREE_STREAMS)
+
+    def train(processes: int, *layouts: list[str]) -> list[list[dict]]:
+        runs = [
+            tiny.tiny_run(tmp_path, shards, "train.steps=3", "train.loss.deep=0.5", *layout, *streams)
+            for layout in layouts
+            for streams in ([], ["model.streams=[deep]"])
+        ]
+        return run_distributed(tiny.losses_of, processes, runs, THREE_STREAMS)[0]
+
+    three, one = expected = train(1, [])
+    assert list(mean_losses(three[0])) == ["text", "deep", "middle", "shallow"]
+    assert list(mean_losses(one[0])) == ["text", "deep"]
+    for stream in THREE_STREAMS:
+        by_depth = three[0][f"depth_{stream.name}"]
+        assert len(by_depth) == stream.depth
+        assert three[0][f"loss_{stream.name}"] == pytest.approx(sum(by_depth) / stream.depth)
+    for results in three, one:
+        for step in results:
+            losses = mean_losses(step)
+            assert step["loss"] == pytest.approx(sum(losses.values()) - 0.5 * losses["deep"])
+    for names in ("TP2+SP", "PP2"), ("DeepSpeed ZeRO-3 DP2",):
+        for got, of in zip(train(2, *(LAYOUTS[name][1] for name in names)), expected * len(names), strict=True):
+            assert_equal_runs(got, of, TOLERANCE["fp32"])
 
 
 def losses_with_unsummed_heads(run):
     """A broken layout: the visual heads' gradients are not summed over tensor-parallel ranks."""
-    import dataclasses
-
     engine, data = tiny.build(run)
-    for parameter in engine.chunks[-1].semantic_head.parameters():
+    for parameter in engine.chunks[-1].heads.parameters():
         parameter.sequence_parallel = False
-    results = [dataclasses.asdict(engine.train_step(data.step(s))) for s in range(run.train.steps)]
+    results = [numbers_of(engine.train_step(data.step(s))) for s in range(run.train.steps)]
     engine.shutdown()
     return results
 
@@ -101,13 +132,12 @@ def test_batches_of_one_kind(tmp_path, images, overrides, layout):
     processes, parallel = LAYOUTS[layout]
     got = run_distributed(tiny.losses, processes, tiny.tiny_run(tmp_path, shards, *overrides, *parallel))[0]
     assert_equal_runs(got, expected, TOLERANCE["fp32"])
-    assert (expected[0]["loss_pixel"] == 0) == (images == (0, 0))
+    for stream in tiny.STREAMS:
+        assert (expected[0][f"loss_{stream.name}"] == 0) == (images == (0, 0))
 
 
 def losses_with_empty_rows(run):
     """Train on rows of which every second is padding alone: where there are two data-parallel ranks, one gets those."""
-    import dataclasses
-
     from megatron.core import parallel_state
 
     from megadual.data.dataset import collate
@@ -117,7 +147,8 @@ def losses_with_empty_rows(run):
 
     engine, _ = tiny.build(run)
     rows = run.train.global_batch_tokens // run.train.seq_len // 2
-    padding = Sequence.padding(run.train.seq_len, tiny.DEPTH, tiny.SPECIAL)
+    depths = {stream.name: stream.depth for stream in tiny.STREAMS}
+    padding = Sequence.padding(run.train.seq_len, depths, tiny.SPECIAL)
     one_rank = Topology(world=1, data=1, rows_per_step=rows, microbatches=rows)
     data = setup.dataset(run, [ShardSet(root) for root in run.data.sets], tiny.SPECIAL, one_rank, 0)
     empty = [collate([padding], tiny.SPECIAL, [""])] * rows
@@ -125,7 +156,7 @@ def losses_with_empty_rows(run):
     for step in range(run.train.steps):
         filled, ranks = data.step(step), parallel_state.get_data_parallel_world_size()
         batches = filled + empty if ranks == 1 else [filled, empty][engine.data_rank]
-        results.append(dataclasses.asdict(engine.train_step(batches)))
+        results.append(numbers_of(engine.train_step(batches)))
     engine.shutdown()
     return results
 

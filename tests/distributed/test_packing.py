@@ -20,10 +20,10 @@ def packed_and_alone(run):
 
 
 def row_and_documents(model, data, row: int):
-    """Mean losses (text, semantic, pixel) of a row, of its documents one by one; how far their hidden states differ."""
+    """Mean losses (text, then the streams') of a row, of its documents alone; how far their hidden states differ."""
     (packed,), pieces = data.step(row), data.rows[row]
     assert len(pieces) > 1
-    hidden, start, difference, alone = model.hidden_states(packed), 0, 0.0, torch.zeros(3)
+    hidden, start, difference, alone = model.hidden_states(packed), 0, 0.0, torch.zeros(1 + len(tiny.STREAMS))
     for piece in pieces:
         document = data.sets[piece.set][piece.document]
         sequence = to_sequence(document, SPECIAL, list(piece.draw_images), piece.drop_caption)
@@ -32,14 +32,14 @@ def row_and_documents(model, data, row: int):
         part = hidden[start : start + len(sequence)]
         difference = max(difference, (part - model.hidden_states(batch)).abs().max().item())
         start += len(sequence)
-    drawn = max(len(packed.draw_positions), 1) * tiny.DEPTH
-    counts = torch.tensor([max(len(packed.text_positions), 1), drawn, drawn])
+    drawn = max(len(packed.predicts_codes_at), 1)
+    counts = torch.tensor([max(len(packed.predicts_text_at), 1), *(drawn * stream.depth for stream in tiny.STREAMS)])
     return (sums(model, packed) / counts).tolist(), (alone / counts).tolist(), difference
 
 
 def sums(model, batch) -> torch.Tensor:
     losses = model(batch)
-    return torch.stack([losses.text.view(()), losses.semantic.sum(), losses.pixel.sum()])
+    return torch.stack([losses.text.view(()), *(losses.visual[stream.name].sum() for stream in tiny.STREAMS)])
 
 
 def test_packed_documents_are_as_if_alone(tmp_path):

@@ -1,6 +1,5 @@
 """Twenty steps of the engine, NCCL with one rank, against the same on the CPU with gloo: weights and data are equal."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -22,8 +21,11 @@ def losses(precision: str) -> list[dict]:
     from megadual.engine.topology import topology
     from megadual.streams import to_sequence
     from megadual.testing.shards import random_documents
+    from megadual.train.metrics import numbers_of
 
-    documents = random_documents(80, grid=tiny.GRID, depth=tiny.DEPTH, vocabulary=tiny.TEXT_VOCABULARY, images=(0, 2))
+    documents = random_documents(
+        80, grid=tiny.GRID, streams=tiny.STREAMS, vocabulary=tiny.TEXT_VOCABULARY, images=(0, 2)
+    )
     batches = []
     for first in range(0, len(documents), 4):
         some = documents[first : first + 4]
@@ -32,7 +34,7 @@ def losses(precision: str) -> list[dict]:
     run = tiny.tiny_run("unused", "unused", f"train.precision={precision}", "parallel.stage_layers=[4]")
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     engine = MegatronEngine(run, topology(run, 1), tiny.vocabulary())
-    results = [dataclasses.asdict(engine.train_step([batch])) for batch in batches]
+    results = [numbers_of(engine.train_step([batch])) for batch in batches]
     dist.destroy_process_group()
     return results
 

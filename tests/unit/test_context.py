@@ -16,7 +16,7 @@ SPECIAL = SpecialIds(end_of_text=0, image=1, image_start=2, image_end=3, image_g
 @pytest.fixture
 def batch():
     """96 positions: three documents with images to draw, the last one cut to fit."""
-    documents = random_documents(12, grid=(3, 4), depth=2, images=(0, 2), caption=(5, 20))
+    documents = random_documents(12, grid=(3, 4), images=(0, 2), caption=(5, 20))
     sequences, total = [], 0
     for document in documents:
         sequence = to_sequence(document, SPECIAL, [True] * len(document.grids))
@@ -34,12 +34,16 @@ def test_shares_make_up_the_batch(batch, size):
     for name in ("tokens", "positions", "text_targets"):
         together = torch.cat([getattr(share, name) for share in shares])
         assert sorted(together.tolist()) == sorted(getattr(batch, name).tolist())
-    for name in ("image_positions", "text_positions", "draw_positions"):
+    for name in ("image_at", "predicts_text_at", "predicts_codes_at"):
         assert sum(len(getattr(share, name)) for share in shares) == len(getattr(batch, name)) > 0
     for share in shares:
-        assert (share.text_targets[share.text_positions] >= 0).all()
-        assert (share.tokens[share.image_positions] == SPECIAL.image).all()
-        assert len(share.draw_targets) == len(share.draw_positions)
+        assert (share.text_targets[share.predicts_text_at] >= 0).all()
+        assert (share.tokens[share.image_at] == SPECIAL.image).all()
+        for stream, targets in share.draw_targets.items():
+            assert len(targets) == len(share.predicts_codes_at)
+            follows = share.predicts_codes_at + 1  # within the share, but for the last of each part
+            inside = follows % (48 // size) > 0
+            assert torch.equal(targets[inside], share.codes[stream][follows[inside]])
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -14,7 +14,7 @@ from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
 from megadual.data.packing import PackedRows, fill_rows
 from megadual.errors import UserError
-from megadual.streams import IGNORE, to_sequence
+from megadual.streams import IGNORE, Stream, to_sequence
 from megadual.testing.shards import SPECIAL, random_documents, write_shard_set
 
 SEQ = 128
@@ -149,8 +149,11 @@ def test_ranks_together_read_the_same_rows(root, ranks, micro):
         expected = whole.step(s)
         got = [batch for part in parts for batch in part.step(s)]
         assert [key for batch in expected for key in batch.keys] == [key for batch in got for key in batch.keys]
-        for name in ("tokens", "positions", "semantic", "pixel", "text_targets"):
+        for name in ("tokens", "positions", "text_targets"):
             one, many = (torch.cat([getattr(batch, name) for batch in batches]) for batches in (expected, got))
+            assert torch.equal(one, many)
+        for stream in ("semantic", "pixel"):
+            one, many = (torch.cat([batch.codes[stream] for batch in batches]) for batches in (expected, got))
             assert torch.equal(one, many)
 
 
@@ -175,10 +178,10 @@ def test_a_batch_is_its_documents_laid_end_to_end(root):
     pieces = data.rows[6] + data.rows[7]
     starts, documents = batch.cu_seqlens.tolist(), iter(pieces)
     draw = torch.zeros(2 * SEQ, dtype=torch.bool)
-    draw[batch.draw_positions] = True
+    draw[batch.predicts_codes_at] = True
     found = {"draw": draw, **vars(batch)}
-    assert batch.image_positions.tolist() == (batch.tokens == SPECIAL.image).nonzero().flatten().tolist()
-    assert batch.text_positions.tolist() == (batch.text_targets != IGNORE).nonzero().flatten().tolist()
+    assert batch.image_at.tolist() == (batch.tokens == SPECIAL.image).nonzero().flatten().tolist()
+    assert batch.predicts_text_at.tolist() == (batch.text_targets != IGNORE).nonzero().flatten().tolist()
     assert starts[0] == 0 and starts[-1] == 2 * SEQ == len(batch.tokens)
     filled = 0
     for start, end in itertools.pairwise(starts):
@@ -190,16 +193,19 @@ def test_a_batch_is_its_documents_laid_end_to_end(root):
             continue
         piece = next(documents)
         sequence = to_sequence(data.sets[0][piece.document], SPECIAL, list(piece.draw_images), piece.drop_caption)
-        for name in ("tokens", "semantic", "pixel", "text_targets", "draw"):
+        for name in ("tokens", "text_targets", "draw"):
             np.testing.assert_array_equal(found[name][part].numpy(), getattr(sequence, name))
+        for stream, codes in sequence.codes.items():
+            np.testing.assert_array_equal(batch.codes[stream][part].numpy(), codes)
         filled += end - start
     assert next(documents, None) is None and batch.filled == filled
 
 
 def test_sets_of_other_depths_do_not_mix(root, tmp_path):
-    deeper = write_shard_set(tmp_path / "deeper", random_documents(500, depth=3))
-    data = PackedDataset([ShardSet(root), ShardSet(deeper)], DataConfig(sets=[]), SEQ, 8, 8, 0, SPECIAL)
-    with pytest.raises(UserError, match="'random-0/.*' has [23] codes a stream, not [23]"):
+    deeper = write_shard_set(tmp_path / "deeper", random_documents(500, streams=[Stream("semantic", 3, 64, 8)]))
+    sets = [ShardSet(root, ["semantic"]), ShardSet(deeper)]
+    data = PackedDataset(sets, DataConfig(sets=[]), SEQ, 8, 8, 0, SPECIAL)
+    with pytest.raises(UserError, match="'random-0/.*' has [23] semantic codes a position, not [23]"):
         data.step(0)
 
 
@@ -225,14 +231,14 @@ def test_targets_of_a_pair_in_every_direction(tmp_path):
     n, s, no = 7, SPECIAL, IGNORE
     assert look.tokens[:n].tolist() == [s.image_start, s.image, s.image, s.image_end, 70, 71, s.end_of_text]
     assert look.text_targets[:n].tolist() == [no, no, s.image_end, 70, 71, s.end_of_text, no]
-    assert look.pixel[1:3].tolist() == document.pixel.tolist() and not len(look.draw_positions)
+    assert look.codes["pixel"][1:3].tolist() == document.codes["pixel"].tolist() and not len(look.predicts_codes_at)
     assert draw.tokens[:n].tolist() == [70, 71, s.image_gen_start, s.image, s.image, s.image_gen_end, s.end_of_text]
     assert draw.text_targets[:n].tolist() == [71, s.image_gen_start, no, no, s.image_gen_end, s.end_of_text, no]
-    assert draw.draw_positions.tolist() == [2, 3]
+    assert draw.predicts_codes_at.tolist() == [2, 3]
     assert dropped.tokens[:5].tolist() == [s.image_gen_start, s.image, s.image, s.image_gen_end, s.end_of_text]
-    assert dropped.draw_positions.tolist() == [0, 1]
+    assert dropped.predicts_codes_at.tolist() == [0, 1]
     assert (look.filled, draw.filled, dropped.filled) == (7, 7, 5)
-    assert dropped.semantic[1:3].tolist() == document.semantic.tolist()
+    assert dropped.codes["semantic"][1:3].tolist() == document.codes["semantic"].tolist()
 
 
 def test_a_document_that_does_not_fit_itself_is_named(tmp_path):

@@ -1,6 +1,5 @@
 """The memory-mapped reader: bitwise what was written, and refusals that name the file."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 
 from megadual.data.mds_reader import ShardSet
 from megadual.errors import UserError
-from megadual.streams import sequence_length, to_sequence
+from megadual.streams import LENGTHS, sequence_length, to_sequence
 from megadual.testing.shards import SPECIAL, random_documents, write_shard_set
 
 
@@ -27,13 +26,25 @@ def test_documents_come_back_bitwise(root, documents):
     read = ShardSet(root)
     assert len(read) == len(documents) and len(read.shards) > 3
     for i in np.random.default_rng(0).permutation(len(documents)):
-        for field in dataclasses.fields(documents[i]):
-            written, back = getattr(documents[i], field.name), getattr(read[i], field.name)
-            if isinstance(written, np.ndarray):
-                assert written.dtype == back.dtype
-                np.testing.assert_array_equal(written, back)
-            else:
-                assert written == back
+        assert_same(read[i].row(), documents[i].row())
+
+
+def assert_same(row: dict, written: dict) -> None:
+    assert row.keys() == written.keys()
+    for name, value in written.items():
+        if isinstance(value, np.ndarray):
+            assert row[name].dtype == value.dtype
+        np.testing.assert_array_equal(row[name], value)
+
+
+def test_streams_that_are_not_asked_for_are_not_read(root, documents):
+    read = ShardSet(root, ["pixel"])
+    for i, document in enumerate(documents):
+        written = document.row()
+        del written["semantic"]
+        assert_same(read[i].row(), written)
+    with pytest.raises(UserError, match=r"no codes of the streams \['depth'\], only of \['pixel', 'semantic'\]"):
+        ShardSet(root, ["pixel", "depth"])
 
 
 def test_lengths_are_those_of_the_built_sequences(root, documents):
@@ -74,6 +85,19 @@ def test_missing_shard_is_named(root):
     shard = sorted(root.glob("part/*.mds"))[2]
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name}.*does not exist"):
+        ShardSet(root)
+
+
+def test_lengths_must_be_there_and_whole(root):
+    file = root / "part" / LENGTHS
+    np.save(file, np.load(file)[1:])
+    with pytest.raises(UserError, match="lengths.npy' holds 202 x 3 numbers for 203 documents"):
+        ShardSet(root)
+    file.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="lengths.npy' is damaged"):
+        ShardSet(root)
+    file.unlink()
+    with pytest.raises(UserError, match="lengths.npy' does not exist.*tokenize.py"):
         ShardSet(root)
 
 

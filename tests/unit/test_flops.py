@@ -9,6 +9,7 @@ from megadual.config import HeadConfig, ModelConfig
 from megadual.model.depth_head import DepthHead
 from megadual.model.dual_lm import Vocabulary
 from megadual.model.flops import step_flops, work
+from megadual.streams import Stream
 from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
 
@@ -16,7 +17,8 @@ MODEL = ModelConfig(
     layers=3, hidden=64, ffn=160, heads=4, kv_heads=2, tie_embeddings=False, dualtoken="", text_tokenizer="",
     head=HeadConfig(width=32, layers=2, heads=2, ffn=48),
 )  # fmt: skip
-VOCABULARY = Vocabulary(256, 4, {s: torch.randn(64, 8) for s in ("semantic", "pixel")})
+STREAMS = [Stream("a", 4, 64, 8), Stream("b", 2, 96, 16)]
+VOCABULARY = Vocabulary(256, STREAMS, {s.name: torch.randn(s.codebook_size, s.code_dim) for s in STREAMS})
 
 
 def counted(call) -> int:
@@ -38,11 +40,12 @@ def test_transformer_and_text_head():
 
 
 def test_visual_heads():
-    head = DepthHead(64, 32, 2, 2, 48, 4, 64, 8)
-    drawn = 5
-    hidden, codes = torch.randn(drawn, 64), torch.randint(64, (drawn, 4))
-    forward = counted(lambda: head(hidden, codes, VOCABULARY.codebooks["pixel"]))
-    ours = step_flops(MODEL, VOCABULARY, 0, 0, 0, 0, drawn) / 3 / 2  # two heads
+    drawn, forward = 5, 0
+    for stream in STREAMS:
+        head = DepthHead(64, 32, 2, 2, 48, stream.depth, stream.codebook_size, stream.code_dim)
+        hidden, codes = torch.randn(drawn, 64), torch.randint(stream.codebook_size, (drawn, stream.depth))
+        forward += counted(lambda: head(hidden, codes, VOCABULARY.codebooks[stream.name]))  # noqa: B023
+    ours = step_flops(MODEL, VOCABULARY, 0, 0, 0, 0, drawn) / 3
     assert abs(ours - forward) < 0.1 * forward  # the first depth has no code to project, attention is halved
 
 

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megadual.data.mds_reader import Lengths, ShardSet
+from megadual.data.mds_reader import Lengths
 from megadual.data.packing import PackedRows
 from megadual.engine.estimate import estimate, table
 from megadual.engine.stages import Costs, Traffic, split_layers
 from megadual.engine.topology import topology
+from megadual.streams import Stream
 from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
-from megadual.train import setup
 
 
 @pytest.mark.parametrize("layers, chunks, heads, expected", [
@@ -53,22 +53,23 @@ def test_traffic_is_that_of_the_rows_read():
         assert traffic.attended == pytest.approx(share * 10 + (1 - share) * 21)
 
 
-def planned(run, world: int):
-    inputs = setup.Inputs([ShardSet(root) for root in run.data.sets], tiny.SPECIAL, tiny.vocabulary())
-    setup.resolve_stages(run, inputs)
+def planned(run, world: int, streams=tiny.STREAMS):
+    inputs = tiny.inputs_of(run, streams)
     return estimate(run, topology(run, world), inputs.vocabulary, inputs.traffic)
 
 
-def built_parameters(run, trained: bool = False) -> int:
-    engine, _ = tiny.build(run)
+def built_parameters(run, trained: bool = False, streams=tiny.STREAMS) -> int:
+    engine, _ = tiny.build(run, streams)
     parameters = [parameter for chunk in engine.chunks for parameter in chunk.parameters()]
     return sum(parameter.numel() for parameter in parameters if parameter.requires_grad or not trained)
 
 
 def test_planned_parameters_are_those_built(tmp_path):
-    run = tiny.tiny_run(tmp_path, tiny.write_tiny_set(tmp_path / "set", count=20), "parallel.pipeline=2")
-    stages = planned(run, 2)
-    assert [stage.parameters for stage in stages] == run_distributed(built_parameters, 2, run)
+    streams = [Stream("a", 3, 64, 8), Stream("b", 2, 48, 6)]
+    shards = tiny.write_tiny_set(tmp_path / "set", count=20, streams=streams)
+    run = tiny.tiny_run(tmp_path, shards, "parallel.pipeline=2")
+    stages = planned(run, 2, streams)
+    assert [stage.parameters for stage in stages] == run_distributed(built_parameters, 2, run, False, streams)
     assert sum(stage.flops_share for stage in stages) == pytest.approx(1)
 
 

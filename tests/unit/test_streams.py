@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from megadual.streams import IGNORE, Document, sequence_length, to_sequence
+from megadual.errors import UserError
+from megadual.streams import (
+    IGNORE,
+    Document,
+    Stream,
+    check_stream_names,
+    choose_streams,
+    mds_columns,
+    sequence_length,
+    to_sequence,
+)
 from megadual.testing.shards import SPECIAL, random_documents
 
 EOS, IMG, START, END, GEN, GEN_END = (
@@ -13,9 +23,10 @@ EOS, IMG, START, END, GEN, GEN_END = (
 
 
 def pair(caption=(20, 21)):
-    codes = np.array([[1, 2], [3, 4]], dtype=np.uint16)
+    """Two positions of a stream of two codes and of one of a single code."""
+    codes = {"a": np.array([[1, 2], [3, 4]], dtype=np.uint16), "b": np.array([[11], [13]], dtype=np.uint16)}
     grids = np.array([[1, 2]], dtype=np.uint16)
-    return Document("k", np.array([IMG, *caption], dtype=np.uint32), codes, codes + 10, grids).check(SPECIAL)
+    return Document("k", np.array([IMG, *caption], dtype=np.uint32), codes, grids).check(SPECIAL)
 
 
 def test_describe():
@@ -23,8 +34,8 @@ def test_describe():
     assert sequence.tokens.tolist() == [START, IMG, IMG, END, 20, 21, EOS]
     assert sequence.text_targets.tolist() == [IGNORE, IGNORE, END, 20, 21, EOS, IGNORE]
     assert not sequence.draw.any()
-    assert sequence.semantic.tolist() == [[0, 0], [1, 2], [3, 4], [0, 0], [0, 0], [0, 0], [0, 0]]
-    assert sequence.pixel[1:3].tolist() == [[11, 12], [13, 14]]
+    assert sequence.codes["a"].tolist() == [[0, 0], [1, 2], [3, 4], [0, 0], [0, 0], [0, 0], [0, 0]]
+    assert sequence.codes["b"].tolist() == [[0], [11], [13], [0], [0], [0], [0]]
 
 
 def test_draw():
@@ -43,9 +54,9 @@ def test_caption_dropout_leaves_the_image_alone():
 
 
 def test_interleaved_documents_keep_their_order():
-    codes = np.arange(6, dtype=np.uint16).reshape(3, 2)
+    codes = {"a": np.arange(6, dtype=np.uint16).reshape(3, 2)}
     document = Document(
-        "k", np.array([30, IMG, 31, IMG], dtype=np.uint32), codes, codes, np.array([[1, 1], [2, 1]], dtype=np.uint16)
+        "k", np.array([30, IMG, 31, IMG], dtype=np.uint32), codes, np.array([[1, 1], [2, 1]], dtype=np.uint16)
     )
     sequence = to_sequence(document.check(SPECIAL), SPECIAL, [False, True])
     assert sequence.tokens.tolist() == [30, START, IMG, END, 31, GEN, IMG, IMG, GEN_END, EOS]
@@ -56,7 +67,7 @@ def test_interleaved_documents_keep_their_order():
 @pytest.mark.parametrize("draw", [False, True])
 def test_length_is_known_before_building(document, draw):
     directions = [draw] * len(document.grids)
-    lengths = len(document.text_ids), len(document.grids), len(document.semantic)
+    lengths = len(document.text_ids), len(document.grids), document.positions
     assert len(to_sequence(document, SPECIAL, directions)) == sequence_length(*lengths)
     dropped = document.is_pair and draw
     assert len(to_sequence(document, SPECIAL, directions, drop_caption=True)) == sequence_length(*lengths, dropped)
@@ -65,14 +76,45 @@ def test_length_is_known_before_building(document, draw):
 def test_row_round_trip():
     for document in random_documents(10, images=(0, 2)):
         again = Document.from_row(document.row())
-        for name, value in vars(document).items():
-            assert np.array_equal(getattr(again, name), value), name
+        assert list(document.row()) == list(mds_columns(document.codes))
+        assert again.codes.keys() == document.codes.keys()
+        for stream, codes in document.codes.items():
+            assert np.array_equal(again.codes[stream], codes)
+        for name in ("key", "text_ids", "grids", "meta"):
+            assert np.array_equal(getattr(again, name), getattr(document, name)), name
 
 
 def test_document_that_does_not_fit_is_named():
     document = pair()
-    document.pixel = document.pixel[:1]
-    with pytest.raises(ValueError, match="document 'k': pixel codes of shape"):
+    document.codes["b"] = document.codes["b"][:1]
+    with pytest.raises(ValueError, match="document 'k': b codes of shape"):
         document.check(SPECIAL)
     with pytest.raises(ValueError, match="2 image tokens in the text, 1 grids"):
-        Document("k", np.array([IMG, IMG]), document.semantic, document.semantic, pair().grids).check(SPECIAL)
+        Document("k", np.array([IMG, IMG]), {}, pair().grids).check(SPECIAL)
+
+
+@pytest.mark.parametrize("names, message", [
+    (["a", "meta"], "'meta'.*another meaning"),  # a column
+    (["text"], "'text'.*another meaning"),  # a loss
+    (["train"], "'train'.*another meaning"),  # a method of the module that holds the heads
+    (["a b"], "'a b'.*letters"),
+    (["a", "a"], "'a' is there 2 times"),
+])  # fmt: skip
+def test_names_that_streams_cant_have(names, message):
+    check_stream_names(["semantic", "pixel", "fine_2"])
+    with pytest.raises(ValueError, match=message):
+        check_stream_names(names)
+
+
+def test_a_codebook_must_fit_the_shards():
+    Stream("a", 4, 65_536, 8)
+    with pytest.raises(ValueError, match="'a': a codebook of 65,537"):
+        Stream("a", 4, 65_537, 8)
+
+
+def test_streams_are_chosen_in_their_own_order():
+    a, b, c = streams = [Stream(name, 2, 64, 8) for name in "abc"]
+    assert choose_streams(streams, None) == streams and choose_streams(streams, ["c", "a"]) == [a, c]
+    for names in ([], ["d"], ["a", "d"]):
+        with pytest.raises(UserError, match=r"model.streams=\[.*\['a', 'b', 'c'\]"):
+            choose_streams(streams, names)

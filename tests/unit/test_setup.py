@@ -1,0 +1,75 @@
+"""From a run's config to what it trains on: which streams, which losses, and what doesn't belong together."""
+
+import pytest
+import torch
+
+from megadual.engine.topology import topology
+from megadual.errors import UserError
+from megadual.streams import SpecialIds, Stream
+from megadual.testing import tiny
+from megadual.testing.distributed import run_distributed
+from megadual.testing.shards import random_documents, write_shard_set
+from megadual.testing.vision import tiny_dualtoken
+from megadual.text import fingerprint, load_text_tokenizer, save_text_tokenizer, train_text_tokenizer
+from megadual.train import setup
+from megadual.train.metrics import mean_losses, numbers_of
+
+
+@pytest.fixture(scope="module")
+def run_with(tmp_path_factory):
+    """A run on a saved DualToken, a text tokenizer and a set of all the streams' codes; takes overrides."""
+    folder = tmp_path_factory.mktemp("setup")
+    dualtoken = tiny_dualtoken()
+    dualtoken.save_pretrained(folder / "dualtoken")
+    save_text_tokenizer(train_text_tokenizer(["two red apples to the left of a cat, on blue"], 300), folder / "text")
+    text = load_text_tokenizer(folder / "text")
+    streams = [Stream(name, depth=3, codebook_size=32, code_dim=8) for name in ("semantic", "pixel")]  # the DualToken's
+    documents = random_documents(60, 0, dualtoken.config.grid, streams, len(text), special=SpecialIds.of(text))
+    write_shard_set(
+        folder / "set",
+        documents,
+        dualtoken={"fingerprint": dualtoken.fingerprint()},
+        text_tokenizer={"fingerprint": fingerprint(text)},
+    )
+    model = f"model.dualtoken={folder}/dualtoken", f"model.text_tokenizer={folder}/text"
+    return lambda *overrides: tiny.tiny_run(folder, folder / "set", *model, *overrides)
+
+
+def a_step(run):
+    inputs, layout = setup.read_inputs(run), topology(run, 1)
+    engine = setup.engine(run, layout, inputs.vocabulary)
+    batches = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank).step(0)
+    result = numbers_of(engine.train_step(batches))
+    engine.shutdown()
+    return {stream for batch in batches for stream in batch.codes}, result
+
+
+def test_some_streams_train_on_a_set_of_all(run_with):
+    run = run_with("model.streams=[pixel]", "train.loss.pixel=0.5")
+    ((read, result),) = run_distributed(a_step, 1, run)
+    losses = mean_losses(result)
+    assert read == {"pixel"} and list(losses) == ["text", "pixel"]
+    assert result["loss"] == pytest.approx(losses["text"] + 0.5 * losses["pixel"])
+
+
+def test_the_model_has_the_streams_that_are_chosen(run_with):
+    run = run_with("model.streams=[pixel,semantic]")
+    every = setup.read_inputs(run_with())
+    chosen = setup.read_inputs(run)
+    assert chosen.vocabulary.streams == every.vocabulary.streams  # in the DualToken's order
+    for stream, vectors in every.vocabulary.codebooks.items():
+        assert torch.equal(chosen.vocabulary.codebooks[stream], vectors)
+    plan = setup.plan(run, topology(run, 1), chosen)
+    assert "semantic: 3 codes among 32, pixel: 3 codes among 32" in plan
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["model.streams=[pixels]"], r"model.streams=\['pixels'\] must name .*\['semantic', 'pixel'\]"),
+    (["model.streams=[]"], r"model.streams=\[\] must name"),
+    (["train.loss.pixels=1"], "train.loss.pixels weighs .* known: text, semantic, pixel"),
+    (["model.streams=[pixel]", "train.loss.semantic=1"], "train.loss.semantic weighs .* known: text, pixel"),
+    (["train.loss={text: 0, semantic: 0, pixel: 0}"], "train.loss weighs text and semantic and pixel 0"),
+])  # fmt: skip
+def test_streams_and_losses_that_there_are_not(run_with, overrides, message):
+    with pytest.raises(UserError, match=message):
+        setup.read_inputs(run_with(*overrides))
