@@ -35,6 +35,7 @@ from megadual.model import presets  # noqa: E402
 from megadual.streams import SPECIAL_TOKENS, SpecialIds  # noqa: E402
 from megadual.text import load_text_tokenizer, save_text_tokenizer  # noqa: E402
 from megadual.train.checkpoint import load_run_config, resolve_checkpoint  # noqa: E402
+from megadual.train.setup import choose_streams  # noqa: E402
 from megadual.vision import DualTokenConfig  # noqa: E402
 
 
@@ -69,7 +70,7 @@ def model_config(run: PretrainConfig, tokenizer, dualtoken: DualTokenConfig, dty
         text_config=text_config,
         rope_base=model.rope_base,
         head=vars(model.head),
-        streams=run.model.streams and list(run.model.streams),
+        streams=[stream.name for stream in choose_streams(dualtoken.code_streams, model.streams)],
         dualtoken=dualtoken.to_dict(),
         special_ids=vars(special),
         architectures=["MegaDualForCausalLM"],
