@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megadual.config import ModelConfig
+from megadual.model.config import ModelConfig
 from megadual.model.dual_lm import Vocabulary
 from megadual.model.freezing import PARTS
 

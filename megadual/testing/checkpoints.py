@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from megadual.config import PretrainConfig
 from megadual.testing import tiny
 from megadual.train.checkpoint import Checkpointer
+from megadual.train.config import PretrainConfig
 
 
 def train_part(run: PretrainConfig, start: int, stop: int, save: bool):
