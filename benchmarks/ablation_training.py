@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
 
+from megadual.run.config import OptimConfig
 from megadual.vision import DualToken
-from megadual.vision.loop import OptimConfig, adamw, learning_rate, set_learning_rate
+from megadual.vision.optim import adamw, learning_rate, set_learning_rate
 
 EAGER_STEPS = 3  # before a step is captured: kernels are compiled and the optimizer's state is made
 
@@ -42,7 +43,7 @@ def fit(
     With `capture` a step is one CUDA graph on a GPU: such small models leave it waiting for launches otherwise.
     `after_step` is called between steps and never captured.
     """
-    config = OptimConfig(lr=lr, betas=[0.9, 0.99], warmup_steps=min(200, steps // 10))
+    config = OptimConfig(lr=lr, beta2=0.99, weight_decay=1e-4, warmup_steps=min(200, steps // 10))
     optimizer, rate = adamw([model], config), torch.zeros((), device=images.device)
     capture = capture and images.is_cuda
     if capture:  # a graph reads the learning rate and counts its steps on the GPU

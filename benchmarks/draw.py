@@ -24,7 +24,7 @@ from megadual.hf.decoding import Sampler, captured
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.rollout import Rollout
 from megadual.kernels import few_rows
-from megadual.model.presets import PRESETS
+from megadual.model.config import PRESETS
 from megadual.streams import SpecialIds
 from megadual.vision.presets import preset
 

@@ -24,15 +24,15 @@ from megadual.engine import cpu
 cpu.install()
 
 from checkpoints_tools.convert_to_hf import exported_shapes, model_config  # noqa: E402
-from megadual.config import PretrainConfig, load_config  # noqa: E402
+from megadual.config import load_config  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
 from megadual.hf.mapping import Sizes, origins  # noqa: E402
 from megadual.hf.tensors import write_checkpoint, write_folder  # noqa: E402
-from megadual.model import presets  # noqa: E402
 from megadual.model.dual_lm import Vocabulary  # noqa: E402
 from megadual.streams import END_OF_TEXT, SPECIAL_TOKENS  # noqa: E402
 from megadual.text import load_text_tokenizer, save_text_tokenizer  # noqa: E402
 from megadual.train.checkpoint import seal_weights  # noqa: E402
+from megadual.train.config import PretrainConfig  # noqa: E402
 from megadual.vision.presets import preset  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -54,11 +54,10 @@ def write_inputs(folder: Path, layers: int) -> None:
     tokenizer = load_text_tokenizer(folder / "text")
     assert len(tokenizer) == TEXT_IDS + len(SPECIAL_TOKENS) - 1
 
-    overrides = ["model.preset=7b", f"model.layers={layers}", "train.precision=bf16", "train.steps=0", "data.sets=[]"]
+    overrides = ["model.preset=7b", f"model.layers={layers}", "train.precision=bf16", "train.steps=1", "data.sets=[]"]
     overrides += ["train.seq_len=4096", "train.global_batch_tokens=4096", f"run.dir={folder}"]
     overrides += [f"model.dualtoken={folder / 'dualtoken'}", f"model.text_tokenizer={folder / 'text'}"]
     run = load_config(PretrainConfig, None, overrides)
-    run.model = presets.resolve(run.model)
     dualtoken = preset("siglip2-so400m-256-rvq4")
     shapes = exported_shapes(model_config(run, tokenizer, dualtoken, torch.bfloat16))
     prefix = "dualtoken."

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
-from megadual.config import ModelConfig
 from megadual.data.dataset import MicroBatch
+from megadual.model.config import ModelConfig
 from megadual.model.dual_lm import Vocabulary
 from megadual.streams import IGNORE, Stream
 

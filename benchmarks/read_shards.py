@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from megadual.config import DataConfig
 from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
 from megadual.errors import command
 from megadual.streams import SpecialIds, Stream
 from megadual.testing.shards import SPECIAL, random_documents, write_shard_set
 from megadual.text import load_text_tokenizer
+from megadual.train.config import DataConfig
 
 
 def measure(roots: list[str], special: SpecialIds, seq_len: int, seconds: float) -> str:

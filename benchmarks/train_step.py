@@ -30,7 +30,7 @@ import torch.distributed as dist  # noqa: E402
 from gpu_timing import kernels_of, milliseconds  # noqa: E402
 from plain_unified import PlainUnified  # noqa: E402
 
-from megadual.config import PretrainConfig, load_config  # noqa: E402
+from megadual.config import load_config  # noqa: E402
 from megadual.data.dataset import MicroBatch, collate  # noqa: E402
 from megadual.engine.estimate import estimate  # noqa: E402
 from megadual.engine.groups import initialize_groups  # noqa: E402
@@ -38,11 +38,11 @@ from megadual.engine.megatron import MegatronEngine  # noqa: E402
 from megadual.engine.stages import Traffic  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
 from megadual.errors import command  # noqa: E402
-from megadual.model import presets  # noqa: E402
 from megadual.model.attention import gpu_kernel  # noqa: E402
 from megadual.model.dual_lm import DualLM, Vocabulary  # noqa: E402
 from megadual.model.flops import peak_flops, step_flops  # noqa: E402
 from megadual.streams import Document, SpecialIds, Stream, to_sequence  # noqa: E402
+from megadual.train.config import PretrainConfig  # noqa: E402
 
 CONTESTANTS = ("ours alone", "plain compiled", "ours in the engine", "plain", "plain compiled amp")
 GIB = 2**30
@@ -58,7 +58,6 @@ def setting(args) -> tuple[PretrainConfig, Vocabulary]:
         "model.dualtoken=random", "model.text_tokenizer=random", "data.sets=[random]", "run.dir=unused",
     ]  # fmt: skip
     run = load_config(PretrainConfig, config, overrides)
-    run.model = presets.resolve(run.model)
     text, classes, width, depth = (300, 64, 8, 8) if args.preset == "tiny" else (152_064, 16_384, 32, 8)
     generator = torch.Generator().manual_seed(0)
     streams = [Stream(name, depth, classes, width) for name in ("semantic", "pixel")]

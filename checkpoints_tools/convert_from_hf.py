@@ -34,16 +34,16 @@ from megadual.engine import cpu
 cpu.install()
 
 from checkpoints_tools.convert_to_hf import exported_shapes, model_config, read_dualtoken  # noqa: E402
-from megadual.config import PretrainConfig, load_config  # noqa: E402
+from megadual.config import load_config  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
 from megadual.hf.configuration_megadual import MegaDualConfig  # noqa: E402
 from megadual.hf.mapping import Sizes, origins  # noqa: E402
 from megadual.hf.tensors import FolderTensors, write_checkpoint, write_folder  # noqa: E402
-from megadual.model import presets  # noqa: E402
 from megadual.model.dual_lm import Vocabulary  # noqa: E402
 from megadual.model.init import initial  # noqa: E402
 from megadual.text import load_text_tokenizer, save_text_tokenizer  # noqa: E402
 from megadual.train.checkpoint import seal_weights  # noqa: E402
+from megadual.train.config import PretrainConfig  # noqa: E402
 
 DUALTOKEN = "dualtoken."
 TABLES = {"model.embed_tokens.weight", "lm_head.weight"}
@@ -102,11 +102,10 @@ def run_config(source: PretrainedConfig, args: argparse.Namespace) -> PretrainCo
         model |= {f"head.{name}": size for name, size in source.head.items()}
         model["streams"] = [stream.name for stream in source.code_streams]
     length = text.max_position_embeddings
-    rest = ["data.sets=[]", "train.steps=0", f"train.seq_len={length}", f"train.global_batch_tokens={length}"]
+    rest = ["data.sets=[]", "train.steps=1", f"train.seq_len={length}", f"train.global_batch_tokens={length}"]
     rest += [f"run.dir={args.output}", f"run.name={Path(args.model).name}"]
     overrides = [f"model.{name}={value}" for name, value in model.items()]
     run = load_config(PretrainConfig, None, [*overrides, *rest, *args.overrides])
-    run.model = presets.resolve(run.model)
     return run
 
 

@@ -22,7 +22,6 @@ from megadual.engine import cpu
 
 cpu.install()
 
-from megadual.config import PretrainConfig  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
 from megadual.hf.carried_code import AUTO_MAP, write_code  # noqa: E402
 from megadual.hf.configuration_megadual import MegaDualConfig  # noqa: E402
@@ -31,10 +30,10 @@ from megadual.hf.model_card import model_card  # noqa: E402
 from megadual.hf.modeling_megadual import MegaDualForCausalLM  # noqa: E402
 from megadual.hf.processing_megadual import MegaDualProcessor  # noqa: E402
 from megadual.hf.tensors import CheckpointTensors, FolderTensors, write_folder  # noqa: E402
-from megadual.model import presets  # noqa: E402
 from megadual.streams import SPECIAL_TOKENS, SpecialIds  # noqa: E402
 from megadual.text import load_text_tokenizer, save_text_tokenizer  # noqa: E402
 from megadual.train.checkpoint import load_run_config, resolve_checkpoint  # noqa: E402
+from megadual.train.config import PretrainConfig  # noqa: E402
 from megadual.train.setup import choose_streams  # noqa: E402
 from megadual.vision import DualTokenConfig  # noqa: E402
 
@@ -171,7 +170,6 @@ def main(argv: list[str] | None = None) -> None:
     check_output(args.output)
     checkpoint = resolve_checkpoint(args.checkpoint)
     run = load_run_config(checkpoint)
-    run.model = presets.resolve(run.model)
     export(run, checkpoint, args.output, args.max_shard_size)
     size = sum(path.stat().st_size for path in args.output.iterdir())
     print(f"{checkpoint} -> {args.output} ({size / 1e6:,.1f} MB)")

@@ -9,7 +9,6 @@ from PIL import Image
 from checkpoints_tools.convert_to_hf import export
 from megadual.errors import command
 from megadual.hf.folder import open_folder
-from megadual.model import presets
 from megadual.train.checkpoint import load_run_config, resolve_checkpoint
 
 
@@ -25,7 +24,6 @@ def in_rows(images: list[Image.Image], rows: int, gap: int = 4) -> Image.Image:
 def draw(checkpoint: Path, prompts: list[str], count: int, seed: int, scratch: Path | None = None) -> Image.Image:
     """A row of `count` images for each prompt; the exported model lies in `scratch` meanwhile."""
     run = load_run_config(checkpoint)
-    run.model = presets.resolve(run.model)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".export-") as folder:
         export(run, checkpoint, Path(folder) / "hf", "5GB")
         model = open_folder(Path(folder) / "hf")

@@ -28,17 +28,16 @@ cpu.install()
 from megatron.core import parallel_state  # noqa: E402
 
 from checkpoints_tools.convert_to_hf import Exported  # noqa: E402
-from megadual.config import ParallelConfig, PretrainConfig  # noqa: E402
 from megadual.data.dataset import MicroBatch, collate  # noqa: E402
 from megadual.engine.groups import initialize_groups  # noqa: E402
 from megadual.engine.megatron import build_chunks  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
 from megadual.hf.mapping import origins, to_hf  # noqa: E402
 from megadual.hf.tensors import CheckpointTensors, FolderTensors  # noqa: E402
-from megadual.model import presets  # noqa: E402
 from megadual.streams import Sequence, sequence_length, to_sequence  # noqa: E402
 from megadual.text import load_text_tokenizer  # noqa: E402
 from megadual.train.checkpoint import load_run_config, resolve_checkpoint  # noqa: E402
+from megadual.train.config import ParallelConfig, PretrainConfig  # noqa: E402
 from megadual.train.setup import Inputs, read_inputs  # noqa: E402
 
 TOLERANCE = 1e-4
@@ -156,7 +155,6 @@ def verify(checkpoint: Path, folder: Path, count: int, data: str | None, python:
     `count` documents of the shard set `data` (None: of the run's first) are compared on; `python` runs the export.
     """
     run = load_run_config(checkpoint)
-    run.model = presets.resolve(run.model)
     if data:
         run.data.sets, run.data.weights = [data], None
     if count and not run.data.sets:

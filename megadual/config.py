@@ -1,60 +1,34 @@
-"""Run configurations: dataclasses, filled strictly from YAML and dotted `key=value` overrides."""
+"""Configurations: dataclasses, filled strictly from YAML and dotted `key=value` overrides.
+
+A schema is a dataclass of sections and keys (megadual/keys.py). `load_config` returns it filled, checked and resolved.
+"""
 
 import argparse
 import dataclasses
 import difflib
+import re
+import textwrap
+import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megadual.errors import UserError
+from megadual.keys import MISSING, Key
 
-
-def _section(type_: Any) -> type | None:
-    """The dataclass of a section, or of each entry of a mapping of sections (`dict[str, Section]`)."""
-    of = typing.get_args(type_)[1:] if typing.get_origin(type_) is dict else (type_,)
-    return next((each for each in of if dataclasses.is_dataclass(each)), None)
-
-
-def _leaves(schema: type, prefix: str = "") -> list[str]:
-    names = []
-    for field in dataclasses.fields(schema):
-        named = "NAME." if typing.get_origin(field.type) is dict else ""
-        if section := _section(field.type):
-            names += _leaves(section, f"{prefix}{field.name}.{named}")
-        else:
-            names.append(f"{prefix}{field.name}{named and '.NAME'}")
-    return names
-
-
-def _check_keys(given: Any, schema: type, place: str, prefix: str = "") -> None:
-    """Refuse keys that `schema` does not have, naming the nearest one that it has."""
-    if not isinstance(given, (dict, DictConfig)):
-        raise UserError(f"{place}: '{prefix.rstrip('.')}' is a section and needs keys, got {given!r}")
-    fields = {field.name: field for field in dataclasses.fields(schema)}
-    for key, value in given.items():
-        name = f"{prefix}{key}"
-        if key not in fields:
-            known = [prefix + field for field in fields] + _leaves(schema, prefix)
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(_leaves(schema, prefix))}"
-            raise UserError(f"{place}: unknown config key '{name}'; {hint}")
-        section = _section(fields[key].type)
-        if section and typing.get_origin(fields[key].type) is dict:
-            for entry, keys in (value or {}).items():
-                _check_keys(keys, section, place, f"{name}.{entry}.")
-        elif section:
-            _check_keys(value, section, place, f"{name}.")
+NEAR = 0.8  # how alike a wrong key and the one that was meant are at least
 
 
 def load_config(schema: type, path: str | Path | list[str] | None = None, overrides: list[str] = ()):
-    """Build a `schema` dataclass from its defaults, then the YAML at `path` (or several, in order), then `overrides`.
+    """A `schema` from its defaults, then the YAML at `path` (or several, in order), then `overrides`.
 
-    A YAML file may name another one to start from, relative to itself, under `base`.
-    Unknown keys and values of the wrong type raise UserError.
+    A YAML file may name another one to start from, relative to itself, under `base`. Unknown keys, values of the wrong
+    type or out of their bounds raise UserError. Where the schema has a method `resolve`, that fills what depends on
+    other keys and raises UserError for what does not go together.
     """
     merged = OmegaConf.structured(schema)
     paths = [path] if isinstance(path, (str, Path)) else path or []
@@ -67,16 +41,178 @@ def load_config(schema: type, path: str | Path | list[str] | None = None, overri
         except Exception as error:
             raise UserError(f"override '{override}' can't be read: {error}") from error
     for place, layer in layers:
-        _check_keys(layer, schema, place)
+        _check_keys(layer, schema, place, _Names.of(schema))
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise UserError(f"{place}: {str(error).splitlines()[0]} ({getattr(error, 'full_key', '')})") from error
     try:
-        return OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", "")
-        raise UserError(f"config key '{key}' has no value; give it in the YAML or as {key}=...") from error
+        name = getattr(error, "full_key", "")
+        raise UserError(f"config key '{name}' has no value; give it in the YAML or as {name}=...") from error
+    check_values(config)
+    if hasattr(config, "resolve"):
+        config.resolve()
+    return config
+
+
+def check_values(config) -> None:
+    """UserError names the first value that is out of its bounds."""
+    for name, field, value in _values(config):
+        described = field.metadata.get("key")
+        if described and (problem := described.problem(value)):
+            shown = f"{name} '{value}'" if described.choices else f"{name}={value}"
+            raise UserError(f"{shown} {problem}")
+
+
+def to_yaml(config) -> str:
+    """The resolved config as YAML, as `--dry-run` prints it and a run's folder keeps it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def parse_command_line(schema: type, description: str, argv: list[str] | None = None):
+    """The command line every entry point shares. Returns (config, args)."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=describe_keys(schema), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", action="append", help="YAML file with this run's keys; a later one adds to it")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and plan, then stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set config keys, dotted, as listed below")
+    args = parser.parse_intermixed_args(argv)
+    return load_config(schema, args.config, args.overrides), args
+
+
+def describe_keys(schema: type) -> str:
+    """Every key of a schema by section: type, bounds, default and meaning, as `--help` prints them."""
+    sections: dict[str, list[str]] = {}
+    for name, field, default in _keys(schema):
+        described = field.metadata.get("key", Key(""))
+        facts = [_type_name(field.type)] + ([described.bounds] if described.bounds else [])
+        value = "required" if _missing(default) else f"default {_shown(default)}"
+        about = textwrap.fill(described.about, 112, initial_indent=6 * " ", subsequent_indent=6 * " ")
+        lines = sections.setdefault(name.rpartition(".")[0], [])
+        lines += [f"  {name}  ({', '.join(facts)}; {value})"] + ([about] if described.about else [])
+    return "\n\n".join(f"{section or 'keys'}:\n" + "\n".join(lines) for section, lines in sections.items())
+
+
+def _section(type_: Any) -> type | None:
+    """The dataclass of a section, or of each entry of a mapping of sections (`dict[str, Section]`)."""
+    of = typing.get_args(type_)[1:] if typing.get_origin(type_) is dict else (type_,)
+    return next((each for each in of if dataclasses.is_dataclass(each)), None)
+
+
+def _is_mapping(field: dataclasses.Field) -> bool:
+    return typing.get_origin(field.type) is dict
+
+
+def _keys(schema: type, defaults: Any = None, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Every key with its dotted name, field and default; NAME stands for the names that a mapping's user chooses."""
+    defaults = schema() if defaults is None else defaults
+    for field in dataclasses.fields(schema):
+        name, default = prefix + field.name, getattr(defaults, field.name)
+        section = _section(field.type)
+        if section and _is_mapping(field):
+            yield from _keys(section, None, f"{name}.NAME.")
+        elif section:
+            yield from _keys(section, default, f"{name}.")
+        else:
+            yield name + (".NAME" if _is_mapping(field) else ""), field, default
+
+
+def _values(config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Every value of a filled config, with its dotted name and field."""
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _values(value, f"{name}.")
+        elif _is_mapping(field) and value is not None:
+            for entry, each in value.items():
+                if dataclasses.is_dataclass(each):
+                    yield from _values(each, f"{name}.{entry}.")
+                else:
+                    yield f"{name}.{entry}", field, each
+        else:
+            yield name, field, value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """All dotted names of a schema: of its keys and of its sections."""
+
+    keys: list[str]
+    sections: list[str]
+
+    @classmethod
+    def of(cls, schema: type) -> "_Names":
+        keys = [name for name, _, _ in _keys(schema)]
+        parents = [parts[:i] for parts in (name.split(".") for name in keys) for i in range(1, len(parts))]
+        return cls(keys, list(dict.fromkeys(".".join(parent) for parent in parents)))
+
+    def near(self, wrong: str) -> str | None:
+        """What may have been meant by a name that there is not; None where nothing is alike."""
+        known = [*self.keys, *self.sections]
+        best = max(known, key=lambda name: _likeness(wrong, name), default="")
+        if _likeness(wrong, best) >= NEAR:
+            return best
+        leaf = wrong.rpartition(".")[2]  # the same key, in another section
+        return next((name for name in self.keys if name.rpartition(".")[2] == leaf), None)
+
+
+def _likeness(a: str, b: str) -> float:
+    """How alike two names are, word by word, from 0 to 1."""
+    words, others = (re.split(r"[._]", name) for name in (a, b))
+    if len(words) < len(others):
+        words, others = others, words
+    alike = (max(difflib.SequenceMatcher(None, word, other).ratio() for other in others) for word in words)
+    return sum(ratio for ratio in alike if ratio > 0.7) / len(words)
+
+
+def _check_keys(given: Any, schema: type, place: str, names: _Names, prefix: str = "") -> None:
+    """Refuse keys that `schema` does not have, naming the one that was meant, where one is near."""
+    if not isinstance(given, (dict, DictConfig)):
+        raise UserError(f"{place}: '{prefix.rstrip('.')}' is a section and needs keys, got {given!r}")
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    for name, value in given.items():
+        full = f"{prefix}{name}"
+        if name not in fields:
+            raise UserError(f"{place}: {_unknown(full, value, names, [prefix + field for field in fields])}")
+        section = _section(fields[name].type)
+        if section and _is_mapping(fields[name]):
+            for entry, keys in (value or {}).items():
+                _check_keys(keys, section, place, names, f"{full}.{entry}.")
+        elif section:
+            _check_keys(value, section, place, names, f"{full}.")
+
+
+def _unknown(name: str, value: Any, names: _Names, beside: list[str]) -> str:
+    near = names.near(name)
+    if not near and isinstance(value, (dict, DictConfig)) and len(value):  # a section that there is not
+        inner = f"{name}.{next(iter(value))}"
+        if near := names.near(inner):
+            name = inner
+    hint = f"did you mean '{near}'?" if near else f"known here: {', '.join(beside)}"
+    return f"unknown config key '{name}'; {hint}"
+
+
+def _type_name(type_: Any) -> str:
+    if isinstance(type_, types.UnionType):
+        return " or ".join("null" if part is types.NoneType else _type_name(part) for part in type_.__args__)
+    return type_.__name__ if isinstance(type_, type) and not typing.get_args(type_) else str(type_)
+
+
+def _missing(value: Any) -> bool:
+    return isinstance(value, str) and value == MISSING
+
+
+def _shown(value: Any) -> str:
+    """A default as YAML writes it."""
+    words = {None: "null", True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value) or "''"
 
 
 def _read_yaml_chain(path: Path) -> list[tuple[str, DictConfig]]:
@@ -90,133 +226,3 @@ def _read_yaml_chain(path: Path) -> list[tuple[str, DictConfig]]:
         raise UserError(f"config file '{path}' must hold a mapping of keys, not a list")
     base = layer.pop("base", None)
     return (_read_yaml_chain(path.parent / base) if base else []) + [(str(path), layer)]
-
-
-def to_yaml(config) -> str:
-    """The resolved config as YAML, as `--dry-run` prints it and a run's folder keeps it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def parse_command_line(schema: type, description: str, argv: list[str] | None = None):
-    """The command line every entry point shares. Returns (config, args)."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog="keys that can be overridden: " + ", ".join(_leaves(schema)),
-    )
-    parser.add_argument("--config", action="append", help="YAML file with this run's keys; a later one adds to it")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and plan, then stop")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override config keys, dotted")
-    args = parser.parse_intermixed_args(argv)
-    return load_config(schema, args.config, args.overrides), args
-
-
-@dataclasses.dataclass
-class HeadConfig:
-    """Each stream's visual head (DepthHead)."""
-
-    width: int | None = None
-    layers: int | None = None
-    heads: int | None = None
-    ffn: int | None = None
-
-
-@dataclasses.dataclass
-class ModelConfig:
-    """A Qwen2.5-shaped decoder with a visual projector and a visual head for each stream.
-
-    `preset` fills every field that is left null (megadual/model/presets.py).
-    """
-
-    preset: str = "tiny"
-    layers: int | None = None
-    hidden: int | None = None
-    ffn: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    rope_base: float | None = None
-    norm_eps: float | None = None
-    tie_embeddings: bool | None = None
-    head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
-    dualtoken: str = MISSING  # folder of the DualToken whose codes the model reads and writes
-    streams: list[str] | None = None  # those of its streams that the model has; null: all
-    text_tokenizer: str = MISSING  # Hugging Face folder or id
-
-
-@dataclasses.dataclass
-class DataConfig:
-    sets: list[str] = MISSING  # shard sets made by data_pipeline/tokenize.py
-    weights: list[float] | None = None  # share of each set in the rows; null: by their positions
-    draw_probability: float = 0.5  # share of images that are to be drawn; the others are looked at
-    caption_dropout: float = 0.1  # share of drawn pairs whose caption is left out, for classifier-free guidance
-
-
-@dataclasses.dataclass
-class ParallelConfig:
-    """Sizes of the parallel groups; what is left of the world is data parallel."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int = 1  # model chunks per pipeline stage
-    stage_layers: list[int] | None = None  # layers of each chunk, first to last; null: cut by cost
-    context: int = 1  # ranks that share each sequence, its attention and activations (megatron)
-    sequence: bool = False  # sequence parallelism over the tensor-parallel group
-    gpu_memory_gib: float = 80.0  # of one GPU, for the plan's warning
-    zero_stage: int = 1  # what data-parallel ranks split: 1 optimizer state, 2 gradients too, 3 weights too (deepspeed)
-
-
-@dataclasses.dataclass
-class TrainConfig:
-    steps: int = MISSING
-    global_batch_tokens: int = MISSING  # positions per optimizer step, padding included
-    micro_batch_size: int = 1  # packed rows of seq_len positions per forward pass
-    seq_len: int = MISSING
-    seed: int = 0
-    precision: str = "fp32"  # fp32 or bf16
-    lr: float = 3e-4
-    min_lr: float = 3e-5
-    warmup_steps: int = 0
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip_grad: float = 1.0
-    parts: list[str] = dataclasses.field(default_factory=lambda: ["projector", "llm", "heads"])  # what is trained
-    recompute: bool = False  # full activation recompute, layer by layer
-    loss: dict[str, float] = dataclasses.field(default_factory=dict)  # weights of mean losses (text, a stream); else 1
-    spike_factor: float | None = None  # a loss over this many times the median of the steps before is bad
-    spike_window: int = 64  # steps of that median
-    bad_loss: str = "stop"  # at a loss that is bad or not finite: stop, or skip the step's update (megatron)
-    max_skipped: int = 8  # stop after this many skipped steps in a row
-
-
-@dataclasses.dataclass
-class RunFolderConfig:
-    dir: str = MISSING
-    name: str = "pretrain"
-    wandb: str = "disabled"  # online, offline or disabled
-    wandb_project: str = "megadual"
-    device: str | None = None  # cuda: every rank must have its GPU; cpu: none is used; null: what there is
-    hang_timeout: float | None = 1200.0  # seconds without progress after which a rank shows its stacks and exits
-    samples: list[str] = dataclasses.field(default_factory=list)  # prompts that are drawn from checkpoints
-    samples_every: int | None = None  # steps between drawings; a multiple of checkpoint.every
-
-
-@dataclasses.dataclass
-class CheckpointConfig:
-    every: int | None = 1000  # steps between checkpoints; the last step is saved too; null: none but at a signal
-    keep: int = 2  # newest checkpoints kept
-    resume: bool = True  # go on from run.dir's latest checkpoint, where there is one
-    start: str | None = None  # else take the weights of this checkpoint, run or conversion; the optimizer starts anew
-    background: bool = True  # write while training goes on
-
-
-@dataclasses.dataclass
-class PretrainConfig:
-    """What `pretrain/pretrain.py` takes."""
-
-    engine: str = "megatron"  # or deepspeed
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    run: RunFolderConfig = dataclasses.field(default_factory=RunFolderConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)

@@ -6,11 +6,13 @@ import os
 import sys
 from pathlib import Path
 
+from megadual.run import exits
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: the message names the value, the place and the fix."""
 
-    exit_code = 2
+    exit_code = exits.WRONG_INPUT
 
 
 def command(main):

@@ -4,11 +4,12 @@ import argparse
 import json
 from pathlib import Path
 
-from megadual.config import PretrainConfig, load_config
+from omegaconf import OmegaConf
+
 from megadual.errors import UserError, command
 from megadual.run import lock
+from megadual.run.checkpoints import CheckpointFolder
 from megadual.run.record import read_starts
-from megadual.train.metrics import mean_losses
 
 
 def describe(folder: Path) -> dict[str, str]:
@@ -16,22 +17,24 @@ def describe(folder: Path) -> dict[str, str]:
     starts = read_starts(folder)
     if not starts:
         raise UserError(f"'{folder}' is not a run's folder: it has no run.json")
-    config = load_config(PretrainConfig, folder / "config.yaml")
+    config = OmegaConf.load(folder / "config.yaml")  # of any training: the keys that are read are the same
     last, steps = starts[-1], _last_steps(folder / "metrics.jsonl")
     about = {"run": f"{config.run.name} in {folder}", "state": _state(folder, last)}
     about["started"] = f"{last['time']} on {last['world']} processes, git {(last['git'] or 'unknown')[:12]}"
     if steps:
         step = steps[-1]
-        losses = ", ".join(f"{name} {_number(loss)}" for name, loss in mean_losses(step).items())
-        about["step"] = f"{step['step']:,} of {config.train.steps:,} ({step['tokens']:,} tokens)"
-        about["loss"] = f"{_number(step['loss'])} ({losses})"
-        about["tokens/s"] = f"{sum(s['tokens_per_s'] for s in steps) / len(steps):,.0f} over {len(steps)} steps"
-        about["MFU"] = f"{step['mfu']:.1%}" if step["mfu"] else "unknown device"
+        parts = ", ".join(f"{name[5:]} {_number(value)}" for name, value in step.items() if name.startswith("loss_"))
+        seen = f" ({step['tokens']:,} tokens)" if "tokens" in step else ""
+        about["step"] = f"{step['step']:,} of {config.train.steps:,}{seen}"
+        about["loss"] = _number(step["loss"]) + (f" ({parts})" if parts else "")
+        for unit in ("tokens", "images"):
+            if f"{unit}_per_s" in step:
+                speed = sum(s[f"{unit}_per_s"] for s in steps) / len(steps)
+                about[f"{unit}/s"] = f"{speed:,.0f} over {len(steps)} steps"
+        if "mfu" in step:
+            about["MFU"] = f"{step['mfu']:.1%}" if step["mfu"] else "unknown device"
     about["restarts"] = str(len(starts) - 1) + "".join(f"\n  {s['time']}: {_end(s)}" for s in starts[:-1])
-    pointer = folder / "checkpoints" / "latest"
-    about["last checkpoint"] = (
-        str(folder / "checkpoints" / pointer.read_text().strip()) if pointer.is_file() else "none"
-    )
+    about["last checkpoint"] = str(CheckpointFolder(folder, keep=1).latest() or "none")
     logs = folder / "logs"
     newest = max(
         (path for path in logs.glob("*") if path.is_dir()), key=lambda path: path.stat().st_mtime, default=logs

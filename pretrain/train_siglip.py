@@ -9,14 +9,14 @@ from megadual.vision.siglip import TrainSiglipConfig, train
 @command
 def main(argv: list[str] | None = None) -> None:
     config, args = parse_command_line(TrainSiglipConfig, __doc__, argv)
-    shards = list_shards(config.data.train)
     if args.dry_run:
         print(to_yaml(config))
-        pairs = config.steps * config.data.batch_size
-        print(f"plan: {config.steps} steps, {pairs} pairs from {len(shards)} shards -> {config.output}")
+        pairs, shards = config.train.steps * config.data.batch_size, list_shards(config.data.train)
+        print(f"plan: {config.train.steps} steps, {pairs} pairs from {len(shards)} shards -> {config.run.dir}")
         return
+    config.run.use_device()
     metrics = train(config)
-    print(f"{config.output}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    print(f"{config.run.dir}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ logs="$RUN_DIR/logs/$SLURM_JOB_ID.$SLURM_RESTART_COUNT"
 mkdir -p "$logs"
 echo "$(date -Is) job $SLURM_JOB_ID, start $SLURM_RESTART_COUNT on $SLURM_JOB_NODELIST: $logs"
 export MEGADUAL_EXITS="$logs" # ranks that fail leave exit.RANK.CODE here
-export MEGADUAL_STOP="$logs/stop" # training that finds this file saves and ends, as at a signal
 
 # run_step OUTPUT COMMAND...: srun COMMAND with its output in the logs; then the job ends, or goes on in another start.
 run_step() {
@@ -24,7 +23,7 @@ run_step() {
 #   75 (stopped by a signal, checkpoint written): always again
 #   2 (wrong input) and 76 (a loss that can't be right): never, since it would only happen again
 #   others (a rank died, hung, or its node is bad): again, MAX_RESTARTS times
-# One rank's code forbids a restart, whatever the step's is: torchrun's is always 1, srun's that of a rank it killed.
+# One rank's code forbids a restart, whatever the step's is: srun's may be that of a rank it killed.
 after_step() {
     local code failures="$RUN_DIR/logs/$SLURM_JOB_ID.failures"
     for code in "$logs"/exit.* "$1"; do

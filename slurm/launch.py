@@ -38,13 +38,13 @@ class Training:
 
     def __call__(self) -> int:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-        # Slurm signals the child too: ignored until it has set its own handler.
-        ignoring = ["env", "--ignore-signal=USR1", sys.executable, "-u"]
-        self.child = subprocess.Popen([*ignoring, *self.arguments], cwd=ROOT)
+        # Slurm signals the child too: that waits until it can answer.
+        waiting = ["env", "--block-signal=USR1", sys.executable, "-u"]
+        self.child = subprocess.Popen([*waiting, *self.arguments], cwd=ROOT)
         code = self._wait()
-        from megadual.run.signals import EXIT_STOPPED
+        from megadual.run import exits
 
-        if code not in (0, EXIT_STOPPED):
+        if code not in (0, exits.STOPPED):
             raise RuntimeError(f"{self.arguments[0]} ended with exit code {code}")
         return code
 

@@ -18,8 +18,7 @@ submit() {
     sbatch --parsable ${after:+--dependency=afterok:$after --kill-on-invalid-dep=yes} $SBATCH_ARGS "$@"
 }
 
-tokenizer=$(RUN_DIR="$folder/tokenizer" submit "" slurm/train_tokenizer.sh --config "$TOKENIZER_CONFIG" \
-    output="$folder/tokenizer")
+tokenizer=$(RUN_DIR="$folder/tokenizer" submit "" slurm/train_tokenizer.sh --config "$TOKENIZER_CONFIG")
 shards=$(submit "$tokenizer" slurm/tokenize.sh --config "$TOKENIZE_CONFIG" dualtoken="$DUALTOKEN" \
     text_tokenizer="$TEXT_TOKENIZER" output="$SHARDS")
 llm=$(RUN_DIR="$folder/pretrain" submit "$shards" "slurm/pretrain_$PRETRAIN.sh" ${PRETRAIN_ARGS:-})

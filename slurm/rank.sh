@@ -3,5 +3,4 @@
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 export LOCAL_WORLD_SIZE=${SLURM_STEP_TASKS_PER_NODE%%(*}  # "8(x4)": every node has as many
 : "${MASTER_ADDR:?}" "${MASTER_PORT:?}"
-trap '' USR1  # ignored until training can answer it
-exec "$@"
+exec env --block-signal=USR1 "$@"  # it waits until training can answer it

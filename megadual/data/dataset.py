@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from megadual.config import DataConfig
 from megadual.data.mds_reader import ShardSet
 from megadual.data.packing import PackedRows, Piece
 from megadual.errors import UserError
 from megadual.streams import IGNORE, LENGTHS, Sequence, SpecialIds, lay_out
+from megadual.train.config import DataConfig
 
 
 @dataclass

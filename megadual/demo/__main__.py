@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from megadual.config import PretrainConfig, load_config
+from megadual.config import load_config
 from megadual.demo.report import write_report
 from megadual.engine.topology import topology
 from megadual.errors import UserError, command
-from megadual.model import presets
+from megadual.train.config import PretrainConfig
 
 RUN = Path("runs/demo")
 CORPUS = RUN / "corpus"
@@ -126,7 +126,6 @@ def main() -> None:
 
     layout = layout_overrides(args.parallel)
     run = load_config(PretrainConfig, "pretrain/configs/tiny.yaml", layout)
-    run.model = presets.resolve(run.model)
     topology(run, run.parallel.tensor * run.parallel.pipeline)  # a layout that can't work stops here
 
     record = RUN / "stages.json"

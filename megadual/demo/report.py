@@ -12,8 +12,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-from megadual.config import PretrainConfig, load_config  # noqa: E402
+from megadual.config import load_config  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
+from megadual.train.config import PretrainConfig  # noqa: E402
 
 LOSS = "loss_"  # of text or a stream: that and its name
 

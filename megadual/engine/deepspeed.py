@@ -28,7 +28,6 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 
-from megadual.config import PretrainConfig
 from megadual.data.dataset import MicroBatch
 from megadual.engine import sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
@@ -38,6 +37,7 @@ from megadual.engine.topology import Topology
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.freezing import train_only
 from megadual.model.init import initialize
+from megadual.train.config import PretrainConfig
 
 
 class ModelParallelUnit:

@@ -2,13 +2,12 @@
 
 import os
 
-from megadual.config import PretrainConfig
+from megadual.train.config import PretrainConfig
 
 
 def set_environment(run: PretrainConfig) -> None:
     """Choose what the run's device and layout ask for; what the user has set stays."""
-    if run.run.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    run.run.use_device()
     if run.parallel.tensor > 1:
         # One queue keeps communication in front of the products that it is to overlap with, which would else fill the
         # GPU first (megatron-core asks for it).

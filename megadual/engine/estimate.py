@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from megadual.config import PretrainConfig
 from megadual.engine.stages import Traffic, costs
 from megadual.engine.topology import Topology
 from megadual.model import sizes
 from megadual.model.dual_lm import Vocabulary
 from megadual.model.fused import LOGITS_AT_ONCE
+from megadual.train.config import PretrainConfig
 
 GIB = 1 << 30
 DEEPSPEED_BUCKET = 500_000_000  # gradients that DeepSpeed reduces at once, its default

@@ -5,12 +5,8 @@ import math
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megadual.config import PretrainConfig
-
-
-def collective_timeout_s(run: PretrainConfig) -> float:
-    """Seconds until a backend gives a collective up: after the watchdog, which shows stacks."""
-    return (run.run.hang_timeout or 1e6) + 120
+from megadual.run.watchdog import collective_timeout_s
+from megadual.train.config import PretrainConfig
 
 
 def initialize_groups(run: PretrainConfig) -> None:
@@ -21,7 +17,7 @@ def initialize_groups(run: PretrainConfig) -> None:
         pipeline_model_parallel_size=run.parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=run.parallel.context,
-        distributed_timeout_minutes=math.ceil(collective_timeout_s(run) / 60),
+        distributed_timeout_minutes=math.ceil(collective_timeout_s(run.run.hang_timeout) / 60),
     )
     model_parallel_cuda_manual_seed(run.train.seed)
 

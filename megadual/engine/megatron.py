@@ -10,7 +10,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from megadual.config import PretrainConfig
 from megadual.data.dataset import MicroBatch
 from megadual.engine import sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
@@ -21,6 +20,7 @@ from megadual.model.context import context_share
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.freezing import train_only
 from megadual.model.init import initialize
+from megadual.train.config import PretrainConfig
 
 
 def build_chunks(run: PretrainConfig, vocabulary: Vocabulary) -> list[DualLM]:

@@ -10,7 +10,6 @@ import queue
 from pathlib import Path
 
 import torch
-import xxhash
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megadual.errors import UserError
+from megadual.run.checkpoints import checksum
 
 METADATA = {"non_homogeneous_layers": True}
 STATE = "optimizer.state.{}."  # of an AdamW state's entries
@@ -67,15 +67,6 @@ class ShardedWrite:
         """Write the index of all ranks' files (collective)."""
         for finalize in self.request.finalize_fns:
             finalize()
-
-
-def checksum(path: str | Path) -> str:
-    """xxh3 of a file, in hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read(state: dict, folder: Path) -> dict:

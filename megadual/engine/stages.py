@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from megadual.config import PretrainConfig
 from megadual.data.packing import PackedRows
 from megadual.model.dual_lm import Vocabulary
 from megadual.model.flops import work
+from megadual.train.config import PretrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

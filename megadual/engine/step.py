@@ -7,11 +7,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megadual.config import PretrainConfig
 from megadual.data.dataset import MicroBatch
 from megadual.model.dual_lm import StreamLosses, Vocabulary
 from megadual.model.flops import step_flops
 from megadual.streams import TEXT
+from megadual.train.config import PretrainConfig
 
 
 @dataclasses.dataclass

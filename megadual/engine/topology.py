@@ -2,10 +2,8 @@
 
 import dataclasses
 
-from megadual.config import PretrainConfig
-from megadual.engine.limits import check_limits
 from megadual.errors import UserError
-from megadual.model.freezing import check_parts
+from megadual.train.config import PretrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +30,10 @@ class Topology:
 
 
 def topology(run: PretrainConfig, world: int) -> Topology:
-    """Check that the run's layout divides; UserError shows the product that does not. `run.model` is resolved."""
+    """Check that the run's layout divides; UserError shows the product that does not."""
     parallel, model, train = run.parallel, run.model, run.train
-    check_limits(run)
-    check_parts(train.parts)
+    if not run.data.sets:
+        raise UserError("data.sets=[] names no shard set; make one with data_pipeline/tokenize.py")
     _check_engine(run)
 
     inner = parallel.tensor * parallel.pipeline * parallel.context
@@ -100,12 +98,6 @@ def _check_engine(run: PretrainConfig) -> None:
     if run.engine == "megatron" and stage != 1:
         raise UserError(
             f"parallel.zero_stage={stage} needs engine=deepspeed; megatron's distributed optimizer is stage 1"
-        )
-    drawn_every, saved_every = run.run.samples_every, run.checkpoint.every
-    if drawn_every is not None and not (run.run.samples and saved_every and drawn_every % saved_every == 0):
-        raise UserError(
-            f"run.samples_every={drawn_every} draws the prompts in run.samples from checkpoints: give some, and a "
-            f"multiple of checkpoint.every={saved_every}"
         )
     if run.engine == "deepspeed" and run.train.bad_loss == "skip":
         raise UserError(

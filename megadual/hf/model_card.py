@@ -7,8 +7,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from megadual.config import PretrainConfig
 from megadual.train.checkpoint import PROGRESS
+from megadual.train.config import PretrainConfig
 
 _TRAINED_BY = ("engine", "model", "data", "parallel", "train")  # the sections of a run's config that are shown
 

@@ -13,14 +13,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from megadual.config import HeadConfig, PretrainConfig
 from megadual.data.dataset import MicroBatch
 from megadual.model.attention import PackedDocuments, rotary_angles
+from megadual.model.config import HeadConfig
 from megadual.model.depth_head import DepthHead
 from megadual.model.embeddings import Codebooks, DualEmbedding
 from megadual.model.fused import linear_cross_entropy
 from megadual.model.layers import block_spec, transformer_config
 from megadual.streams import Stream
+from megadual.train.config import PretrainConfig
 
 VOCAB_MULTIPLE = 128  # the text table is padded to this, whatever the layout, so that layouts agree
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megadual.config import ModelConfig
 from megadual.model import sizes
+from megadual.model.config import ModelConfig
 from megadual.model.dual_lm import Vocabulary
 from megadual.model.freezing import PARTS
 from megadual.streams import Stream

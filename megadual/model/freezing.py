@@ -3,8 +3,6 @@
 import re
 from typing import TYPE_CHECKING
 
-from megadual.errors import UserError
-
 if TYPE_CHECKING:  # the configuration is checked before torch is loaded
     import torch
 
@@ -13,12 +11,6 @@ PARTS = {
     "llm": r"embedding\.word_embeddings\.|decoder\.|output_layer\.",
     "heads": r"heads\.",
 }
-
-
-def check_parts(parts: list[str]) -> None:
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown or not parts:
-        raise UserError(f"train.parts={parts} must name at least one of: {', '.join(PARTS)}")
 
 
 def train_only(chunk: "torch.nn.Module", parts: list[str]) -> None:

@@ -7,8 +7,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megadual.config import PretrainConfig
 from megadual.model.attention import PackedAttention
+from megadual.train.config import PretrainConfig
 
 
 class RMSNorm(torch.nn.RMSNorm):

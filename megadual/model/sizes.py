@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megadual.config import ModelConfig
+from megadual.model.config import ModelConfig
 from megadual.streams import Stream
 
 

@@ -5,11 +5,26 @@ import math
 import statistics
 from collections import deque
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch.distributed as dist
 
-from megadual.config import TrainConfig
-from megadual.engine.step import StepResult
+from megadual.run.config import TrainConfig
+from megadual.run.log import RunLog
+
+
+class StepResult(Protocol):
+    """What is looked at of a step: numbers that every rank has alike."""
+
+    loss: float
+    grad_norm: float
+
+
+class Numbers(NamedTuple):
+    """A StepResult of nothing else."""
+
+    loss: float
+    grad_norm: float
 
 
 class LossWatch:
@@ -19,7 +34,7 @@ class LossWatch:
     """
 
     def __init__(self, train: TrainConfig):
-        self.factor = train.spike_factor
+        self.factor, self.skips, self.max_skipped = train.spike_factor, train.bad_loss == "skip", train.max_skipped
         self.losses: deque[float] = deque(maxlen=train.spike_window)
         self.complaint: str | None = None  # about the last step
         self.in_a_row = 0  # bad steps
@@ -32,6 +47,21 @@ class LossWatch:
             self.losses.append(result.loss)
         return not self.complaint
 
+    @property
+    def stops(self) -> bool:
+        """Whether training ends at the last step, which is a bad one."""
+        return not self.skips or self.in_a_row >= self.max_skipped
+
+    def tell(self, folder: Path, step: int, keys: list[str], log: RunLog | None) -> None:
+        """Note the bad step and its documents, of which this rank had `keys`, in bad_steps.jsonl (collective)."""
+        keys = _all_keys(keys)
+        if log:
+            line = {"step": step, "complaint": self.complaint, "skipped": self.skips, "documents": keys}
+            with open(folder / "bad_steps.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            level = "error" if self.stops else "warning: skipped"
+            log.say(f"{level}: step {step}: {self.complaint}; its documents: {', '.join(keys)}")
+
     def _complaint(self, result: StepResult) -> str | None:
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
             return f"loss {result.loss}, gradient norm {result.grad_norm}"
@@ -42,13 +72,7 @@ class LossWatch:
         return None
 
 
-def record_bad_step(folder: Path, step: int, complaint: str, keys: list[str], skipped: bool) -> None:
-    """Append a line about a bad step and its documents to bad_steps.jsonl in a run's folder."""
-    with open(folder / "bad_steps.jsonl", "a") as file:
-        file.write(json.dumps({"step": step, "complaint": complaint, "skipped": skipped, "documents": keys}) + "\n")
-
-
-def all_keys(keys: list[str]) -> list[str]:
+def _all_keys(keys: list[str]) -> list[str]:
     """The documents of a step on all ranks, each once (collective)."""
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, keys)

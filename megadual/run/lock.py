@@ -17,9 +17,9 @@ from pathlib import Path
 from torch.distributed import Store
 
 from megadual.errors import UserError
+from megadual.run import exits
 from megadual.run.nodes import tell
 
-EXIT_LOST = 79  # another trainer has taken the run folder over, since this one was not seen for long
 LOCK = "lock.json"
 
 
@@ -32,6 +32,8 @@ def sole_trainer(folder: Path, store: Store, rank: int, world: int):
             lock.acquire()
         except UserError as error:
             complaint = str(error)
+        except OSError as error:
+            complaint = f"run.dir '{folder}' can't be locked: {error.strerror}"
     if complaint := tell(store, "lock", complaint, rank, world):
         raise UserError(complaint)
     try:
@@ -71,8 +73,9 @@ class RunLock:
 
     def release(self) -> None:
         self._released.set()
-        if _read(self.path) == self.me:
-            self.path.unlink()
+        with contextlib.suppress(OSError):  # the disk is away: the next start finds a dead holder
+            if _read(self.path) == self.me:
+                self.path.unlink()
 
     def _beat(self) -> None:
         while not self._released.wait(self.beat_s):
@@ -81,7 +84,7 @@ class RunLock:
                 if holder is not None and holder != self.me:
                     where = f"{holder['name']}, process {holder['pid']}"
                     print(f"error: run.dir '{self.path.parent}' was taken over by {where}", file=sys.stderr, flush=True)
-                    os._exit(EXIT_LOST)
+                    os._exit(exits.LOST_RUN)  # it was not seen for long
                 if holder is not None:
                     os.utime(self.path)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import ipaddress
 import json
 import os
 import socket
@@ -13,8 +14,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megadual.config import PretrainConfig
 from megadual.errors import UserError
+from megadual.run import exits
+from megadual.run.config import RunConfig
+from megadual.run.local import STORE
 
 START_TIMEOUT_S = 600.0  # for the slowest node to import and join
 CLOCK_TOLERANCE_S = 5.0
@@ -23,31 +26,54 @@ CLOCK_TOLERANCE_S = 5.0
 class NodeError(UserError):
     """A node is not fit for the job; another start, elsewhere, may go well."""
 
-    exit_code = 78
+    exit_code = exits.BAD_NODE
 
 
 def open_store(rank: int, world: int, timeout_s: float = START_TIMEOUT_S) -> dist.Store:
-    """The key-value store at MASTER_ADDR:MASTER_PORT, served by rank 0, or by torchrun's agent."""
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    """What ranks tell each other before there is a process group, and through which they make one.
+
+    One process alone needs nothing for it, and ranks of this machine have a file (megadual/run/local.py). Else it is a
+    server at MASTER_ADDR:MASTER_PORT, of rank 0 or of torchrun's agent. Ours listens at that address alone where it is
+    an IP address, as slurm/env.sh gives one; a host's name may mean another address on its own host, so all of them
+    are listened at then. Who reaches the port can disturb the start: it belongs into the cluster's own network. Values
+    are JSON, and nothing is unpickled from it.
+    """
+    if path := os.environ.get(STORE):
+        return dist.FileStore(path, world)
+    if "MASTER_ADDR" not in os.environ or world == 1:
+        return dist.HashStore()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
+        address,
+        port,
         world,
-        is_master=rank == 0 and not agent,
+        is_master=serves,
         timeout=datetime.timedelta(seconds=timeout_s),
         wait_for_workers=False,  # check_nodes waits, and says who is missing
+        master_listen_fd=_listen(address, port) if serves else None,
     )
     return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
+def _listen(address: str, port: int) -> int | None:
+    """A socket's number; None for a name."""
+    try:
+        version = ipaddress.ip_address(address).version
+    except ValueError:
+        return None
+    family = socket.AF_INET6 if version == 6 else socket.AF_INET
+    return socket.create_server((address, port), family=family, backlog=4096).detach()
+
+
 def check_nodes(
-    run: PretrainConfig, store: dist.Store, rank: int, world: int, timeout_s: float = START_TIMEOUT_S
+    run: RunConfig, store: dist.Store, rank: int, world: int, timeout_s: float = START_TIMEOUT_S
 ) -> list[int]:
     """Each rank checks its GPU, its way to the run folder and its clock; NodeError, on all ranks, names what is bad.
 
     Returns the process ids of the ranks on this node. Needs no process group, so that nothing can hang here.
     """
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "problems": [*_gpu(run), *_disk(Path(run.run.dir))]}
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "problems": [*_gpu(run.device), *_disk(Path(run.dir))]}
     reports = _gather(store, "report", mine, rank, world, timeout_s)
     clocks = _gather(store, "clock", time.time(), rank, world, timeout_s)  # read just after all have met
     bad = {report["host"]: problem for report in reports for problem in report["problems"]}
@@ -74,13 +100,13 @@ def skews(clocks: list[float]) -> list[float]:
     return [clock - middle for clock in clocks]
 
 
-def _gpu(run: PretrainConfig) -> list[str]:
-    if run.run.device != "cuda":
+def _gpu(device: str | None) -> list[str]:
+    if device != "cuda":
         return []
-    local = int(os.environ["LOCAL_RANK"])
+    local = local_rank()
     found = torch.cuda.device_count()
     if local >= found:
-        return [f"rank {os.environ['RANK']} needs GPU {local}, {found} are visible (run.device=cuda)"]
+        return [f"rank {os.environ.get('RANK', 0)} needs GPU {local}, {found} are visible (run.device=cuda)"]
     try:
         ones = torch.ones(256, 256, device=f"cuda:{local}")
         works = bool(torch.all(ones @ ones == 256))
@@ -115,7 +141,7 @@ def _gather(store: dist.Store, name: str, value, rank: int, world: int, timeout_
             try:
                 store.wait([f"{name}/{other}"], datetime.timedelta(seconds=left))
                 values.append(json.loads(store.get(f"{name}/{other}")))
-            except dist.DistStoreError:
+            except RuntimeError:  # a FileStore's, and a TCPStore's DistStoreError
                 missing.append(_place(other))
     values, missing = tell(store, f"{name}/all", [values, missing], rank, world, timeout_s + 30)
     if missing:
@@ -127,7 +153,7 @@ def tell(store: dist.Store, name: str, value, rank: int, world: int, timeout_s: 
     """Rank 0's value on every rank."""
     if rank == 0:
         store.set(name, json.dumps(value))
-        with contextlib.suppress(dist.DistStoreError):  # the store ends with rank 0: first all should have read
+        with contextlib.suppress(RuntimeError):  # the store ends with rank 0: first all should have read
             if world > 1:
                 store.wait([f"{name}/read"], datetime.timedelta(seconds=3))
         return value
@@ -136,6 +162,11 @@ def tell(store: dist.Store, name: str, value, rank: int, world: int, timeout_s: 
     if store.add(f"{name}/readers", 1) == world - 1:
         store.set(f"{name}/read", "")
     return value
+
+
+def local_rank() -> int:
+    """This process among those of its node, which is the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def _place(rank: int) -> str:

@@ -11,12 +11,13 @@ import threading
 import time
 from pathlib import Path
 
-EXIT_HANG = 77
+from megadual.run import exits
+
 GRACE_S = 10.0  # for the other ranks of the node, and for a thread that never gets Python's lock
 
 
 class Watchdog:
-    """Exits with EXIT_HANG when `beat` was not called for `timeout_s` seconds (null: never).
+    """Exits with exits.HANG when `beat` was not called for `timeout_s` seconds (null: never).
 
     All ranks wait in a collective while one hangs, so each of them notices by itself and writes its stacks to
     `folder/hang-rankN.txt`. A rank that was stopped (SIGSTOP) is first woken, by those on its node, whose process
@@ -57,15 +58,29 @@ class Watchdog:
         else:
             return
         self.fired.set()
+        try:
+            self._tell(silent)
+            time.sleep(GRACE_S)  # its end would end the others before they have written theirs
+        finally:
+            os._exit(exits.HANG)
+
+    def _tell(self, silent: float) -> None:
+        """Write the stacks, and wake stopped ranks."""
         where = f"rank {self.rank} on {socket.gethostname()}"
-        print(f"error: {where} made no progress for {silent:.0f} s; stacks: {self.path}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # stderr may be closed
+            told = f"error: {where} made no progress for {silent:.0f} s; stacks: {self.path}"
+            print(told, file=sys.stderr, flush=True)
         self.file.write(f"{where}, process {os.getpid()}: no progress for {silent:.0f} s\n")
         self.file.flush()
         faulthandler.dump_traceback(self.file, all_threads=True)
         for pid in self.peers:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGCONT)
         if self.rank < 2 and (job := os.environ.get("SLURM_JOB_ID")):  # one of the two is not stopped itself
-            subprocess.run(["scancel", "--quiet", "--signal=CONT", job], timeout=GRACE_S)
-        time.sleep(GRACE_S)  # its end would end the others before they have written theirs
-        os._exit(EXIT_HANG)
+            with contextlib.suppress(OSError, subprocess.SubprocessError):  # a container may have no scancel
+                subprocess.run(["scancel", "--quiet", "--signal=CONT", job], timeout=GRACE_S)
+
+
+def collective_timeout_s(hang_timeout: float | None) -> float:
+    """Seconds until a backend gives a collective up: after the watchdog, which shows stacks."""
+    return (hang_timeout or 1e6) + 120

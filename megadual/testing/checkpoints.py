@@ -1,8 +1,8 @@
 """Parts of a tiny run's steps, saved and taken up again, for tests: workers of `run_distributed`."""
 
-from megadual.config import PretrainConfig
 from megadual.testing import tiny
 from megadual.train.checkpoint import Checkpointer
+from megadual.train.config import PretrainConfig
 from megadual.train.metrics import numbers_of
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from megadual.config import load_config
+from megadual.run.ranks import Ranks
 from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
 from megadual.testing.vision import tiny_dualtoken_config, write_tiny_pairs, write_tiny_siglip
-from megadual.vision.loop import Ranks
 from megadual.vision.recipe import TrainTokenizerConfig
 from megadual.vision.train import TokenizerTrainer
 
@@ -31,13 +31,14 @@ ENGINES = ("megatron", "deepspeed")
 # What the paper's stages freeze and weigh (pretrain/configs/tokenizer_256_rvq4_stage*.yaml), at the tiny sizes.
 SIGLIP_UP_TO = "siglip_model.vision_model.embeddings,'siglip_model.vision_model.encoder.layers[:{}]'"
 PIXEL_PARTS = "prequant.pixel,quantizers.pixel,postquant.pixel,post_quant_conv,decoder"
+POOLED = ["pooled_mse=5", "pooled_cos=5"]
 STAGES = {
-    "stage0": [f"freeze=[{SIGLIP_UP_TO.format(2)}]", "loss.feature_mse=0", "loss.feature_cos=0",
-               "loss.pooled_mse=5", "loss.pooled_cos=5", "loss.gan=0"],
-    "stage1": ["gan.start_step=5"],
-    "stage2": [f"freeze=[{SIGLIP_UP_TO.format(1)},{PIXEL_PARTS}]", "loss.feature_mse=0", "loss.feature_cos=1",
-               "loss.pooled_mse=5", "loss.pooled_cos=5", "loss.commit.pixel=0", "loss.reconstruction=0",
-               "loss.lpips=0", "loss.gan=0"],
+    "stage0": [f"freeze=[{SIGLIP_UP_TO.format(2)}]",
+               *(f"loss.{weight}" for weight in ("feature_mse=0", "feature_cos=0", *POOLED, "gan=0"))],
+    "stage1": [],
+    "stage2": [f"freeze=[{SIGLIP_UP_TO.format(1)},{PIXEL_PARTS}]",
+               *(f"loss.{weight}" for weight in ("feature_mse=0", "feature_cos=1", *POOLED, "commit.pixel=0",
+                                                 "reconstruction=0", "lpips=0", "gan=0"))],
 }  # fmt: skip
 
 
@@ -65,13 +66,14 @@ def tokenizer_steps(folder: Path) -> dict[str, list[dict]]:
     shards, siglip = write_tiny_pairs(folder / "pairs"), write_tiny_siglip(folder / "siglip")
     stages, start = {}, None
     for stage, overrides in STAGES.items():
-        given = [f"data.train={shards}", f"siglip={siglip}", f"output={folder / stage}", f"steps={STEPS}"]
-        given += ["data.batch_size=8", "data.shuffle=16", "gan.channels=[8,8,8]", "gan.norm_groups=4", "lpips.images=2"]
-        given += ["optim.warmup_steps=3", "optim.lr=3e-4", "optim.clip_norm=3", *overrides]
-        given += [f"start={start}"] if start else []
+        train = [f"steps={STEPS}", "warmup_steps=3", "lr=3e-4", "clip_grad=3", *overrides]
+        given = [f"data.train={shards}", f"siglip={siglip}", f"run.dir={folder / stage}"]
+        given += [*(f"train.{value}" for value in train), "data.batch_size=8", "data.shuffle=16", "lpips.images=2"]
+        given += ["gan.channels=[8,8,8]", "gan.norm_groups=4"] + (["gan.start_step=5"] if stage == "stage1" else [])
+        given += [f"checkpoint.start={start}"] if start else []
         config = load_config(TrainTokenizerConfig, None, given)
         config.model = tiny_dualtoken_config(siglip={})
-        trainer = TokenizerTrainer(config, Ranks.join())
+        trainer = TokenizerTrainer(config, Ranks.current())
         trainer.open_data()
         steps = [trainer.step() for _ in range(STEPS)]
         for metrics in steps:

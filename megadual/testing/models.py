@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 
 from checkpoints_tools import convert_to_hf
-from megadual.config import PretrainConfig, load_config
+from megadual.config import load_config
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
-from megadual.model import presets
 from megadual.streams import SpecialIds
 from megadual.testing.shards import random_documents, write_shard_set
 from megadual.testing.vision import tiny_dualtoken
 from megadual.text import fingerprint, load_text_tokenizer, save_text_tokenizer, train_text_tokenizer
+from megadual.train.config import PretrainConfig
 from megadual.vision import DualToken
 
 IMAGE_SIZE, DEPTH, CODEBOOK = 16, 3, 32  # tiny_dualtoken's
@@ -56,9 +56,7 @@ def sized_run(*overrides: str) -> PretrainConfig:
         "model.kv_heads=2", "model.head.width=32", "model.head.layers=2", "model.head.heads=2", "model.head.ffn=48",
         "train.steps=2", "train.seq_len=64", "train.global_batch_tokens=256", "train.lr=1e-2",
     ]  # fmt: skip
-    run = load_config(PretrainConfig, None, [*sizes, *overrides])
-    run.model = presets.resolve(run.model)
-    return run
+    return load_config(PretrainConfig, None, [*sizes, *overrides])
 
 
 def write_export(folder: Path) -> Path:

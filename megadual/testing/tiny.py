@@ -9,14 +9,14 @@ from megadual.engine import cpu
 
 cpu.install()
 
-from megadual.config import PretrainConfig, load_config  # noqa: E402
+from megadual.config import load_config  # noqa: E402
 from megadual.data.mds_reader import ShardSet  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
-from megadual.model import presets  # noqa: E402
 from megadual.model.dual_lm import Vocabulary  # noqa: E402
 from megadual.streams import Stream  # noqa: E402
 from megadual.testing.shards import SPECIAL, random_documents, write_shard_set  # noqa: E402
 from megadual.train import setup  # noqa: E402
+from megadual.train.config import PretrainConfig  # noqa: E402
 from megadual.train.metrics import numbers_of  # noqa: E402
 
 TEXT_VOCABULARY, GRID = 300, (3, 3)
@@ -50,7 +50,6 @@ def tiny_run(folder: Path, shards: Path, *overrides: str) -> PretrainConfig:
         f"run.dir={folder}",
     ]  # fmt: skip
     run = load_config(PretrainConfig, None, [*defaults, *overrides])
-    run.model = presets.resolve(run.model)
     return run
 
 
@@ -63,7 +62,6 @@ def golden_run(folder: Path, shards: Path, engine: str, steps: int) -> PretrainC
         "train.loss.text=0.5", "train.loss.semantic=1.5", "train.loss.pixel=0.75", f"run.dir={folder}",
     ]  # fmt: skip
     run = load_config(PretrainConfig, None, overrides)
-    run.model = presets.resolve(run.model)
     return run
 
 

@@ -2,27 +2,25 @@
 
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch.distributed as dist
 
-from megadual.config import PretrainConfig
 from megadual.data.dataset import PackedDataset
 from megadual.model.flops import peak_flops
-from megadual.run.bad_loss import LossWatch, all_keys, record_bad_step
-from megadual.run.signals import EXIT_BAD_LOSS, EXIT_STOPPED, StopSignal
+from megadual.run import exits
+from megadual.run.bad_loss import LossWatch
+from megadual.run.session import Session
 from megadual.train.checkpoint import Checkpointer
+from megadual.train.config import PretrainConfig
 from megadual.train.metrics import MetricsLog, entry_of
 from megadual.train.sampling import Sampling
 
 
-def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], None]) -> None:
+def train(run: PretrainConfig, engine, data: PackedDataset, session: Session) -> None:
     """Run the configured steps, from the run folder's latest checkpoint where there is one.
 
-    `beat` is called after everything that is done. Exits with EXIT_STOPPED after SIGTERM or SIGUSR1, once a checkpoint
-    is written, and with EXIT_BAD_LOSS where a step's loss is not finite or spikes and is not to be skipped, or too
-    many were.
+    Exits with exits.STOPPED after SIGTERM or SIGUSR1, once a checkpoint is written, and with exits.BAD_LOSS where a
+    step's loss is not finite or spikes and is not to be skipped, or too many were.
     """
     sampling = Sampling(run)
     checkpointer = Checkpointer(run, sampling.start)
@@ -30,7 +28,7 @@ def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], N
         checkpointer.clean()
     latest = checkpointer.to_resume()
     progress = checkpointer.load(engine, latest) if latest else {"step": 0}
-    beat()
+    session.beat()
     start, position = progress["step"], progress.get("data")
     same_rows = data.go_on(start, position) if position else True
     log = MetricsLog(run, start) if dist.get_rank() == 0 else None
@@ -42,7 +40,7 @@ def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], N
                 f"not as in {latest}; training goes on at row {data.rows_before(start):,} of the new order",
                 sys.stderr,
             )
-    stop, watch, skips = StopSignal(), LossWatch(run.train), run.train.bad_loss == "skip"
+    watch = LossWatch(run.train)
     world, peak = dist.get_world_size(), peak_flops()
 
     batches, ended = data.iterate(start), time.perf_counter()
@@ -50,12 +48,12 @@ def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], N
         waited = time.perf_counter()
         microbatches, position = next(batches)
         waited = time.perf_counter() - waited
-        beat()
-        result = engine.train_step(microbatches, watch.approve if skips else None)
+        session.beat()
+        result = engine.train_step(microbatches, watch.approve if watch.skips else None)
         # From one step's end to the next: what waits for data and for checkpoints is no faster for it.
         begun, ended = ended, time.perf_counter()
         seconds = ended - begun
-        beat()
+        session.beat()
         if log:
             per_gpu = result.flops / seconds / world
             log.step(
@@ -69,37 +67,31 @@ def train(run: PretrainConfig, engine, data: PackedDataset, beat: Callable[[], N
                     data_wait_s=waited,
                 )
             )
-            log.picture(step, sampling.poll())
-        if not skips:
+            log.samples(step, sampling.poll())
+        if not watch.skips:
             watch.approve(result)
         checkpointer.poll()
         if watch.complaint:
-            keys = all_keys([key for batch in microbatches for key in batch.keys])
-            stops = not skips or watch.in_a_row >= run.train.max_skipped
-            if stops:
+            if watch.stops:
                 checkpointer.finish()
-            if log:
-                record_bad_step(Path(run.run.dir), step, watch.complaint, keys, skipped=skips)
-                level = "error" if stops else "warning: skipped"
-                log.bar.write(f"{level}: step {step}: {watch.complaint}; its documents: {', '.join(keys)}", sys.stderr)
-            if stops:
+            watch.tell(session.folder, step, [key for batch in microbatches for key in batch.keys], log)
+            if watch.stops:
                 sampling.stop()
                 if log:
                     log.close()
-                sys.exit(EXIT_BAD_LOSS)
-        stopping = stop.agreed()
-        every = run.checkpoint.every
-        if stopping or (every and (step % every == 0 or step == run.train.steps)):
+                sys.exit(exits.BAD_LOSS)
+        stopping = session.stop.agreed()
+        if stopping or run.checkpoint.due(step, run.train.steps):
             checkpointer.save(engine, step, position)
-            beat()
+            session.beat()
         if stopping and step < run.train.steps:
             checkpointer.finish()
             sampling.stop()
             if log:
                 log.bar.write(f"stopped by a signal after step {step}; start again to go on")
                 log.close()
-            sys.exit(EXIT_STOPPED)
+            sys.exit(exits.STOPPED)
     checkpointer.finish()
     if log:
-        log.picture(run.train.steps, sampling.finish())
+        log.samples(run.train.steps, sampling.finish())
         log.close()

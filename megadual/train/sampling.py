@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megadual.config import PretrainConfig
+from megadual.run.local import STORE
+from megadual.train.config import PretrainConfig
 
 LAST_S = 300  # how long the last picture is waited for
 
@@ -41,7 +42,7 @@ class Sampling:
             "--output",
             self.picture,
         ]
-        launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+        launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", STORE)
         mine = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
         with open(self.picture.with_suffix(".log"), "w") as log:
             self.process = subprocess.Popen(

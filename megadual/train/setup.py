@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterable
 
-from megadual.config import PretrainConfig
 from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
 from megadual.data.packing import PackedRows
@@ -15,6 +14,7 @@ from megadual.model.dual_lm import Vocabulary
 from megadual.streams import TEXT, SpecialIds, Stream
 from megadual.text import fingerprint, load_text_tokenizer
 from megadual.train.checkpoint import resolve_checkpoint, starting_weights
+from megadual.train.config import PretrainConfig
 from megadual.vision import read_codebooks
 
 

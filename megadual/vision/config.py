@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import SiglipConfig
 
+from megadual.keys import key
 from megadual.streams import Stream, check_stream_names
 
 TIMINGS = ("per_step", "per_depth")
@@ -23,16 +24,16 @@ class StreamConfig:
     the stream reads, with SigLIP's image embedding at their end; "picture", the decoder; or both.
     """
 
-    layers: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)  # of the layers' projections in their sum; none: 1 each
-    feeds: list[str] = field(default_factory=list)
-    depth: int = 4  # codes a position
-    codebook_size: int = 16384
-    code_dim: int = 32
-    shared_codebook: bool = True  # False: each depth has a codebook of its own
-    timing: str = "per_step"  # when the codebook moves (megadual/vision/quantizer.py)
-    decay: float = 0.99  # of the codebook's moving averages
-    restart_unused_codes: bool = True
+    layers: list[int] = key([], "SigLIP's layers that are read, counted from 1", least=1)
+    weights: list[float] = key([], "of the layers' projections in their sum; none: 1 each")
+    feeds: list[str] = key([], "what the quantised states go on to: one or both", choices=GOALS)
+    depth: int = key(4, "codes a position", least=1)
+    codebook_size: int = key(16384, "codes that there are", least=1, most=1 << 16)
+    code_dim: int = key(32, "width of their vectors, a divisor of SigLIP's", least=1)
+    shared_codebook: bool = key(True, "one codebook for all depths; false: each depth has its own")
+    timing: str = key("per_step", "when the codebook moves: once a step, or after each depth", choices=TIMINGS)
+    decay: float = key(0.99, "of the codebook's moving averages", least=0, most=1)
+    restart_unused_codes: bool = key(True, "put codes that fewer than one row a step uses elsewhere")
 
     @property
     def deepest(self) -> int:
@@ -66,17 +67,17 @@ class DualTokenConfig:
     Images are square. The order of the streams is that of their codes wherever they stand beside each other.
     """
 
-    siglip: dict[str, Any] = field(default_factory=dict)  # SiglipConfig.to_dict() of the backbone
+    siglip: dict[str, Any] = key({}, "SiglipConfig.to_dict() of the backbone, which training fills in")
     streams: dict[str, StreamConfig] = field(default_factory=dict)
-    postquant_causal: bool = True
+    postquant_causal: bool = key(True, "whether projections behind the codes look at earlier positions only")
 
-    decoder_latent: int = 16  # side of the feature map that the decoder starts from
-    decoder_in_channels: int = 1024
-    decoder_channels: int = 128
-    decoder_multipliers: list[int] = field(default_factory=lambda: [1, 1, 4, 4, 8])  # finest level first
-    decoder_res_blocks: int = 2
-    decoder_attention: list[int] = field(default_factory=lambda: [16])  # resolutions with attention in their level
-    decoder_norm_groups: int = 32
+    decoder_latent: int = key(16, "side of the feature map that the decoder starts from", least=1)
+    decoder_in_channels: int = key(1024, "its channels", least=1)
+    decoder_channels: int = key(128, "channels of the decoder's finest level", least=1)
+    decoder_multipliers: list[int] = key([1, 1, 4, 4, 8], "of those, by level, the finest first", least=1)
+    decoder_res_blocks: int = key(2, "residual blocks a level, beside one", least=0)
+    decoder_attention: list[int] = key([16], "sides of the feature maps whose level has attention", least=1)
+    decoder_norm_groups: int = key(32, "groups of the decoder's norms", least=1)
 
     @property
     def vision(self) -> dict[str, Any]:

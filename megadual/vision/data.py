@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys
 
 from megadual.errors import UserError
+from megadual.keys import key
 from megadual.tars import tar_members
 
 from .tokenizer import centre_crop, to_rgb, to_tensor
@@ -39,11 +40,24 @@ PIECE = 1 << 20  # bytes
 
 @dataclass
 class DataConfig:
-    train: str = "runs/demo/corpus/train-*.tar"  # webdataset shards, see list_shards
-    batch_size: int = 32  # per rank and forward pass
-    workers: int = 0  # loading processes per rank
-    shuffle: int = 2000  # samples that are mixed; the order of the shards is shuffled as a whole
-    min_crop: float = 0.9  # least share of the image's area that a training crop keeps
+    train: str = key(
+        "runs/demo/corpus/train-*.tar",
+        "webdataset shards: globs, {000..123} ranges, URLs of any store that fsspec reads, pipe:COMMAND",
+    )
+    heldout: str | None = key(None, "shards that are not trained on, to see how it goes; null: none")
+    batch_size: int = key(32, "images per rank and forward pass", least=1)
+    workers: int = key(0, "loading processes per rank", least=0)
+    shuffle: int = key(2000, "samples that are mixed; the order of the shards is shuffled as a whole", least=0)
+    min_crop: float = key(0.9, "least share of the image's area that a training crop keeps", over=0, most=1)
+
+    def check(self) -> None:
+        """UserError where a key names no shard."""
+        for name in ("train", "heldout"):
+            if pattern := getattr(self, name):
+                try:
+                    list_shards(pattern)
+                except UserError as error:
+                    raise UserError(f"data.{name}: {error}") from error
 
 
 def list_shards(pattern: str) -> list[str]:
@@ -185,6 +199,7 @@ class Batch:
 
     images: Tensor
     captions: list[str]
+    keys: list[str]  # each sample's SHARD/KEY
     stream: int
     position: list[int]  # [epoch, samples read in it]
 
@@ -216,7 +231,7 @@ class TrainingImages(IterableDataset):
         local = ((worker.id if worker else 0) + self.state["batches"]) % workers
         stream, streams = self.rank * workers + local, self.ranks * workers
         epoch, done = self.state["positions"].get(str(stream), (0, 0))
-        images, captions = [], []
+        images, captions, keys = [], [], []
         while True:
             read = 0
             for sample in self._epoch(epoch, stream, streams):
@@ -232,9 +247,10 @@ class TrainingImages(IterableDataset):
                     continue
                 images.append(image)
                 captions.append(caption)
+                keys.append(f"{sample['__url__'].rpartition('/')[2]}/{sample['__key__']}")
                 if len(images) == self.config.batch_size:
-                    yield Batch(torch.stack(images), captions, stream, [epoch, read])
-                    images, captions = [], []
+                    yield Batch(torch.stack(images), captions, keys, stream, [epoch, read])
+                    images, captions, keys = [], [], []
             if read == 0:
                 raise UserError(f"stream {stream} of {streams} finds no samples in '{self.config.train}'")
             epoch, done = epoch + 1, 0

@@ -1,132 +1,141 @@
-"""What both trainers of this package share: ranks, optimiser, schedule, the run's log."""
+"""The steps of this package's trainings: from the latest checkpoint to the last step, logged, saved and stopped."""
 
 import math
 import os
-from dataclasses import asdict, dataclass, field
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-from PIL import Image
-from torch import Tensor, nn
 
-from megadual.config import to_yaml
-from megadual.run.step_log import StepLog
+from megadual.errors import UserError
+from megadual.run import exits
+from megadual.run.bad_loss import LossWatch, Numbers, StepResult
+from megadual.run.checkpoints import CheckpointFolder, verify
+from megadual.run.config import CheckpointConfig, RunConfig, TrainConfig
+from megadual.run.log import RunLog
+from megadual.run.ranks import Ranks
+from megadual.run.session import Session
 
-
-@dataclass
-class OptimConfig:
-    lr: float = 7.2e-5
-    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
-    warmup_steps: int = 10000
-    final_lr: float = 0.0  # share of lr at the end of the cosine
-    clip_norm: float | None = None
+STATE = "state.pt"
 
 
-@dataclass
-class WandbConfig:
-    mode: str = "disabled"  # online, offline or disabled
-    project: str = "megadual"
+class Config(Protocol):
+    """The sections that a training of this package has."""
+
+    train: TrainConfig
+    run: RunConfig
+    checkpoint: CheckpointConfig
 
 
-@dataclass
-class Ranks:
-    """This process among those that torchrun started; a plain start is rank 0 of 1."""
+class Trainer:
+    """What `fit` trains. A checkpoint holds all of its state, so a resumed run goes on as if it had not stopped."""
 
-    rank: int
-    size: int
-    device: torch.device
+    parts: dict[str, Any]  # with state_dict and load_state_dict: modules, which may be in DDP, and optimizers
 
-    @classmethod
-    def join(cls) -> "Ranks":
-        """Join the process group that torchrun's environment describes, if it does."""
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if not dist.is_initialized():
-            return cls(0, 1, device)
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.steps_done = 0
+        self.data_state = {"batches": 0, "positions": {}}  # of TrainingImages
+        self.keys: list[str] = []  # of the samples of the last step on this rank
 
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
+    def open_data(self) -> None:
+        """Begin reading where `data_state` stands."""
+        raise NotImplementedError
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+    def step(self, approve: Callable[[StepResult], bool] | None = None) -> dict[str, float]:
+        """One optimizer step; returns its metrics, "loss" and "grad_norm" among them, equal on all ranks.
 
-    def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """The mean over ranks of each value; all ranks give the same keys."""
-        if self.size == 1:
-            return values
-        packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(packed)
-        return dict(zip(values, (packed / self.size).tolist(), strict=True))
+        A step that `approve` refuses changes no weight.
+        """
+        raise NotImplementedError
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum over ranks of a tensor, which may be changed in place."""
-        if self.size > 1:
-            dist.all_reduce(x)
-        return x
+    def save(self, files: CheckpointFolder) -> None:
+        """Write the state after `steps_done` steps (collective)."""
+        ranks = self.ranks.gather({**self.data_state, "rng": torch.get_rng_state()})
+        state = {"step": self.steps_done, "ranks": ranks}
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        def write(folder: Path) -> None:
+            with open(folder / STATE, "wb") as file:
+                torch.save(state | {name: part.state_dict() for name, part in self.parts.items()}, file)
+                file.flush()
+                os.fsync(file.fileno())
 
+        files.write(self.steps_done, write)
 
-def adamw(modules: list[nn.Module], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; biases, norms and other vectors are not decayed."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps)
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint (collective); UserError where it is damaged or does not fit this run."""
+        verify(checkpoint)
+        try:
+            state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"checkpoint '{checkpoint}' does not fit this run ({reason}); give another run.dir"
+            ) from error
+        if len(state["ranks"]) != self.ranks.size:
+            raise UserError(
+                f"checkpoint '{checkpoint}' is of {len(state['ranks'])} ranks, this run has {self.ranks.size}"
+            )
+        mine = state["ranks"][self.ranks.rank]
+        torch.set_rng_state(mine["rng"])
+        self.data_state = {"batches": mine["batches"], "positions": mine["positions"]}
+        self.steps_done = state["step"]
 
 
-def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Linear warmup, then a cosine that ends at final_lr; `step` counts from 0."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+def judged(metrics: dict[str, float]) -> StepResult:
+    """What says whether a step was right; a metric that is not finite is as bad as such a gradient."""
+    finite = all(map(math.isfinite, metrics.values()))
+    return Numbers(metrics["loss"], metrics["grad_norm"] if finite else math.nan)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def fit(
+    config: Config, trainer: Trainer, session: Session, at_checkpoint: Callable[[RunLog], None] = lambda log: None
+) -> dict[str, float]:
+    """Train to `train.steps`; returns the last step's metrics, none where all steps were done before.
 
-
-class RunLog:
-    """config.yaml, metrics.jsonl (one object a step) and wandb of a run's folder; only rank 0 writes."""
-
-    def __init__(self, config, folder: Path, ranks: Ranks, wandb_config: WandbConfig, start_step: int = 0):
-        self.main = ranks.main
-        if not self.main:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config))
-        self.steps = StepLog(folder, start_step, wandb_config.mode, wandb_config.project, folder.name, asdict(config))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        if self.main:
-            self.steps.write({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}})
-
-    def write_image(self, step: int, name: str, image: Image.Image) -> None:
-        """To wandb alone."""
-        if self.main:
-            self.steps.picture(step, name, image)
-
-    def close(self) -> None:
-        if self.main:
-            self.steps.close()
+    `at_checkpoint` is called on rank 0 after each. Exits with exits.STOPPED after SIGTERM or SIGUSR1, once a checkpoint
+    is written, and with exits.BAD_LOSS where a step's loss is not finite or spikes and is not to be skipped, or too
+    many were.
+    """
+    files = CheckpointFolder(session.folder, config.checkpoint.keep)
+    latest = files.to_resume() if config.checkpoint.resume else None
+    if latest:
+        trainer.load(latest)
+    trainer.open_data()
+    session.beat()
+    steps, metrics, watch = config.train.steps, {}, LossWatch(config.train)
+    log = RunLog(config.run, config, steps, trainer.steps_done) if session.ranks.main else None
+    if log and latest:
+        log.say(f"resumed from {latest}", sys.stdout)
+    while trainer.steps_done < steps:
+        metrics = trainer.step(watch.approve if watch.skips else None)
+        step = trainer.steps_done
+        session.beat()
+        if log:
+            log.step({"step": step} | {name: float(f"{value:.6g}") for name, value in metrics.items()})
+        if not watch.skips:
+            watch.approve(judged(metrics))
+        if watch.complaint:
+            watch.tell(session.folder, step, trainer.keys, log)
+            if watch.stops:
+                if log:
+                    log.close()
+                sys.exit(exits.BAD_LOSS)
+        stopping = session.stop.agreed()
+        if stopping or config.checkpoint.due(step, steps):
+            trainer.save(files)
+            session.beat()
+            if log:
+                at_checkpoint(log)
+        if stopping and step < steps:
+            if log:
+                log.say(f"stopped by a signal after step {step}; start again to go on", sys.stdout)
+                log.close()
+            sys.exit(exits.STOPPED)
+    if log:
+        log.close()
+    return metrics

@@ -1,10 +1,12 @@
 """The losses of tokenizer training (paper section A4)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from megadual.keys import key
 
 from .tokenizer import DualTokenOutput
 
@@ -19,14 +21,14 @@ class LossWeights:
     with the teacher's.
     """
 
-    feature_mse: float = 5.0
-    feature_cos: float = 5.0
-    pooled_mse: float = 1.0
-    pooled_cos: float = 1.0
-    commit: dict[str, float] = field(default_factory=dict)  # by stream; 5 where it is not named
-    reconstruction: float = 5.0
-    lpips: float = 1.0
-    gan: float = 0.75
+    feature_mse: float = key(5.0, "MSE of what enters the layers behind the codes, from the teacher's", least=0)
+    feature_cos: float = key(5.0, "their cosine distance", least=0)
+    pooled_mse: float = key(1.0, "MSE of the image embedding, from the teacher's", least=0)
+    pooled_cos: float = key(1.0, "its cosine distance", least=0)
+    commit: dict[str, float] = key({}, "a stream's commitment to its codes; 5 where not named", least=0)
+    reconstruction: float = key(5.0, "MSE of the pixels", least=0)
+    lpips: float = key(1.0, "perceptual distance", least=0)
+    gan: float = key(0.75, "the discriminator's loss, times an adaptive weight", least=0)
 
     def of(self, term: str) -> float:
         """The weight of one of the terms that training names."""

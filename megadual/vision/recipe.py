@@ -10,10 +10,12 @@ from torch import nn
 from transformers import SiglipConfig
 
 from megadual.errors import UserError
+from megadual.keys import key
+from megadual.run.checkpoints import CheckpointFolder
+from megadual.run.config import CheckpointConfig, OptimConfig, RunConfig, TrainConfig
 
 from .config import DualTokenConfig
 from .data import DataConfig, list_shards
-from .loop import OptimConfig, WandbConfig
 from .losses import COMMIT, LossWeights
 from .presets import BACKBONES
 from .siglip import load_siglip
@@ -24,73 +26,72 @@ from .tokenizer import DualToken
 class PerceptualConfig:
     """Where LPIPS or GAN are applied; the defaults are everywhere. Less of them makes runs on a CPU affordable."""
 
-    start_step: int = 0
-    every: int = 1  # steps from one use to the next
-    images: int | None = None  # of each rank's batch; None is all
+    start_step: int = key(0, "first step of its use", least=0)
+    every: int = key(1, "steps from one use to the next", least=1)
+    images: int | None = key(None, "of each rank's batch; null: all", least=1)
 
 
 @dataclass
-class GanConfig(PerceptualConfig):
-    channels: list[int] = field(default_factory=lambda: [64, 128, 256, 512])
-    norm_groups: int = 32
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0, warmup_steps=0))
+class GanConfig(PerceptualConfig, OptimConfig):
+    """The discriminator and its optimizer, whose schedule begins at start_step."""
+
+    channels: list[int] = key([64, 128, 256, 512], "of the discriminator's levels, finest first", least=1)
+    norm_groups: int = key(32, "groups of its norms", least=1)
+
+
+@dataclass
+class TokenizerTrainConfig(TrainConfig):
+    accumulate: int = key(1, "batches per step and rank", least=1)
+    recompute: bool = key(False, "compute SigLIP's activations again in the backward pass, layer by layer")
+    freeze: list[str] = key([], "dotted names of modules that are not trained; NAME[:4] is a list's first four")
+    loss: LossWeights = field(default_factory=LossWeights)
+
+
+@dataclass
+class TokenizerCheckpointConfig(CheckpointConfig):
+    start: str | None = key(
+        None, "else the student starts from this DualToken's weights, an earlier stage's; null: from SigLIP's"
+    )
 
 
 @dataclass
 class TrainTokenizerConfig:
-    siglip: str = "runs/demo/siglip"  # local folder or hub id: the teacher, and where the student starts
-    start: str | None = None  # else the student starts from this DualToken's weights, an earlier stage's
-    output: str = "runs/demo/tokenizer"
-    seed: int = 0
-    steps: int = 781250
-    accumulate: int = 1  # forward passes per step
-    precision: str = "fp32"  # or bf16: autocast; codebook search stays fp32
-    gradient_checkpointing: bool = False
-    freeze: list[str] = field(default_factory=list)  # dotted names of modules; NAME[:4] is a list's first four
-    resume: bool = True  # go on from the newest checkpoint in `output`
-    checkpoint_every: int = 5000
-    keep_checkpoints: int = 2
-    pictures: str | None = None  # shards whose first images are reconstructed at every checkpoint
+    siglip: str = key("runs/demo/siglip", "local folder or hub id: the teacher, and where the student starts")
     model: DualTokenConfig = field(default_factory=DualTokenConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    loss: LossWeights = field(default_factory=LossWeights)
+    train: TokenizerTrainConfig = field(
+        default_factory=lambda: TokenizerTrainConfig(
+            lr=7.2e-5, beta1=0.5, beta2=0.9, weight_decay=1e-4, warmup_steps=10000, clip_grad=0.0, steps=781250
+        )
+    )
     lpips: PerceptualConfig = field(default_factory=PerceptualConfig)
-    gan: GanConfig = field(default_factory=GanConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
+    gan: GanConfig = field(default_factory=lambda: GanConfig(lr=7.2e-5, beta1=0.5, beta2=0.9, weight_decay=0.0))
+    run: RunConfig = field(default_factory=lambda: RunConfig("runs/demo/tokenizer", name="tokenizer"))
+    checkpoint: TokenizerCheckpointConfig = field(default_factory=lambda: TokenizerCheckpointConfig(every=5000))
+
+    def resolve(self) -> None:
+        self.train.check("train")
+        self.gan.check("gan")
 
 
 def applies(config: PerceptualConfig, weight: float, step: int) -> bool:
     return weight > 0 and step >= config.start_step and (step - config.start_step) % config.every == 0
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    return max((folder / "checkpoints").glob("*.pt"), default=None)
-
-
-def _patterns(config: TrainTokenizerConfig) -> dict[str, str]:
-    """The shards that a run reads, by config key."""
-    return {"data.train": config.data.train} | ({"pictures": config.pictures} if config.pictures else {})
-
-
 def check(config: TrainTokenizerConfig) -> None:
     """Refuse what cannot work before any work starts."""
-    for key, pattern in _patterns(config).items():
+    config.data.check()
+    commit, streams = config.train.loss.commit, config.model.streams
+    if unknown := sorted(set(commit) - set(streams)):
+        raise UserError(f"train.loss.commit names {', '.join(unknown)}; the streams are {', '.join(streams)}")
+    start, run = config.checkpoint.start, config.run.dir
+    if start:
         try:
-            list_shards(pattern)
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from error
-    if config.precision not in ("fp32", "bf16"):
-        raise UserError(f"precision is '{config.precision}', must be fp32 or bf16")
-    if config.start:
-        try:
-            DualTokenConfig.load(config.start)
+            DualTokenConfig.load(start)
         except ValueError as error:
-            raise UserError(f"start: {error}") from error
-    if unknown := sorted(set(config.loss.commit) - set(config.model.streams)):
-        raise UserError(f"loss.commit names {', '.join(unknown)}; streams are {', '.join(config.model.streams)}")
-    if not config.resume and newest_checkpoint(Path(config.output)):
-        raise UserError(f"'{config.output}' holds checkpoints of a run: give another output=..., or resume=true")
+            raise UserError(f"checkpoint.start: {error}") from error
+    if not config.checkpoint.resume and CheckpointFolder(run, config.checkpoint.keep).latest():
+        raise UserError(f"'{run}' holds checkpoints of a run: give another run.dir, or checkpoint.resume=true")
 
 
 def frozen_modules(model: nn.Module, names: list[str]) -> list[nn.Module]:
@@ -102,7 +103,7 @@ def frozen_modules(model: nn.Module, names: list[str]) -> list[nn.Module]:
             module = model.get_submodule(path)
             modules += module[: int(first)] if first else [module]
         except (AttributeError, TypeError) as error:
-            raise UserError(f"config key 'freeze': a DualToken has no module '{name}'") from error
+            raise UserError(f"config key 'train.freeze': a DualToken has no module '{name}'") from error
     return modules
 
 
@@ -120,14 +121,14 @@ def build(config: TrainTokenizerConfig) -> tuple[DualToken, nn.Module]:
             f"{len(config.model.decoder_multipliers)}) - 1) = {config.model.output_size} px, but SigLIP reads "
             f"{config.model.image_size} px"
         )
-    if config.start:
+    if start := config.checkpoint.start:
         try:
-            model.load_weights(config.start)
+            model.load_weights(start)
         except (ValueError, RuntimeError) as error:
-            raise UserError(f"start: '{config.start}' does not fit this run's model: {error}") from error
-    for module in frozen_modules(model, config.freeze):
+            raise UserError(f"checkpoint.start: '{start}' does not fit this run's model: {error}") from error
+    for module in frozen_modules(model, config.train.freeze):
         module.requires_grad_(False)
-    if config.gradient_checkpointing:
+    if config.train.recompute:
         model.siglip_model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, siglip.vision_model
 
@@ -151,8 +152,9 @@ def _how_many(pattern: str) -> str:
 
 
 def _start(config: TrainTokenizerConfig) -> str:
-    there = not config.start or (Path(config.start) / "config.json").is_file()
-    return f"{config.start or config.siglip}{'' if there else ', not there yet: start=FOLDER, or start=null'}"
+    start = config.checkpoint.start
+    there = not start or (Path(start) / "config.json").is_file()
+    return f"{start or config.siglip}{'' if there else ', not there yet: checkpoint.start=FOLDER, or null'}"
 
 
 def _terms(model: DualTokenConfig) -> list[str]:
@@ -167,23 +169,23 @@ def plan(config: TrainTokenizerConfig, ranks: int) -> str:
     model_config = dataclasses.replace(config.model, siglip=_siglip_config(config.siglip).to_dict())
     with torch.device("meta"):
         model = DualToken(model_config)
-    for module in frozen_modules(model, config.freeze):
+    for module in frozen_modules(model, config.train.freeze):
         module.requires_grad_(False)
     total, trained = (
         sum(p.numel() for p in model.parameters() if p.requires_grad or not only) / 1e6 for only in (False, True)
     )
-    (rows, columns), batch = model_config.grid, config.accumulate * config.data.batch_size * ranks
-    terms = [f"{config.loss.of(name):g} {name}" for name in _terms(model_config) if config.loss.of(name)]
-    shards = {key: _how_many(pattern) for key, pattern in _patterns(config).items()}
+    train, size = config.train, config.data.batch_size
+    (rows, columns), batch = model_config.grid, train.accumulate * size * ranks
+    terms = [f"{train.loss.of(name):g} {name}" for name in _terms(model_config) if train.loss.of(name)]
     lines = {
-        "steps": f"{config.steps} of {batch} images ({config.accumulate} x {config.data.batch_size} x {ranks} ranks)",
-        "data": shards["data.train"],
-        "pictures": shards.get("pictures", "none"),
+        "steps": f"{train.steps} of {batch} images ({train.accumulate} x {size} x {ranks} ranks)",
+        "data": _how_many(config.data.train),
+        "held out": _how_many(config.data.heldout) if config.data.heldout else "none",
         "images": f"{model_config.image_size} px, {rows} x {columns} positions",
         "start": _start(config),
         "trained": f"{trained:.1f} M of {total:.1f} M parameters",
-        "frozen": ", ".join(["siglip_model.text_model", *config.freeze]),
+        "frozen": ", ".join(["siglip_model.text_model", *train.freeze]),
         "loss": " + ".join(terms),
-        "output": f"{config.output}/dualtoken",
+        "output": f"{config.run.dir}/dualtoken",
     }
     return "\n".join(f"{name:8} {value}" for name, value in lines.items())

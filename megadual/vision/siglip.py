@@ -5,47 +5,68 @@ processor, so that `SiglipModel.from_pretrained` and `AutoProcessor` read it as 
 """
 
 import math
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import trange
 from transformers import PreTrainedTokenizerBase, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
 from megadual.errors import UserError
+from megadual.keys import key
+from megadual.run.bad_loss import StepResult
+from megadual.run.config import CheckpointConfig, RunConfig, TrainConfig
+from megadual.run.ranks import Ranks
+from megadual.run.session import session
 from megadual.text import load_text_tokenizer
 
 from .data import DataConfig, TrainingImages, read_pairs, tokenize_captions, training_batches
-from .loop import OptimConfig, Ranks, RunLog, WandbConfig, adamw, learning_rate, set_learning_rate
+from .loop import Trainer, fit, judged
 from .metrics import retrieval_r1
+from .optim import adamw, clip, learning_rate, set_learning_rate
 
 
 @dataclass
 class SiglipSize:
-    image_size: int = 64
-    patch_size: int = 8
-    hidden_size: int = 96
-    intermediate_size: int = 288
-    vision_layers: int = 6
-    text_layers: int = 3
-    heads: int = 4
-    text_length: int = 32
+    image_size: int = key(64, "side of the square images, in pixels", least=1)
+    patch_size: int = key(8, "side of a patch, in pixels", least=1)
+    hidden_size: int = key(96, "width of both towers", least=1)
+    intermediate_size: int = key(288, "width of their feed-forward layers", least=1)
+    vision_layers: int = key(6, "layers of the image tower", least=1)
+    text_layers: int = key(3, "layers of the text tower", least=1)
+    heads: int = key(4, "attention heads", least=1)
+    text_length: int = key(32, "tokens of a caption; longer ones are cut", least=1)
+
+
+@dataclass
+class SiglipModelConfig(SiglipSize):
+    text_tokenizer: str = key("runs/demo/text_tokenizer", "Hugging Face folder or id")
 
 
 @dataclass
 class TrainSiglipConfig:
-    output: str = "runs/demo/siglip"
-    text_tokenizer: str = "runs/demo/text_tokenizer"
-    heldout: str | None = None  # pairs on which retrieval is measured at the end
-    seed: int = 0
-    steps: int = 600
-    model: SiglipSize = field(default_factory=SiglipSize)
+    """The model is written to `run.dir` itself; retrieval is measured on `data.heldout` at the end."""
+
+    model: SiglipModelConfig = field(default_factory=SiglipModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            lr=7.2e-5, beta1=0.5, beta2=0.9, weight_decay=1e-4, warmup_steps=10000, clip_grad=0.0, steps=600
+        )
+    )
+    run: RunConfig = field(default_factory=lambda: RunConfig("runs/demo/siglip", name="siglip"))
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def resolve(self) -> None:
+        self.train.check("train")
+        if self.checkpoint.start:
+            raise UserError("checkpoint.start: SigLIP starts from scratch here")
+        if (self.run.ranks or 1) > 1:
+            raise UserError(f"run.ranks={self.run.ranks}: training SigLIP is for one process")
 
 
 def build(size: SiglipSize, tokenizer: PreTrainedTokenizerBase) -> SiglipModel:
@@ -109,44 +130,67 @@ def load_siglip(folder: str | Path) -> SiglipModel:
         raise UserError(f"no SigLIP in '{folder}': {str(error).splitlines()[0]}") from error
 
 
-def train(config: TrainSiglipConfig) -> dict[str, float]:
-    """Train and write the folder; returns the last step's metrics with the held-out retrieval."""
-    ranks = Ranks.join()
-    if ranks.size > 1:
-        raise UserError(f"training SigLIP is for one process, {ranks.size} were started")
-    torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(config.text_tokenizer)
-    siglip = build(config.model, tokenizer).to(ranks.device).train()
-    # A start at which the many negatives of a batch cost no more than its positives.
-    siglip.logit_scale.data.fill_(math.log(10.0))
-    siglip.logit_bias.data.fill_(-math.log(config.data.batch_size))
-    optimizer = adamw([siglip], config.optim)
-    batches = training_batches(TrainingImages(config.data, config.model.image_size, config.seed))
-    output = Path(config.output)
-    log = RunLog(config, output / "training", ranks, config.wandb)
-    for step in trange(config.steps, desc="SigLIP", unit="step", mininterval=10):
-        start = time.perf_counter()
-        batch = next(batches)
-        lr = learning_rate(config.optim, step, config.steps)
-        set_learning_rate(optimizer, lr)
-        ids = tokenize_captions(tokenizer, batch.captions, config.model.text_length).to(ranks.device)
-        loss = sigmoid_loss(siglip(input_ids=ids, pixel_values=batch.images.to(ranks.device)).logits_per_image)
-        optimizer.zero_grad()
+class SiglipTrainer(Trainer):
+    """The model, optimizer and pairs of a run."""
+
+    def __init__(self, config: TrainSiglipConfig, ranks: Ranks):
+        super().__init__(ranks)
+        self.config = config
+        torch.manual_seed(config.train.seed)
+        self.tokenizer = load_tokenizer(config.model.text_tokenizer)
+        self.model = build(config.model, self.tokenizer).to(ranks.device).train()
+        # A start at which the many negatives of a batch cost no more than its positives.
+        self.model.logit_scale.data.fill_(math.log(10.0))
+        self.model.logit_bias.data.fill_(-math.log(config.data.batch_size))
+        self.optimizer = adamw([self.model], config.train)
+        self.parts = {"model": self.model, "optimizer": self.optimizer}
+
+    def open_data(self) -> None:
+        config = self.config
+        images = TrainingImages(config.data, config.model.image_size, config.train.seed, state=self.data_state)
+        self.batches = training_batches(images)
+
+    def step(self, approve: Callable[[StepResult], bool] | None = None) -> dict[str, float]:
+        config, device, start = self.config.train, self.ranks.device, time.perf_counter()
+        batch = next(self.batches)
+        self.keys = batch.keys
+        self.data_state["batches"] += 1
+        self.data_state["positions"][str(batch.stream)] = batch.position
+        lr = learning_rate(config, self.steps_done, config.steps)
+        set_learning_rate(self.optimizer, lr)
+        ids = tokenize_captions(self.tokenizer, batch.captions, self.config.model.text_length).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            logits = self.model(input_ids=ids, pixel_values=batch.images.to(device)).logits_per_image
+        loss = sigmoid_loss(logits.float())
+        self.optimizer.zero_grad()
         loss.backward()
-        if config.optim.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(siglip.parameters(), config.optim.clip_norm)
-        optimizer.step()
-        metrics = {"loss": loss.item(), "lr": lr, "images_per_s": len(batch.images) / (time.perf_counter() - start)}
-        log.write(step + 1, metrics)
-    siglip.eval()
-    if config.heldout:
-        images, captions = read_pairs(config.heldout, config.model.image_size)
-        scores = image_embeddings(siglip, images), text_embeddings(siglip, tokenizer, captions)
-        metrics["retrieval_r1"] = retrieval_r1(*scores, captions)
-        metrics["chance"] = 1 / len(captions)
-    log.close()
-    siglip.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    side = config.model.image_size
-    SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(output)
+        metrics = {"loss": loss.item(), "grad_norm": clip([self.model], config.clip_grad), "lr": lr}
+        if approve is None or approve(judged(metrics)):
+            self.optimizer.step()
+        self.steps_done += 1
+        return metrics | {"images_per_s": len(batch.images) / (time.perf_counter() - start)}
+
+    @torch.no_grad()
+    def retrieval(self) -> dict[str, float]:
+        """R@1 on the held-out pairs, image to text."""
+        images, captions = read_pairs(self.config.data.heldout, self.config.model.image_size)
+        scores = image_embeddings(self.model, images), text_embeddings(self.model, self.tokenizer, captions)
+        return {"retrieval_r1": retrieval_r1(*scores, captions), "chance": 1 / len(captions)}
+
+
+def train(config: TrainSiglipConfig) -> dict[str, float]:
+    """Train and write the folder; returns the last step's metrics (`fit`) with the held-out retrieval."""
+    if (ranks := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise UserError(f"training SigLIP is for one process, {ranks} were started")
+    config.data.check()
+    with session(config.run, config) as opened:
+        trainer = SiglipTrainer(config, opened.ranks)
+        metrics = fit(config, trainer, opened)
+        trainer.model.eval()
+        if config.data.heldout:
+            metrics |= trainer.retrieval()
+        trainer.model.save_pretrained(opened.folder)
+        trainer.tokenizer.save_pretrained(opened.folder)
+        side = config.model.image_size
+        SiglipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(opened.folder)
     return metrics

@@ -1,52 +1,60 @@
 """Training a DualToken tokenizer: the teacher's features, reconstruction, LPIPS and GAN (paper sections A4, A5).
 
-Works as one process and under torchrun (DDP; codebook statistics are global). A checkpoint holds everything,
-the discriminator and the position in the data too, so a resumed run goes on as if it had not stopped.
+Works as one process and as several (DDP; codebook statistics are global). A checkpoint holds everything, the
+discriminator and the position in the data too, so a resumed run goes on as if it had not stopped.
 """
 
 import contextlib
-import math
-import sys
+import copy
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from megadual.errors import UserError
-from megadual.run.signals import EXIT_STOPPED, StopSignal
+from megadual.run.bad_loss import StepResult
+from megadual.run.log import RunLog
+from megadual.run.ranks import Ranks
+from megadual.run.session import session
 
 from .data import TrainingImages, read_pairs, training_batches
 from .discriminator import Discriminator
-from .loop import Ranks, RunLog, adamw, learning_rate, set_learning_rate
+from .loop import Trainer, fit, judged
 from .losses import adaptive_weight, discriminator_loss, distillation, generator_loss
 from .lpips import LPIPS
 from .metrics import perplexity
+from .optim import adamw, clip, learning_rate, set_learning_rate
 from .pictures import comparison_grid
-from .recipe import TrainTokenizerConfig, applies, build, check, frozen_modules, newest_checkpoint
+from .quantizer import Codebook
+from .recipe import TrainTokenizerConfig, applies, build, check, frozen_modules
 from .tokenizer import DualTokenOutput, finish, hidden_states
 
 
-class TokenizerTrainer:
+class TokenizerTrainer(Trainer):
     """The modules, optimisers and data of a run; `step` does one optimiser step of each."""
 
     def __init__(self, config: TrainTokenizerConfig, ranks: Ranks):
         check(config)
-        self.config, self.ranks = config, ranks
-        torch.manual_seed(config.seed)  # equal on all ranks, so that they start from equal weights
+        super().__init__(ranks)
+        self.config = config
+        torch.manual_seed(config.train.seed)  # equal on all ranks, so that they start from equal weights
         self.model, self.teacher = build(config)
         self.model.to(ranks.device)
         self.teacher.to(ranks.device)
         self.discriminator = Discriminator(config.gan.channels, config.gan.norm_groups).to(ranks.device)
-        self.lpips = LPIPS().to(ranks.device) if config.loss.lpips > 0 else None
-        self.optimizer = adamw([self.model], config.optim)
-        self.gan_optimizer = adamw([self.discriminator], config.gan.optim)
-        self.steps_done = 0
-        self.data_state = {"batches": 0, "positions": {}}
-        torch.manual_seed(config.seed * 1009 + ranks.rank)
+        self.lpips = LPIPS().to(ranks.device) if config.train.loss.lpips > 0 else None
+        self.codebooks = [module for module in self.model.modules() if isinstance(module, Codebook)]
+        self.optimizer = adamw([self.model], config.train)
+        self.gan_optimizer = adamw([self.discriminator], config.gan)
+        self.parts = {
+            "model": self.model,
+            "discriminator": self.discriminator,
+            "optimizer": self.optimizer,
+            "gan_optimizer": self.gan_optimizer,
+        }
+        torch.manual_seed(config.train.seed * 1009 + ranks.rank)
         self._set_modes()
         self.train_model, self.train_discriminator = self.model, self.discriminator
         if ranks.size > 1:
@@ -57,14 +65,14 @@ class TokenizerTrainer:
     def _set_modes(self) -> None:
         """Training mode, except for frozen modules: a frozen quantiser's codebook must not move."""
         self.model.train()
-        for module in frozen_modules(self.model, self.config.freeze):
+        for module in frozen_modules(self.model, self.config.train.freeze):
             module.eval()
 
     def open_data(self) -> None:
         dataset = TrainingImages(
             self.config.data,
             self.config.model.image_size,
-            self.config.seed,
+            self.config.train.seed,
             self.ranks.rank,
             self.ranks.size,
             self.data_state,
@@ -73,25 +81,26 @@ class TokenizerTrainer:
 
     def _next_images(self) -> Tensor:
         batch = next(self.batches)
+        self.keys += batch.keys
         self.data_state["batches"] += 1
         self.data_state["positions"][str(batch.stream)] = batch.position
         return batch.images.to(self.ranks.device, non_blocking=True)
 
     def _autocast(self):
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
     @property
     def reconstructs(self) -> bool:
-        weights = self.config.loss
+        weights = self.config.train.loss
         return self.model.decoder is not None and max(weights.reconstruction, weights.lpips, weights.gan) > 0
 
     @property
     def _with_gan(self) -> bool:
-        return self.reconstructs and applies(self.config.gan, self.config.loss.gan, self.steps_done)
+        return self.reconstructs and applies(self.config.gan, self.config.train.loss.gan, self.steps_done)
 
     def losses(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor], DualTokenOutput]:
         """(total, unweighted terms, output) of one batch (paper section A4, stage 1)."""
-        weights, config = self.config.loss, self.config
+        weights, config = self.config.train.loss, self.config
         layer, wanted = config.model.teacher_layer, (None, None)
         if layer is not None:
             with torch.no_grad():
@@ -112,12 +121,17 @@ class TokenizerTrainer:
             total = total + terms["gan_weight"] * weights.gan * terms["gan"]
         return total, terms, output
 
-    def step(self) -> dict[str, float]:
-        """One optimiser step over `accumulate` batches per rank; returns its metrics."""
-        config, start = self.config, time.perf_counter()
-        lr = learning_rate(config.optim, self.steps_done, config.steps)
+    def step(self, approve: Callable[[StepResult], bool] | None = None) -> dict[str, float]:
+        """One optimiser step over `train.accumulate` batches per rank; returns its metrics.
+
+        A step that `approve` refuses changes no weight and no codebook.
+        """
+        config, start = self.config.train, time.perf_counter()
+        lr = learning_rate(config, self.steps_done, config.steps)
         set_learning_rate(self.optimizer, lr)
         with_gan, quantizers = self._with_gan, self.model.quantizers
+        self.keys = []
+        before = copy.deepcopy([codebook.state_dict() for codebook in self.codebooks]) if approve else []
         restarted = {stream: quantizer.restarted for stream, quantizer in quantizers.items()}
         sums: dict[str, float] = {}
         images_seen = 0
@@ -135,17 +149,20 @@ class TokenizerTrainer:
                     (terms["discriminator"] / config.accumulate).backward()
             for name, value in {"loss": total, **terms}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / config.accumulate
-        most = math.inf if config.optim.clip_norm is None else config.optim.clip_norm
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), most).item()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if with_gan:
-            self._step_discriminator()
-        self.steps_done += 1
-        metrics = {**sums, "grad_norm": grad_norm, "lr": lr, **self._code_metrics(output)}
+        metrics = {**sums, "grad_norm": clip([self.model], config.clip_grad), "lr": lr, **self._code_metrics(output)}
         for stream, quantizer in quantizers.items():  # equal on all ranks
             metrics[f"restarted_{stream}"] = quantizer.restarted - restarted[stream]
         metrics = self.ranks.mean(metrics)
+        if approve is None or approve(judged(metrics)):
+            self.optimizer.step()
+            if with_gan:
+                self._step_discriminator()
+        else:
+            for codebook, state in zip(self.codebooks, before, strict=True):
+                codebook.load_state_dict(state)
+        self.optimizer.zero_grad()
+        self.gan_optimizer.zero_grad()
+        self.steps_done += 1
         metrics["images_per_s"] = images_seen * self.ranks.size / (time.perf_counter() - start)
         return metrics
 
@@ -159,12 +176,10 @@ class TokenizerTrainer:
             return discriminator_loss(*self.train_discriminator(torch.cat([images[some], fake[some]])).chunk(2))
 
     def _step_discriminator(self) -> None:
-        start, steps = self.config.gan.start_step, self.config.steps
-        set_learning_rate(
-            self.gan_optimizer, learning_rate(self.config.gan.optim, self.steps_done - start, steps - start)
-        )
+        gan = self.config.gan
+        done, steps = self.steps_done - gan.start_step, self.config.train.steps - gan.start_step
+        set_learning_rate(self.gan_optimizer, learning_rate(gan, done, steps))
         self.gan_optimizer.step()
-        self.gan_optimizer.zero_grad()
 
     def _code_metrics(self, output: DualTokenOutput) -> dict[str, float]:
         """Share of the codebook that this batch uses on all ranks, and the perplexity: per stream and depth."""
@@ -178,45 +193,6 @@ class TokenizerTrainer:
                 metrics[f"perplexity_{stream}/{depth}"] = perplexity(counts_K)
         return metrics
 
-    def save(self, folder: Path) -> None:
-        """Write `folder`/checkpoints/STEP.pt, all of the run's state; older ones beyond `keep_checkpoints` go."""
-        states = self.ranks.gather({**self.data_state, "rng": torch.get_rng_state()})
-        if not self.ranks.main:
-            return
-        checkpoints = folder / "checkpoints"
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        state = {
-            "step": self.steps_done,
-            "model": self.model.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "gan_optimizer": self.gan_optimizer.state_dict(),
-            "ranks": states,
-        }
-        path = checkpoints / f"{self.steps_done:08d}.pt"
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)  # a checkpoint is there whole or not at all
-        for old in sorted(checkpoints.glob("*.pt"))[: -self.config.keep_checkpoints]:
-            old.unlink()
-
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint; UserError where it does not fit this run."""
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-            self.model.load_state_dict(state["model"])
-            self.discriminator.load_state_dict(state["discriminator"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.gan_optimizer.load_state_dict(state["gan_optimizer"])
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"checkpoint '{path}' can't be resumed ({reason}); move it or change output=") from error
-        if len(state["ranks"]) != self.ranks.size:
-            raise UserError(f"checkpoint '{path}' is of {len(state['ranks'])} ranks, this run has {self.ranks.size}")
-        mine = state["ranks"][self.ranks.rank]
-        torch.set_rng_state(mine["rng"])
-        self.data_state = {"batches": mine["batches"], "positions": mine["positions"]}
-        self.steps_done = state["step"]
-
     @torch.no_grad()
     def picture(self, images: Tensor) -> Image.Image:
         """A grid of these images beside their reconstructions."""
@@ -227,52 +203,20 @@ class TokenizerTrainer:
 
 
 def train(config: TrainTokenizerConfig) -> dict[str, float]:
-    """Train to `config.steps` and write `output`/dualtoken; returns the last step's metrics.
+    """Train to `train.steps` and write `run.dir`/dualtoken; returns the last step's metrics (`fit`)."""
+    with session(config.run, config) as opened:
+        trainer = TokenizerTrainer(config, opened.ranks)
+        images = None
+        if config.data.heldout and opened.ranks.main and trainer.model.decoder is not None:
+            images, _ = read_pairs(config.data.heldout, config.model.image_size, limit=32)
 
-    Exits with EXIT_STOPPED after SIGTERM or SIGUSR1, once a checkpoint is written.
-    """
-    ranks = Ranks.join()
-    trainer = TokenizerTrainer(config, ranks)
-    output = Path(config.output)
-    newest = newest_checkpoint(output)
-    if newest:
-        trainer.load(newest)
-        if ranks.main:
-            print(f"resuming from {newest}", flush=True)
-    trainer.open_data()
-    images = None
-    if config.pictures and ranks.main and trainer.model.decoder is not None:
-        images, _ = read_pairs(config.pictures, config.model.image_size, limit=32)
-    log = RunLog(config, output, ranks, config.wandb, trainer.steps_done)
-    metrics = {}
-    bar = tqdm(
-        total=config.steps,
-        initial=trainer.steps_done,
-        desc="DualToken",
-        unit="step",
-        mininterval=10,
-        disable=not ranks.main,
-    )
-    with StopSignal() as stop, bar:
-        while trainer.steps_done < config.steps:
-            metrics = trainer.step()
-            log.write(trainer.steps_done, metrics)
-            bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
-            bar.update()
-            stopping, last = stop.agreed(), trainer.steps_done == config.steps
-            if stopping or last or trainer.steps_done % config.checkpoint_every == 0:
-                trainer.save(output)
-                if images is not None:
-                    picture = trainer.picture(images)
-                    picture.save(output / f"reconstructions-{trainer.steps_done:08d}.png")
-                    log.write_image(trainer.steps_done, "reconstructions", picture)
-            if stopping and not last:
-                bar.write(f"stopped by a signal after step {trainer.steps_done}; start again to go on")
-                log.close()
-                ranks.barrier()  # launchers end ranks that others have left
-                sys.exit(EXIT_STOPPED)
-    log.close()
-    if ranks.main:
-        trainer.model.save_pretrained(output / "dualtoken")
-    ranks.barrier()
+        def show(log: RunLog) -> None:
+            if images is not None:
+                picture = trainer.picture(images)
+                picture.save(opened.folder / f"reconstructions-{trainer.steps_done:08d}.png")
+                log.picture(trainer.steps_done, "reconstructions", picture)
+
+        metrics = fit(config, trainer, opened, show)
+        if opened.ranks.main:
+            trainer.model.save_pretrained(opened.folder / "dualtoken")
     return metrics

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from checkpoints_tools import convert_from_hf, convert_to_hf
-from megadual.config import PretrainConfig, load_config
+from megadual.config import load_config
 from megadual.engine.topology import topology
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.tensors import CheckpointTensors
@@ -19,6 +19,7 @@ from megadual.testing.models import CAPTIONS, write_dualtoken
 from megadual.testing.shards import random_documents, write_shard_set
 from megadual.text import fingerprint, load_text_tokenizer
 from megadual.train import setup
+from megadual.train.config import PretrainConfig
 from megadual.vision import DualTokenConfig, read_codebooks
 
 HEAD = ["model.head.width=32", "model.head.layers=2", "model.head.heads=2", "model.head.ffn=48"]

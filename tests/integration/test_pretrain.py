@@ -15,7 +15,7 @@ from PIL import Image
 
 from checkpoints_tools.draw_samples import main as main_of_samples
 from megadual.config import to_yaml
-from megadual.run.signals import EXIT_BAD_LOSS, EXIT_STOPPED
+from megadual.run import exits
 from megadual.testing.models import write_dualtoken, write_run
 from pretrain.pretrain import main
 
@@ -139,7 +139,7 @@ def test_signal_saves_and_stops(inputs, tmp_path):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(timeout=60) == EXIT_STOPPED
+        assert process.wait(timeout=60) == exits.STOPPED
     finally:
         process.kill()
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
@@ -149,7 +149,7 @@ def test_signal_saves_and_stops(inputs, tmp_path):
 def test_spikes_are_skipped_and_named_until_there_are_too_many(inputs, tmp_path):
     spikes = ["train.bad_loss=skip", "train.spike_factor=0.5", "train.spike_window=2", "train.max_skipped=3"]
     done = pretrain(*inputs, f"run.dir={tmp_path}", "train.steps=9", "checkpoint.every=3", *spikes, ok=False)
-    assert done.returncode == EXIT_BAD_LOSS
+    assert done.returncode == exits.BAD_LOSS
     assert "warning: skipped: step 3: loss" in done.stderr and "error: step 5: loss" in done.stderr
     bad = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in bad] == [3, 4, 5] and all(step["documents"] for step in bad)
@@ -159,7 +159,7 @@ def test_spikes_are_skipped_and_named_until_there_are_too_many(inputs, tmp_path)
 
 def test_loss_that_is_not_finite_stops_and_names_documents(inputs, tmp_path):
     done = pretrain(*inputs, f"run.dir={tmp_path}", "train.steps=8", "train.lr=1e30", "train.min_lr=1e29", ok=False)
-    assert done.returncode == EXIT_BAD_LOSS
+    assert done.returncode == exits.BAD_LOSS
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert re.match(r"error: step \d+: loss nan", line) and "random-0/0000" in line
     last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megadual.config import to_yaml
-from megadual.run.signals import EXIT_STOPPED
+from megadual.run import exits
 from megadual.run.wandb_file import BLOCK, START, steps_in_wandb_files
 from megadual.testing.models import write_run
 from megadual.testing.wandb_server import WandbServer
@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 LOG_STEPS = """
 import sys, time
 from pathlib import Path
-from megadual.config import PretrainConfig, load_config
+from megadual.config import load_config
+from megadual.train.config import PretrainConfig
 from megadual.run import record
 from megadual.train.metrics import MetricsLog
 
@@ -118,7 +119,7 @@ def test_stopped_and_killed(server, config, tmp_path):
     with started(server, *trainer) as process:
         wait_for(lambda: len(metrics(tmp_path)) > 3, process)
         process.send_signal(signal.SIGTERM)
-        assert warnings_of(process, EXIT_STOPPED) == []
+        assert warnings_of(process, exits.STOPPED) == []
     stopped = len(received(server))
     assert stopped == len(metrics(tmp_path)) < 50
     with started(server, *trainer) as process:

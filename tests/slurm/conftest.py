@@ -51,8 +51,9 @@ def tokenizer_config(tmp_path) -> Path:
     """A config of pretrain/train_tokenizer.py, with the SigLIP and the pairs that it names beside it."""
     model = {k: v for k, v in dataclasses.asdict(tiny_dualtoken_config()).items() if k != "siglip"}
     config = {
-        "siglip": str(write_tiny_siglip(tmp_path / "siglip")), "steps": 2, "checkpoint_every": 2, "model": model,
-        "data": {"train": write_tiny_pairs(tmp_path / "corpus"), "batch_size": 4, "shuffle": 16}, "loss": {"lpips": 0},
+        "siglip": str(write_tiny_siglip(tmp_path / "siglip")), "model": model,
+        "data": {"train": write_tiny_pairs(tmp_path / "corpus"), "batch_size": 4, "shuffle": 16},
+        "train": {"steps": 2, "loss": {"lpips": 0}}, "checkpoint": {"every": 2},
         "gan": {"start_step": 5, "channels": [8, 8, 8], "norm_groups": 4},
     }  # fmt: skip
     path = tmp_path / "tokenizer.yaml"
@@ -81,7 +82,7 @@ class Lab:
 
     def train_tokenizer(self, run: Path, config: Path, *overrides: str, **environment: str) -> str:
         """sbatch slurm/train_tokenizer.sh; returns the job's number."""
-        arguments = ["slurm/train_tokenizer.sh", "--config", str(config), f"output={run}", *overrides]
+        arguments = ["slurm/train_tokenizer.sh", "--config", str(config), *overrides]
         return self.sbatch(run, *TASKS, f"--output={self.folder}/%j.out", *arguments, **environment)
 
     def sbatch(self, run: Path, *arguments: str, **environment: str) -> str:

@@ -7,6 +7,8 @@ import sys
 from cluster import wait_for
 from conftest import MODEL, ROOT, losses, steps
 
+from megadual.run.checkpoints import CheckpointFolder
+
 SIZES = ["--nodes=2", "--tasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=2000"]
 
 
@@ -63,13 +65,13 @@ def test_a_sweep_is_an_array(lab, tmp_path):
 
 
 def test_a_tokenizer_out_of_time_goes_on(lab, tokenizer_config, tmp_path):
-    run, arguments = tmp_path / "run", ["--config", str(tokenizer_config), "steps=100000", "checkpoint_every=4"]
-    told = launch(lab, run, "train_tokenizer", *arguments, f"output={run}")
+    run, arguments = tmp_path / "run", ["--config", str(tokenizer_config), "train.steps=100000", "checkpoint.every=4"]
+    told = launch(lab, run, "train_tokenizer", *arguments, f"run.dir={run}")
     (job,) = re.findall(r"^(\d+):", told, re.MULTILINE)
     lab.jobs.append(job)
     lab.wait_step(run, 6)
     lab.cluster.output("scancel", "--signal=USR1", job)  # what --signal sends before the time limit
     lab.wait_state(job, "PENDING", seconds=30)
-    checkpoint = max((run / "checkpoints").glob("*.pt"))
+    checkpoint = CheckpointFolder(run, keep=1).latest()
     lab.hurry(job)
-    wait_for(lambda: f"resuming from {checkpoint}" in lab.output(job), 60, "the second start")
+    wait_for(lambda: f"resumed from {checkpoint}" in lab.output(job), 60, "the second start")

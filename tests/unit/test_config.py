@@ -2,10 +2,10 @@
 
 import pytest
 
-from megadual.config import PretrainConfig, load_config, to_yaml
+from megadual.config import load_config, to_yaml
 from megadual.engine.topology import topology
 from megadual.errors import UserError
-from megadual.model import presets
+from megadual.train.config import PretrainConfig
 
 REQUIRED = [
     "model.dualtoken=a", "model.text_tokenizer=b", "data.sets=[s]", "run.dir=r",
@@ -15,14 +15,16 @@ REQUIRED = [
 
 def config(*overrides):
     run = load_config(PretrainConfig, None, [*REQUIRED, *overrides])
-    run.model = presets.resolve(run.model)
     return run
 
 
 @pytest.mark.parametrize("override, message", [
     ("train.stpes=3", "unknown config key 'train.stpes'; did you mean 'train.steps'"),
     ("trian.steps=3", "unknown config key 'trian'; did you mean 'train'"),
-    ("quux=3", "unknown config key 'quux'; known keys: engine, model.preset"),
+    ("quux=3", "unknown config key 'quux'; known here: engine, model, data"),
+    ("train.eval_every=3", "unknown config key 'train.eval_every'; known here: .*train.seq_len"),
+    ("checkpoint_every=3", "'checkpoint_every'; did you mean 'checkpoint.every'"),
+    ("optim.lr=3", "'optim.lr'; did you mean 'train.lr'"),
     ("train.steps=many", "'many'.*could not be converted to Integer.*train.steps"),
     ("model.head.widht=3", "did you mean 'model.head.width'"),
     ("train=3", "'train' is a section"),
@@ -102,7 +104,7 @@ def test_presets_fill_only_what_is_null():
     (1, ["train.warmup_steps=-1"], "train.warmup_steps=-1 must be 0 or more"),
     (1, ["train.lr=1e-5"], "train.min_lr=3e-05 must not be over train.lr=1e-05"),
     (1, ["data.draw_probability=50"], "data.draw_probability=50.0 must be between 0 and 1"),
-    (1, ["train.beta2=1"], "train.beta2=1.0 must be below 1"),
+    (1, ["train.beta2=1"], "train.beta2=1.0 must be 0 or more and below 1"),
     (1, ["run.device=gpu"], "run.device 'gpu' is unknown; known: cuda, cpu"),
     (1, ["run.wandb=on"], "run.wandb '.*' is unknown"),
     (1, ["data.sets=[]"], "names no shard set"),

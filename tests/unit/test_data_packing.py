@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from megadual.config import DataConfig
 from megadual.data import packing
 from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
@@ -16,6 +15,7 @@ from megadual.data.packing import PackedRows, fill_rows
 from megadual.errors import UserError
 from megadual.streams import IGNORE, Stream, to_sequence
 from megadual.testing.shards import SPECIAL, random_documents, write_shard_set
+from megadual.train.config import DataConfig
 
 SEQ = 128
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megadual.config import HeadConfig, ModelConfig
+from megadual.model.config import HeadConfig, ModelConfig
 from megadual.model.depth_head import DepthHead
 from megadual.model.dual_lm import Vocabulary
 from megadual.model.flops import step_flops, work

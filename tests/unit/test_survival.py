@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megadual.config import PretrainConfig, load_config
 from megadual.errors import UserError
 from megadual.run import record
+from megadual.run.config import RunConfig
 from megadual.run.lock import LOCK, RunLock
 from megadual.run.nodes import CLOCK_TOLERANCE_S, NodeError, check_nodes, skews
 
@@ -139,7 +139,7 @@ def _check(run, rank, port, results):
 
 def test_a_rank_that_does_not_come_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("JOB_NODES", "n1 n2")
-    run = load_config(PretrainConfig, None, _required(tmp_path))
+    run = RunConfig(dir=f"{tmp_path}/run")
     server = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     results = {}
     _check(run, 0, server.port, results)
@@ -147,7 +147,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path, monkeypatch):
 
 
 def test_nodes_that_are_fit(tmp_path):
-    run = load_config(PretrainConfig, None, _required(tmp_path))
+    run = RunConfig(dir=f"{tmp_path}/run")
     server = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     results = {}
     ranks = [threading.Thread(target=_check, args=(run, rank, server.port, results)) for rank in range(2)]
@@ -158,10 +158,90 @@ def test_nodes_that_are_fit(tmp_path):
     assert results == {0: [os.getpid()] * 2, 1: [os.getpid()] * 2}
 
 
-def _required(folder: Path) -> list[str]:
-    names = ["model.dualtoken", "model.text_tokenizer"]
-    numbers = ["train.steps=1", "train.global_batch_tokens=1", "train.seq_len=1"]
-    return [*(f"{name}={folder}" for name in names), "data.sets=[]", *numbers, f"run.dir={folder}/run"]
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from megadual.run.local import STOP_SIGNALS
+rank, world, folder = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(sys.argv[1])
+got = []
+if "deaf" not in sys.argv[2:]:
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, _: got.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+(folder / f"{rank}.pid").write_text(str(os.getpid()))
+deadline = time.monotonic() + 60
+while time.monotonic() < deadline and not got and not ("fails" in sys.argv[2:] and rank == 1):
+    time.sleep(0.02)
+sys.exit(75 if got else 9)
+"""
+
+
+@pytest.fixture
+def start_ranks(tmp_path):
+    """start_ranks(*arguments): two ranks of RANK, and their process ids once both are there."""
+    (tmp_path / "rank.py").write_text(RANK)
+    started = []
+
+    def start(*arguments):
+        code = "import sys; from megadual.run import local; local.GRACE_S = 0.5; "
+        code += "sys.exit(local.run_ranks(2, sys.argv[1:]))"
+        command = [sys.executable, "-c", code, sys.executable, tmp_path / "rank.py", tmp_path, *arguments]
+        started.append(subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}))
+        files = [tmp_path / f"{rank}.pid" for rank in range(2)]
+        wait_for(lambda: all(file.is_file() and file.read_text() for file in files))
+        return started[0], [int(file.read_text()) for file in files]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_local_ranks_get_the_signals_and_give_their_exit_code(start_ranks, tmp_path):
+    process, ranks = start_ranks()
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTERM)  # a second one ends nothing early
+    assert process.wait(30) == 75
+    assert not any(map(alive, ranks))
+    assert not list(tmp_path.glob("megadual-*"))
+
+
+def test_one_local_rank_s_failure_ends_all(start_ranks):
+    process, ranks = start_ranks("fails", "deaf")
+    assert process.wait(40) == 9
+    assert not any(map(alive, ranks))
+
+
+def test_a_killed_starter_leaves_no_rank(start_ranks):
+    process, ranks = start_ranks("deaf")
+    process.kill()
+    wait_for(lambda: not any(map(alive, ranks)))
+
+
+def test_a_stop_that_came_first_is_answered_later(tmp_path):
+    """A rank that is started with the signals blocked, as launchers do."""
+    code = """
+import os, signal
+import torch
+from megadual.run.signals import StopSignal
+os.kill(os.getpid(), signal.SIGUSR1)
+stop = StopSignal()
+os.kill(os.getpid(), signal.SIGTERM)
+print(stop.got)
+"""
+    command = ["env", "--block-signal=USR1", "--block-signal=TERM", sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True\n"
 
 
 def test_clocks_are_compared_with_the_median():

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from megadual.config import load_config
 from megadual.errors import UserError
+from megadual.run.ranks import Ranks
 from megadual.testing.vision import tiny_dualtoken, tiny_dualtoken_config, write_tiny_pairs, write_tiny_siglip
 from megadual.vision import DualToken
-from megadual.vision.loop import Ranks
 from megadual.vision.presets import BACKBONES, preset
 from megadual.vision.recipe import TrainTokenizerConfig, check, frozen_modules, plan
 from megadual.vision.train import TokenizerTrainer
@@ -47,7 +47,7 @@ def test_a_stage_trains_exactly_what_the_paper_says(size, stage):
     assert config.model == preset(SIZES[size])
     with torch.device("meta"):
         model = DualToken(config.model)
-    frozen = frozen_modules(model, config.freeze)
+    frozen = frozen_modules(model, config.train.freeze)
     for module in frozen:
         module.requires_grad_(False)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
@@ -67,17 +67,30 @@ def tiny_run(stage, inputs, output, *overrides):
     """The stage's recipe on a tiny tokenizer of 3 layers."""
     shards, siglip = inputs
     path = CONFIGS / f"tokenizer_256_rvq4_stage{stage}.yaml"
-    given = [f"data.train={shards}", f"siglip={siglip}", f"output={output}", "start=null", "pictures=null", "steps=4"]
-    given += ["data.batch_size=4", "data.workers=0", "precision=fp32", "gan.channels=[8,8,8]", "gan.norm_groups=4"]
+    given = [
+        f"data.train={shards}",
+        f"siglip={siglip}",
+        f"run.dir={output}",
+        "checkpoint.start=null",
+        "data.heldout=null",
+        "train.steps=4",
+    ]
+    given += [
+        "data.batch_size=4",
+        "data.workers=0",
+        "train.precision=fp32",
+        "gan.channels=[8,8,8]",
+        "gan.norm_groups=4",
+    ]
     config = load_config(TrainTokenizerConfig, path, [*given, *overrides])
     config.model = tiny_dualtoken_config(siglip={})
-    config.freeze = [name.replace("[:26]", "[:2]").replace("[:4]", "[:1]") for name in config.freeze]
+    config.train.freeze = [name.replace("[:26]", "[:2]").replace("[:4]", "[:1]") for name in config.train.freeze]
     return config
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_stage_composes_the_stated_loss(stage, inputs, tmp_path):
-    trainer = TokenizerTrainer(tiny_run(stage, inputs, tmp_path), Ranks.join())
+    trainer = TokenizerTrainer(tiny_run(stage, inputs, tmp_path), Ranks.current())
     trainer.model.eval()  # the codebooks rest, so that the second forward sees what the first did
     images = torch.rand(4, 3, 16, 16) * 2 - 1
     total, _, output = trainer.losses(images)
@@ -105,7 +118,9 @@ def test_a_stage_composes_the_stated_loss(stage, inputs, tmp_path):
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_frozen_parts_rest_and_the_rest_moves(stage, inputs, tmp_path):
-    trainer = TokenizerTrainer(tiny_run(stage, inputs, tmp_path, "loss.lpips=0", "optim.warmup_steps=0"), Ranks.join())
+    trainer = TokenizerTrainer(
+        tiny_run(stage, inputs, tmp_path, "train.loss.lpips=0", "train.warmup_steps=0"), Ranks.current()
+    )
     trainer.open_data()
     before = {name: x.clone() for name, x in trainer.model.named_parameters()}
     trainer.step()
@@ -129,7 +144,9 @@ def test_frozen_parts_rest_and_the_rest_moves(stage, inputs, tmp_path):
 def test_a_stage_starts_from_the_one_before_and_keeps_its_teacher(inputs, tmp_path):
     before = tiny_dualtoken(seed=5, siglip=tiny_dualtoken_config().siglip)
     before.save_pretrained(tmp_path / "before")
-    trainer = TokenizerTrainer(tiny_run(2, inputs, tmp_path, f"start={tmp_path}/before", "loss.lpips=0"), Ranks.join())
+    trainer = TokenizerTrainer(
+        tiny_run(2, inputs, tmp_path, f"checkpoint.start={tmp_path}/before", "train.loss.lpips=0"), Ranks.current()
+    )
     for name, tensor in before.state_dict().items():
         assert torch.equal(trainer.model.state_dict()[name], tensor), name
     student = trainer.model.siglip_model.vision_model.embeddings.patch_embedding.weight
@@ -151,20 +168,20 @@ def test_the_documents_commands_run_as_they_are_written(arguments, inputs, tmp_p
     stage = int(re.search(r"stage(\d)", path)[1])
     monkeypatch.chdir(tmp_path)
     for earlier in range(stage):
-        folder = load_config(TrainTokenizerConfig, ROOT / path.replace(f"stage{stage}", f"stage{earlier}")).output
+        folder = load_config(TrainTokenizerConfig, ROOT / path.replace(f"stage{stage}", f"stage{earlier}")).run.dir
         tiny_dualtoken().save_pretrained(tmp_path / folder / "dualtoken")
     check(config)
-    assert config.start is None or (tmp_path / config.start).is_dir()
+    assert config.checkpoint.start is None or (tmp_path / config.checkpoint.start).is_dir()
     assert "not there yet" not in plan(config, 8)
 
 
 def test_missing_shards_are_named_by_their_key(inputs, tmp_path):
-    for key in ("data.train", "pictures"):
+    for key in ("data.train", "data.heldout"):
         config = tiny_run(1, inputs, tmp_path, f"{key}={tmp_path}/none-*.tar")
         with pytest.raises(UserError, match=f"^{key}: no shard matches"):
             check(config)
-    config = load_config(TrainTokenizerConfig, CONFIGS / "tokenizer_256_rvq4_stage1.yaml", ["pictures=none-*.tar"])
-    assert "pictures not there yet: no shard matches 'none-*.tar'" in plan(config, 8)
+    config = load_config(TrainTokenizerConfig, CONFIGS / "tokenizer_256_rvq4_stage1.yaml", ["data.heldout=none-*.tar"])
+    assert "held out not there yet: no shard matches 'none-*.tar'" in plan(config, 8)
     assert "start    runs/tokenizer_256_rvq4/stage0/dualtoken, not there yet" in plan(config, 8)
 
 
@@ -177,7 +194,7 @@ def test_a_dry_run_prints_the_plan_without_data_or_weights(capsys, monkeypatch):
         "images   384 px, 27 x 27 positions",
         "frozen   siglip_model.text_model",
         "data     not there yet: no shard matches",
-        "pictures none",
+        "held out none",
     ):
         assert line in printed
     config = load_config(TrainTokenizerConfig, CONFIGS / "tokenizer_256_rvq4_stage0.yaml")

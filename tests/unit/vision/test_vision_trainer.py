@@ -1,18 +1,26 @@
 """One step of the trainer: accumulation, checkpointed activations, bf16, metrics by depth, exact resuming."""
 
+import copy
 import json
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from megadual.config import load_config
-from megadual.run.signals import EXIT_STOPPED
+from megadual.errors import UserError
+from megadual.run import exits
+from megadual.run.checkpoints import CheckpointFolder
+from megadual.run.local import STOP_SIGNALS
+from megadual.run.ranks import Ranks
+from megadual.run.record import read_starts
 from megadual.run.wandb_file import steps_in_wandb_files
+from megadual.runs import describe
 from megadual.testing.distributed import run_distributed
 from megadual.testing.vision import tiny_dualtoken_config, write_tiny_pairs, write_tiny_siglip
 from megadual.vision import quantizer
-from megadual.vision.loop import Ranks
 from megadual.vision.metrics import perplexity
 from megadual.vision.recipe import TrainTokenizerConfig
 from megadual.vision.train import TokenizerTrainer, train
@@ -28,8 +36,20 @@ def inputs(tmp_path_factory):
 def make(inputs, tmp_path):
     """make(*overrides): a config on tiny inputs, by default without LPIPS, with a GAN from the first step."""
     shards, siglip = inputs
-    given = [f"data.train={shards}", f"siglip={siglip}", f"output={tmp_path / 'run'}", "steps=6", "data.batch_size=8"]
-    given += ["loss.lpips=0", "gan.channels=[8,8,8]", "gan.norm_groups=4", "data.shuffle=16", "optim.warmup_steps=2"]
+    given = [
+        f"data.train={shards}",
+        f"siglip={siglip}",
+        f"run.dir={tmp_path / 'run'}",
+        "train.steps=6",
+        "data.batch_size=8",
+    ]
+    given += [
+        "train.loss.lpips=0",
+        "gan.channels=[8,8,8]",
+        "gan.norm_groups=4",
+        "data.shuffle=16",
+        "train.warmup_steps=2",
+    ]
 
     def make(*overrides):
         config = load_config(TrainTokenizerConfig, None, [*given, *overrides])
@@ -40,7 +60,7 @@ def make(inputs, tmp_path):
 
 
 def trainer_of(config) -> TokenizerTrainer:
-    trainer = TokenizerTrainer(config, Ranks.join())
+    trainer = TokenizerTrainer(config, Ranks.current())
     trainer.open_data()
     return trainer
 
@@ -57,9 +77,9 @@ def gradients(trainer, module="model"):
 @pytest.mark.parametrize("module, gan", [("model", 0), ("discriminator", 0.75)])
 def test_accumulated_gradients_are_those_of_one_large_batch(make, module, gan):
     """The GAN's weight adapts to each batch, so it is left out of the model's."""
-    given = ["freeze=[quantizers]", f"loss.gan={gan}"]  # codebooks move with every forward
+    given = ["train.freeze=[quantizers]", f"train.loss.gan={gan}"]  # codebooks move with every forward
     metrics, whole = gradients(trainer_of(make(*given)), module)
-    halves_metrics, halves = gradients(trainer_of(make(*given, "data.batch_size=4", "accumulate=2")), module)
+    halves_metrics, halves = gradients(trainer_of(make(*given, "data.batch_size=4", "train.accumulate=2")), module)
     assert halves_metrics["reconstruction"] == pytest.approx(metrics["reconstruction"], rel=1e-4)
     assert whole.keys() == halves.keys() and len(whole) > 10
     for name, grad in whole.items():
@@ -69,7 +89,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(make, module, gan):
 def test_checkpointed_activations_are_computed_twice_and_change_nothing(make):
     results = []
     for checkpointing in (False, True):
-        trainer = trainer_of(make(f"gradient_checkpointing={checkpointing}"))
+        trainer = trainer_of(make(f"train.recompute={checkpointing}"))
         runs = []
         layer = trainer.model.siglip_model.vision_model.encoder.layers[0]
         layer.layer_norm1.register_forward_hook(lambda *_, runs=runs: runs.append(1))
@@ -91,7 +111,7 @@ def test_bf16_searches_codes_in_fp32(make, monkeypatch):
         return search(x_MC, codebook_KC)
 
     monkeypatch.setattr(quantizer, "nearest_code", watched)
-    trainer = trainer_of(make("precision=bf16"))
+    trainer = trainer_of(make("train.precision=bf16"))
     entered = []
     trainer.model.prequant["pixel"][0].proj.register_forward_hook(
         lambda module, given, output: entered.append(output.dtype)
@@ -136,10 +156,10 @@ def _straight_and_resumed(config):
     whole = _states(straight)
     first = trainer_of(config)
     again = [first.step()["loss"] for _ in range(3)]
-    first.save(Path(config.output))
-    first.ranks.barrier()
-    second = TokenizerTrainer(config, Ranks.join())
-    second.load(Path(config.output) / "checkpoints/00000003.pt")
+    files = CheckpointFolder(config.run.dir, keep=1)
+    first.save(files)
+    second = TokenizerTrainer(config, Ranks.current())
+    second.load(files.to_resume())
     second.open_data()
     again += [second.step()["loss"] for _ in range(3)]
     return losses, again, whole, _states(second)
@@ -174,28 +194,66 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(make, processes):
         assert not torch.equal(rank_0["rng"], rank_1["rng"]) or rank_0["data"] != rank_1["data"]
 
 
-def test_asked_to_stop_it_saves_and_exits(make, tmp_path, monkeypatch):
-    config = make("steps=3", "checkpoint_every=100")
-    (tmp_path / "stop").touch()
-    monkeypatch.setenv("MEGADUAL_STOP", str(tmp_path / "stop"))
+def steps_of(config) -> list[dict]:
+    return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_asked_to_stop_before_its_first_step_it_saves_and_goes_on_later(make):
+    config = make("train.steps=3", "checkpoint.every=100")
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as launchers start ranks
+    for number in STOP_SIGNALS:
+        signal.pthread_kill(threading.get_ident(), number)
     with pytest.raises(SystemExit) as stopped:
         train(config)
-    assert stopped.value.code == EXIT_STOPPED
-    assert [path.stem for path in (Path(config.output) / "checkpoints").iterdir()] == ["00000001"]
-    monkeypatch.delenv("MEGADUAL_STOP")
+    assert stopped.value.code == exits.STOPPED
+    assert CheckpointFolder(config.run.dir, keep=1).latest().name == "00000001"
     train(config)
-    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert [step["step"] for step in steps_of(config)] == [1, 2, 3]
+    first, second = read_starts(config.run.dir)
+    assert (first["ended"], second["ended"]) == ("stopped by a signal", "finished")
+    told = describe(Path(config.run.dir))
+    assert told["step"] == "3 of 3" and told["last checkpoint"].endswith("00000003") and "images/s" in told
+
+
+def test_a_damaged_checkpoint_is_named(make):
+    config = make("train.steps=1")
+    train(config)
+    state = CheckpointFolder(config.run.dir, keep=1).latest() / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1])
+    config.train.steps = 2
+    with pytest.raises(UserError, match=f"'{state.parent}' is damaged: state.pt"):
+        train(config)
+
+
+def test_a_refused_step_changes_no_weight_and_no_codebook(make):
+    trainer = trainer_of(make())
+    trainer.step()
+    before = copy.deepcopy(_states(trainer))
+    trainer.step(lambda result: False)
+    for part in ("model", "discriminator", "optimizers"):
+        assert_equal(before[part], _states(trainer)[part])
+    trainer.step(lambda result: True)
+    assert not torch.equal(before["model"]["decoder.conv_out.weight"], trainer.model.decoder.conv_out.weight)
+
+
+def test_spikes_are_skipped_and_named_until_there_are_too_many(make):
+    config = make("train.bad_loss=skip", "train.spike_factor=0.1", "train.spike_window=2", "train.max_skipped=2")
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == exits.BAD_LOSS and len(steps_of(config)) == 4
+    bad = [json.loads(line) for line in (Path(config.run.dir) / "bad_steps.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in bad] == [3, 4] and bad[0]["documents"][0].startswith("pairs-0000")
+    assert read_starts(config.run.dir)[0]["ended"] == "bad loss"
 
 
 def test_a_run_logs_reconstructions_to_wandb(make, inputs):
-    config = make(f"pictures={inputs[0]}", "wandb.mode=offline", "steps=2", "checkpoint_every=1")
+    config = make(f"data.heldout={inputs[0]}", "run.wandb=offline", "train.steps=2", "checkpoint.every=1")
     train(config)
-    media = sorted(Path(config.output).glob("wandb/offline-run-*/files/media/images/reconstructions_*.png"))
+    media = sorted(Path(config.run.dir).glob("wandb/offline-run-*/files/media/images/reconstructions_*.png"))
     assert len(media) == 2
-    lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
+    lines = steps_of(config)
     assert {"loss", "reconstruction", "commit_pixel", "gan", "discriminator", "lr", "images_per_s"} <= lines[1].keys()
-    config.steps = 3  # another start: the same wandb run, each step once
+    config.train.steps = 3  # another start: the same wandb run, each step once
     train(config)
-    assert steps_in_wandb_files(Path(config.output)) == [1, 2, 3]
-    assert len({path.name.rpartition("-")[2] for path in Path(config.output).glob("wandb/offline-run-*")}) == 1
+    assert steps_in_wandb_files(Path(config.run.dir)) == [1, 2, 3]
+    assert len({path.name.rpartition("-")[2] for path in Path(config.run.dir).glob("wandb/offline-run-*")}) == 1

@@ -21,11 +21,11 @@ from PIL import Image
 
 from megadual.config import load_config
 from megadual.errors import UserError
+from megadual.run.ranks import Ranks
 from megadual.testing.distributed import run_distributed
 from megadual.testing.vision import tiny_dualtoken_config, write_tiny_pairs, write_tiny_siglip
 from megadual.vision import DualToken, data
 from megadual.vision.data import DataConfig, TrainingImages, random_crop, read_pairs, training_batches
-from megadual.vision.loop import Ranks
 from megadual.vision.train import TokenizerTrainer, TrainTokenizerConfig, train
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -48,8 +48,9 @@ def config(corpus, siglip, tmp_path):
         TrainTokenizerConfig,
         None,
         [
-            f"data.train={corpus}", f"siglip={siglip}", f"output={tmp_path / 'run'}", "data.batch_size=8", "steps=8",
-            "checkpoint_every=4", "optim.lr=3e-3", "optim.warmup_steps=2", "loss.lpips=0", "gan.start_step=5",
+            f"data.train={corpus}", f"siglip={siglip}", f"run.dir={tmp_path / 'run'}", "data.batch_size=8",
+            "train.steps=8", "checkpoint.every=4",
+            "train.lr=3e-3", "train.warmup_steps=2", "train.loss.lpips=0", "gan.start_step=5",
             "gan.channels=[8,8,8]", "gan.norm_groups=4", "data.shuffle=16",
         ],
     )  # fmt: skip
@@ -250,31 +251,31 @@ def test_training_crops_keep_what_the_published_augmentation_keeps(shape, kept):
 
 
 def test_training_lowers_the_losses_and_writes_a_loadable_tokenizer(config):
-    config.steps, config.checkpoint_every, config.gan.start_step = 40, 40, 36
-    config.wandb.mode = "offline"
+    config.train.steps, config.checkpoint.every, config.gan.start_step = 40, 40, 36
+    config.run.wandb = "offline"
     train(config)
-    lines = losses(config.output)
+    lines = losses(config.run.dir)
     assert [line["step"] for line in lines] == list(range(1, 41))
     for name in ("reconstruction", "feature_mse", "pooled_mse"):
         start, end = (sum(line[name] for line in part) / 4 for part in (lines[:4], lines[-4:]))
         assert end < 0.7 * start, name
     assert "gan" in lines[-1] and "gan" not in lines[0]
-    model = DualToken.from_pretrained(Path(config.output) / "dualtoken")
+    model = DualToken.from_pretrained(Path(config.run.dir) / "dualtoken")
     assert model.encode(torch.zeros(1, 3, 16, 16)).codes["pixel"].shape == (1, 4, 4, 3)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path):
     train(config)
-    whole = losses(config.output)
-    (Path(config.output) / "checkpoints" / "00000008.pt").unlink()
+    whole = losses(config.run.dir)
+    (Path(config.run.dir) / "checkpoints" / "latest").write_text("00000004")
     train(config)
-    assert losses(config.output) == whole
+    assert losses(config.run.dir) == whole
 
 
 def test_accumulated_batches_and_lpips_on_part_of_the_steps(config):
-    config.accumulate, config.loss.lpips = 2, 1.0
+    config.train.accumulate, config.train.loss.lpips = 2, 1.0
     config.lpips.every, config.lpips.images = 2, 2
-    trainer = TokenizerTrainer(config, Ranks.join())
+    trainer = TokenizerTrainer(config, Ranks.current())
     trainer.open_data()
     first, second = trainer.step(), trainer.step()
     assert "lpips" in first and "lpips" not in second
@@ -282,18 +283,18 @@ def test_accumulated_batches_and_lpips_on_part_of_the_steps(config):
 
 
 def test_frozen_modules_do_not_move(config):
-    config.freeze = ["quantizers.pixel", "siglip_model.vision_model.embeddings"]
-    trainer = TokenizerTrainer(config, Ranks.join())
+    config.train.freeze = ["quantizers.pixel", "siglip_model.vision_model.embeddings"]
+    trainer = TokenizerTrainer(config, Ranks.current())
     trainer.open_data()
     before = {name: x.clone() for name, x in trainer.model.state_dict().items()}
     trainer.step()
     moved = {name for name, x in trainer.model.state_dict().items() if not torch.equal(x, before[name])}
-    assert not any(name.startswith(tuple(config.freeze)) for name in moved)
+    assert not any(name.startswith(tuple(config.train.freeze)) for name in moved)
     assert "quantizers.semantic.codebooks.0.weight" in moved and "prequant.pixel.0.proj.weight" in moved
 
 
 def _train_steps(config):
-    trainer = TokenizerTrainer(config, Ranks.join())
+    trainer = TokenizerTrainer(config, Ranks.current())
     trainer.open_data()
     metrics = [trainer.step() for _ in range(3)]
     return [m["loss"] for m in metrics], trainer.model.fingerprint(), trainer.model.decoder.conv_out.weight.detach()
@@ -307,15 +308,15 @@ def test_two_ranks_keep_one_model(config):
 
 
 def test_mistakes_are_named_before_work_starts(config):
-    config.freeze = ["prequant_pixel"]
+    config.train.freeze = ["prequant_pixel"]
     with pytest.raises(UserError, match="no module 'prequant_pixel'"):
-        TokenizerTrainer(config, Ranks.join())
-    config.freeze, config.model.streams["pixel"].code_dim = [], 7
+        TokenizerTrainer(config, Ranks.current())
+    config.train.freeze, config.model.streams["pixel"].code_dim = [], 7
     with pytest.raises(UserError, match=r"code_dim\(7\)"):
-        TokenizerTrainer(config, Ranks.join())
+        TokenizerTrainer(config, Ranks.current())
     config.siglip = "/nowhere"
     with pytest.raises(UserError, match="no SigLIP in '/nowhere'"):
-        TokenizerTrainer(config, Ranks.join())
+        TokenizerTrainer(config, Ranks.current())
 
 
 def test_the_command_without_a_corpus_prints_one_line_and_exits_with_2(tmp_path):

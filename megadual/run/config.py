@@ -1,0 +1,81 @@
+"""The keys that all trainings share."""
+
+import dataclasses
+import os
+
+from megadual.errors import UserError
+from megadual.keys import key
+
+
+@dataclasses.dataclass
+class RunConfig:
+    dir: str = key(about="the run's folder: logs, metrics, checkpoints, and what it makes")
+    name: str = key("run", "its name in wandb")
+    wandb: str = key(
+        "disabled", "whether wandb gets what metrics.jsonl does", choices=("online", "offline", "disabled")
+    )
+    wandb_project: str = key("megadual", "wandb's project")
+    device: str | None = key(
+        None,
+        "cuda: every rank must have its GPU; cpu: none is used; null: what there is",
+        choices=("cuda", "cpu", None),
+    )
+    ranks: int | None = key(
+        None, "processes of a start on this machine without a launcher; null: as few as the layout takes", least=1
+    )
+    hang_timeout: float | None = key(
+        1200.0, "seconds without progress after which a rank shows its stacks and exits; null: never", over=0
+    )
+
+    def use_device(self) -> None:
+        """Hide the GPUs where `device` is cpu. To be called before CUDA starts."""
+        if self.device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    every: int | None = key(
+        1000, "steps between checkpoints; the last step is saved too; null: none but at a signal", least=1
+    )
+    keep: int = key(2, "newest checkpoints kept", least=1)
+    resume: bool = key(True, "go on from run.dir's latest checkpoint, where there is one")
+    start: str | None = key(None, "else take weights from here; the optimizer starts anew")
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether a checkpoint is to be written after `step` of `steps`."""
+        return self.every is not None and (step % self.every == 0 or step == steps)
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    """AdamW, with linear warm-up and a cosine."""
+
+    lr: float = key(3e-4, "peak learning rate", least=0)
+    min_lr: float = key(0.0, "learning rate at the last step", least=0)
+    warmup_steps: int = key(0, "steps up to the peak", least=0)
+    weight_decay: float = key(0.1, "decoupled, of matrices", least=0)
+    beta1: float = key(0.9, "decay of AdamW's first moment", least=0, below=1)
+    beta2: float = key(0.95, "decay of AdamW's second moment", least=0, below=1)
+
+    def check(self, place: str) -> None:
+        if self.min_lr > self.lr:
+            raise UserError(f"{place}.min_lr={self.min_lr} must not be over {place}.lr={self.lr}, which decays to it")
+
+
+@dataclasses.dataclass
+class TrainConfig(OptimConfig):
+    """Steps, precision, and what is done about a loss that can't be right."""
+
+    steps: int = key(about="optimizer steps in all", least=1)
+    seed: int = key(0, "of initial weights, data order and whatever else is drawn", least=0)
+    precision: str = key("fp32", "of products; weights are kept in fp32", choices=("fp32", "bf16"))
+    clip_grad: float = key(1.0, "largest norm of the gradient; 0: any", least=0)
+    bad_loss: str = key(
+        "stop", "at a loss that is not finite, or spikes: stop, or skip the step's update", choices=("stop", "skip")
+    )
+    spike_factor: float | None = key(
+        None, "a loss over this many times the median of the steps before is bad; null: none is", over=0
+    )
+    spike_window: int = key(64, "steps of that median", least=1)
+    max_skipped: int = key(8, "stop after this many skipped steps in a row", least=1)
