@@ -12,7 +12,7 @@ from megadual.testing.shards import random_documents, write_shard_set
 from megadual.testing.vision import tiny_dualtoken
 from megadual.text import fingerprint, load_text_tokenizer, save_text_tokenizer, train_text_tokenizer
 from megadual.train import setup
-from megadual.train.metrics import mean_losses, numbers_of
+from megadual.train.metrics import LOSS, numbers_of
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def a_step(run):
 def test_some_streams_train_on_a_set_of_all(run_with):
     run = run_with("model.streams=[pixel]", "train.loss.pixel=0.5")
     ((read, result),) = run_distributed(a_step, 1, run)
-    losses = mean_losses(result)
+    losses = {name.removeprefix(LOSS): value for name, value in result.items() if name.startswith(LOSS)}
     assert read == {"pixel"} and list(losses) == ["text", "pixel"]
     assert result["loss"] == pytest.approx(losses["text"] + 0.5 * losses["pixel"])
 
@@ -73,3 +73,11 @@ def test_the_model_has_the_streams_that_are_chosen(run_with):
 def test_streams_and_losses_that_there_are_not(run_with, overrides, message):
     with pytest.raises(UserError, match=message):
         setup.read_inputs(run_with(*overrides))
+
+
+def test_streams_are_chosen_in_their_own_order():
+    a, b, c = streams = [Stream(name, 2, 64, 8) for name in "abc"]
+    assert setup.choose_streams(streams, None) == streams and setup.choose_streams(streams, ["c", "a"]) == [a, c]
+    for names in ([], ["d"], ["a", "d"]):
+        with pytest.raises(UserError, match=r"model.streams=\[.*\['a', 'b', 'c'\]"):
+            setup.choose_streams(streams, names)

@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 
-from megadual.errors import UserError
 from megadual.streams import (
     IGNORE,
     Document,
     Stream,
     check_stream_names,
-    choose_streams,
     mds_columns,
     sequence_length,
     to_sequence,
@@ -110,11 +108,3 @@ def test_a_codebook_must_fit_the_shards():
     Stream("a", 4, 65_536, 8)
     with pytest.raises(ValueError, match="'a': a codebook of 65,537"):
         Stream("a", 4, 65_537, 8)
-
-
-def test_streams_are_chosen_in_their_own_order():
-    a, b, c = streams = [Stream(name, 2, 64, 8) for name in "abc"]
-    assert choose_streams(streams, None) == streams and choose_streams(streams, ["c", "a"]) == [a, c]
-    for names in ([], ["d"], ["a", "d"]):
-        with pytest.raises(UserError, match=r"model.streams=\[.*\['a', 'b', 'c'\]"):
-            choose_streams(streams, names)
