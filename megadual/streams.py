@@ -108,12 +108,12 @@ class Document:
 
     @property
     def positions(self) -> int:
-        """N"""
+        """N, what its images take."""
         return sum(rows * columns for rows, columns in self.grids.tolist())
 
     @property
     def depths(self) -> dict[str, int]:
-        """stream -> D"""
+        """Of each stream, D."""
         return {stream: codes_ND.shape[1] for stream, codes_ND in self.codes.items()}
 
     @property

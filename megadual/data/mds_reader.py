@@ -144,8 +144,8 @@ class _Shard:
 class ShardSet:
     """A shard set made by data_pipeline/tokenize.py: `set[i]` is document i, in the order of index.json.
 
-    Its documents have the codes of `streams`; None: of all that the set has. Raises UserError where the set is missing,
-    unfinished, empty, lacks one of them, or a file does not fit the index.
+    Its documents have the codes of `streams` (None: of all that the set has, in the order of its columns). Raises
+    UserError where the set is missing, unfinished, empty, lacks one of them, or a file does not fit the index.
     """
 
     def __init__(self, root: str | Path, streams: Iterable[str] | None = None):
@@ -155,6 +155,7 @@ class ShardSet:
         if not sum(entry["samples"] for entry in entries):
             raise UserError(f"shard set '{root}' holds no documents")
         records = _Records(self.root, _columns(entries[0]), streams)
+        self.streams = records.streams
         self.shards = [_Shard(self.root / entry["raw_data"]["basename"], entry, records) for entry in entries]
         self._ends = np.cumsum([len(shard) for shard in self.shards]).tolist()
         if self._ends[-1] != self.manifest["documents"]:

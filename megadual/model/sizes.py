@@ -9,7 +9,7 @@ from megadual.streams import Stream
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers in a part's matrices, each a multiply-add for what goes through, and in its vectors, which are added."""
+    """Numbers in a part's matrices, each a multiply-add for what goes through, and in its vectors, which cost none."""
 
     matrices: int
     vectors: int = 0

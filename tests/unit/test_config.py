@@ -102,6 +102,7 @@ def test_presets_fill_only_what_is_null():
     (1, ["checkpoint.keep=0"], "checkpoint.keep=0 must be at least 1"),
     (1, ["checkpoint.every=0"], "checkpoint.every=0 must be at least 1"),
     (1, ["train.warmup_steps=-1"], "train.warmup_steps=-1 must be 0 or more"),
+    (1, ["train.loss.pixel=-1"], "train.loss.pixel=-1.0 must be 0 or more"),
     (1, ["train.lr=1e-5"], "train.min_lr=3e-05 must not be over train.lr=1e-05"),
     (1, ["data.draw_probability=50"], "data.draw_probability=50.0 must be between 0 and 1"),
     (1, ["train.beta2=1"], "train.beta2=1.0 must be 0 or more and below 1"),
