@@ -32,7 +32,7 @@ from megadual.config import load_config
 from megadual.data.mds import StreamingDataset
 from megadual.data.mds_reader import ShardSet
 from megadual.errors import UserError
-from megadual.streams import LENGTHS, SpecialIds
+from megadual.streams import SpecialIds
 from megadual.synthetic.corpus import make_corpus
 from megadual.testing.models import write_dualtoken
 from megadual.testing.raw import plain_image, write_img2dataset_parquet, write_json_lines, write_pages_tar
@@ -136,19 +136,12 @@ def test_every_sample_has_one_outcome(shards):
     assert all(line["key"].startswith("broken-00000/") and line["reason"] for line in bad)
 
 
-def test_lengths_are_noted_beside_the_documents(shards, tmp_path):
-    """They are those of the documents, and a set of an earlier version, which has none, is read as well."""
-    noted = ShardSet(shards).lengths
-    shutil.copytree(shards, tmp_path / "earlier")
-    files = list((tmp_path / "earlier").rglob(LENGTHS))
-    assert len(files) == 6
-    for file in files:
-        file.unlink()
-    np.testing.assert_array_equal(ShardSet(tmp_path / "earlier").lengths, noted)
+def test_lengths_are_noted_beside_the_documents(shards):
+    documents, noted = ShardSet(shards), ShardSet(shards).lengths
+    for i, document in enumerate(documents[i] for i in range(len(documents))):
+        found = (len(document.text_ids), len(document.grids), document.positions)
+        assert found == tuple(column[i] for column in noted)
     assert noted.positions.sum() == json.loads((shards / "manifest.json").read_text())["positions"]
-    files[0].write_bytes(b"damaged")
-    with pytest.raises(UserError, match="lengths.npy' is damaged"):
-        ShardSet(tmp_path / "earlier")
 
 
 def test_pages_and_texts_come_back(inputs, shards):

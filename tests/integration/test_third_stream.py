@@ -46,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
         "siglip": str(write_tiny_siglip(folder / "siglip")), "model": model, "run": {"dir": str(folder / "tokenizer")},
         "train": {"steps": 2, "loss": {"lpips": 0, "gan": 0}}, "data": {"train": pairs, "batch_size": 8, "shuffle": 16},
     }  # fmt: skip
-    (folder / "tokenizer.yaml").write_text(yaml.safe_dump(config))
+    (folder / "tokenizer.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     train_tokenizer.main(["--config", str(folder / "tokenizer.yaml")])
     save_text_tokenizer(train_text_tokenizer(CAPTIONS, 300), folder / "text_tokenizer")
     tokenizers = [f"dualtoken={folder}/tokenizer/dualtoken", f"text_tokenizer={folder}/text_tokenizer"]
