@@ -2,16 +2,19 @@
 
 from dataclasses import asdict, dataclass, field
 
-from omegaconf import MISSING
+from megadual.keys import key
 
 
 @dataclass
 class ReadConfig:
     """Names of what is read: a tar's member suffixes, a parquet file's columns, a JSON line's fields."""
 
-    images: list[str] = field(default_factory=lambda: ["png", "jpg", "jpeg", "webp", "image"])  # the first there is
-    captions: list[str] = field(default_factory=lambda: ["txt", "caption"])  # likewise; `json:NAME` for a JSON field
-    text: str = "text"  # of documents without images
+    images: list[str] = key(
+        ["png", "jpg", "jpeg", "webp", "image"],
+        "names of an image among a tar's member suffixes or a row's columns; the first there is counts",
+    )
+    captions: list[str] = key(["txt", "caption"], "names of its caption, likewise; `json:NAME` for a JSON field")
+    text: str = key("text", "name of the text of documents without images")
 
 
 @dataclass
@@ -21,46 +24,56 @@ class FilterConfig:
     An image that fails takes its caption with it; out of an interleaved document only the image is left out.
     """
 
-    min_side: int = 16  # pixels of the shorter side
-    max_aspect: float = 4.0  # longer side / shorter side
-    min_caption: int = 1  # characters
-    max_caption: int = 4000
-    min_text: int = 1  # characters of a document that is no pair
-    max_text: int = 1_000_000
-    duplicates: bool = True  # leave out what repeats, image bytes and text, an earlier sample of its input shard
+    min_side: int = key(16, "least pixels of an image's shorter side", least=0)
+    max_aspect: float = key(4.0, "most of its longer side / shorter side", least=1)
+    min_caption: int = key(1, "least characters of a caption", least=0)
+    max_caption: int = key(4000, "most characters of a caption", least=0)
+    min_text: int = key(1, "least characters of a document that is no pair", least=0)
+    max_text: int = key(1_000_000, "most characters of a document that is no pair", least=0)
+    duplicates: bool = key(True, "leave out what repeats, image bytes and text, an earlier sample of its input shard")
 
 
 @dataclass
 class EncodeConfig:
     """What decides the bytes of a shard beside the tokenizers."""
 
-    batch_size: int = 64  # images at most; a batch never crosses input shards
-    torch_threads: int = 1  # another number may round differently and so pick another of two near codes
-    max_pixels: int = 100_000_000  # larger images are refused unread, as decompression bombs
-    shard_bytes: int = 1 << 26  # of one MDS file, which a worker holds in memory while it grows
+    batch_size: int = key(64, "images at most; a batch never crosses input shards", least=1)
+    torch_threads: int = key(
+        1, "of the encoder; other numbers may round differently, and so pick the other of two near codes", least=1
+    )
+    max_pixels: int = key(100_000_000, "larger images are refused unread, as decompression bombs", least=1)
+    shard_bytes: int = key(1 << 26, "of one MDS file, which a worker holds in memory while it grows", least=1)
 
 
 @dataclass
 class WorkersConfig:
     """How the work is spread; no byte of the set depends on it, but for whether `gpus` is 0."""
 
-    address: str | None = None  # of a Ray cluster; `local` starts one; unset takes a running one, else starts one
-    count: int = 0  # workers; 0 is as many as the cluster has room for
-    cpus: float = 1.0  # of one worker
-    gpus: float = 0.0  # 0 encodes in fp32 on the CPU, more in bf16, which picks other codes: a set holds one kind
-    decode_threads: int = 1  # of one worker, beside the encoder
-    attempts: int = 3  # per input shard
-    object_store_mb: int = 300  # of a Ray started here; no image passes through it
-    samples_per_second: float | None = None  # of one worker, for --dry-run; unset measures it on a few samples
+    address: str | None = key(None, "of a Ray cluster; `local` starts one; null takes a running one, else starts one")
+    count: int = key(0, "workers; 0 is as many as the cluster has room for", least=0)
+    cpus: float = key(1.0, "CPU cores of one worker", over=0)
+    gpus: float = key(
+        0.0,
+        "GPUs of one worker; 0 encodes in fp32 on the CPU, more in bf16, which picks other codes: a set holds one kind",
+        least=0,
+    )
+    decode_threads: int = key(1, "threads of one worker that decode, beside the encoder", least=1)
+    attempts: int = key(3, "tries per input shard", least=1)
+    object_store_mb: int = key(300, "MB of the object store of a Ray started here; no image passes through it", least=1)
+    samples_per_second: float | None = key(
+        None, "of one worker, for --dry-run; null measures it on a few samples", over=0
+    )
 
 
 @dataclass
 class PipelineConfig:
-    inputs: list[str] = MISSING  # .tar, .parquet, .jsonl: paths, globs, brace ranges, URLs
-    output: str = MISSING  # folder of the shard set, or its URL (s3://...)
-    dualtoken: str = MISSING  # folder of the image tokenizer
-    text_tokenizer: str = MISSING  # folder (or hub id) of the text tokenizer
-    max_bad_fraction: float = 0.05  # of the samples read, and of the input shards; more failures stop the run
+    inputs: list[str] = key(about=".tar, .parquet, .jsonl: paths, globs, brace ranges, URLs")
+    output: str = key(about="folder of the shard set, or its URL (s3://...)")
+    dualtoken: str = key(about="folder of the image tokenizer")
+    text_tokenizer: str = key(about="folder (or hub id) of the text tokenizer")
+    max_bad_fraction: float = key(
+        0.05, "of the samples read, and of the input shards; more failures stop the run", least=0, most=1
+    )
     read: ReadConfig = field(default_factory=ReadConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)

@@ -10,9 +10,9 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,10 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 from megadual.errors import UserError
 from megadual.keys import MISSING, Key
 
+Config = TypeVar("Config")
 NEAR = 0.8  # how alike a wrong key and the one that was meant are at least
 
 
-def load_config(schema: type, path: str | Path | list[str] | None = None, overrides: list[str] = ()):
+def load_config(
+    schema: type[Config], path: str | Path | Sequence[str | Path] | None = None, overrides: Sequence[str] = ()
+) -> Config:
     """A `schema` from its defaults, then the YAML at `path` (or several, in order), then `overrides`.
 
     A YAML file may name another one to start from, relative to itself, under `base`. Unknown keys, values of the wrong
@@ -47,7 +50,7 @@ def load_config(schema: type, path: str | Path | list[str] | None = None, overri
         except OmegaConfBaseException as error:
             raise UserError(f"{place}: {str(error).splitlines()[0]} ({getattr(error, 'full_key', '')})") from error
     try:
-        config = OmegaConf.to_object(merged)
+        config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         name = getattr(error, "full_key", "")
         raise UserError(f"config key '{name}' has no value; give it in the YAML or as {name}=...") from error
@@ -71,7 +74,9 @@ def to_yaml(config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def parse_command_line(schema: type, description: str, argv: list[str] | None = None):
+def parse_command_line(
+    schema: type[Config], description: str, argv: list[str] | None = None
+) -> tuple[Config, argparse.Namespace]:
     """The command line every entry point shares. Returns (config, args)."""
     parser = argparse.ArgumentParser(
         description=description, epilog=describe_keys(schema), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -88,7 +93,8 @@ def describe_keys(schema: type) -> str:
     sections: dict[str, list[str]] = {}
     for name, field, default in _keys(schema):
         described = field.metadata.get("key", Key(""))
-        facts = [_type_name(field.type)] + ([described.bounds] if described.bounds else [])
+        one_of = "one of " if described.choices else ""
+        facts = [_type_name(field.type)] + ([one_of + described.bounds] if described.bounds else [])
         value = "required" if _missing(default) else f"default {_shown(default)}"
         about = textwrap.fill(described.about, 112, initial_indent=6 * " ", subsequent_indent=6 * " ")
         lines = sections.setdefault(name.rpartition(".")[0], [])
@@ -96,7 +102,7 @@ def describe_keys(schema: type) -> str:
     return "\n\n".join(f"{section or 'keys'}:\n" + "\n".join(lines) for section, lines in sections.items())
 
 
-def _section(type_: Any) -> type | None:
+def _section(type_: Any) -> Any:
     """The dataclass of a section, or of each entry of a mapping of sections (`dict[str, Section]`)."""
     of = typing.get_args(type_)[1:] if typing.get_origin(type_) is dict else (type_,)
     return next((each for each in of if dataclasses.is_dataclass(each)), None)
@@ -168,34 +174,39 @@ def _likeness(a: str, b: str) -> float:
     return sum(ratio for ratio in alike if ratio > 0.7) / len(words)
 
 
-def _check_keys(given: Any, schema: type, place: str, names: _Names, prefix: str = "") -> None:
-    """Refuse keys that `schema` does not have, naming the one that was meant, where one is near."""
+def _check_keys(
+    given: Any, schema: type, place: str, names: _Names, prefix: str = "", known_as: str | None = None
+) -> None:
+    """Refuse keys that `schema` does not have, naming the one that was meant, where one is near.
+
+    `known_as` is the prefix as `names` has it, where that differs: with NAME for what users choose.
+    """
     if not isinstance(given, (dict, DictConfig)):
         raise UserError(f"{place}: '{prefix.rstrip('.')}' is a section and needs keys, got {given!r}")
+    known_as = prefix if known_as is None else known_as
     fields = {field.name: field for field in dataclasses.fields(schema)}
     for name, value in given.items():
-        full = f"{prefix}{name}"
         if name not in fields:
-            raise UserError(f"{place}: {_unknown(full, value, names, [prefix + field for field in fields])}")
+            near = names.near(known_as + name)
+            if not near and isinstance(value, (dict, DictConfig)) and len(value):  # a section that there is not
+                inner = f"{name}.{next(iter(value))}"
+                near = names.near(known_as + inner)
+                name = inner if near else name
+            if near and near.startswith(known_as):
+                near = prefix + near[len(known_as) :]
+            hint = f"did you mean '{near}'?" if near else f"known here: {', '.join(prefix + each for each in fields)}"
+            raise UserError(f"{place}: unknown config key '{prefix}{name}'; {hint}")
         section = _section(fields[name].type)
         if section and _is_mapping(fields[name]):
             for entry, keys in (value or {}).items():
-                _check_keys(keys, section, place, names, f"{full}.{entry}.")
+                _check_keys(keys, section, place, names, f"{prefix}{name}.{entry}.", f"{known_as}{name}.NAME.")
         elif section:
-            _check_keys(value, section, place, names, f"{full}.")
-
-
-def _unknown(name: str, value: Any, names: _Names, beside: list[str]) -> str:
-    near = names.near(name)
-    if not near and isinstance(value, (dict, DictConfig)) and len(value):  # a section that there is not
-        inner = f"{name}.{next(iter(value))}"
-        if near := names.near(inner):
-            name = inner
-    hint = f"did you mean '{near}'?" if near else f"known here: {', '.join(beside)}"
-    return f"unknown config key '{name}'; {hint}"
+            _check_keys(value, section, place, names, f"{prefix}{name}.", f"{known_as}{name}.")
 
 
 def _type_name(type_: Any) -> str:
+    if typing.get_origin(type_) is dict:  # a mapping's key is named with NAME, which has the type of its values
+        type_ = typing.get_args(type_)[1]
     if isinstance(type_, types.UnionType):
         return " or ".join("null" if part is types.NoneType else _type_name(part) for part in type_.__args__)
     return type_.__name__ if isinstance(type_, type) and not typing.get_args(type_) else str(type_)

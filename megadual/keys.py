@@ -49,7 +49,7 @@ class Key:
         return " and ".join(words)
 
     def _named(self) -> list:
-        return [choice for choice in self.choices if choice is not None]
+        return [choice for choice in self.choices or () if choice is not None]
 
 
 def key(default: Any = MISSING, about: str = "", **may_be) -> Any:

@@ -12,7 +12,7 @@ from megadual.config import parse_command_line, to_yaml
 from megadual.engine.environment import set_environment
 from megadual.engine.topology import topology
 from megadual.errors import command
-from megadual.run.local import become_ranks
+from megadual.run.local import become_ranks, hold_stop_signals
 from megadual.train.config import PretrainConfig
 
 
@@ -55,4 +55,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    hold_stop_signals()
     main()

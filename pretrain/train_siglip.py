@@ -2,6 +2,7 @@
 
 from megadual.config import parse_command_line, to_yaml
 from megadual.errors import command
+from megadual.run.local import hold_stop_signals
 from megadual.vision.data import list_shards
 from megadual.vision.siglip import TrainSiglipConfig, train
 
@@ -20,4 +21,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    hold_stop_signals()
     main()

@@ -9,7 +9,7 @@ import sys
 
 from megadual.config import parse_command_line, to_yaml
 from megadual.errors import command
-from megadual.run.local import become_ranks
+from megadual.run.local import become_ranks, hold_stop_signals
 from megadual.vision.recipe import TrainTokenizerConfig, check, plan
 from megadual.vision.train import train
 
@@ -33,4 +33,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    hold_stop_signals()
     main()

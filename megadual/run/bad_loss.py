@@ -16,8 +16,11 @@ from megadual.run.log import RunLog
 class StepResult(Protocol):
     """What is looked at of a step: numbers that every rank has alike."""
 
-    loss: float
-    grad_norm: float
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def grad_norm(self) -> float: ...
 
 
 class Numbers(NamedTuple):

@@ -45,7 +45,12 @@ class CheckpointFolder:
 
     def begin(self, step: int) -> None:
         """Make the partial folder, and remove what cut-short saves have left."""
-        self.on_first_rank(step, lambda: (self.clean(), self.partial(step).mkdir(parents=True)))
+
+        def make() -> None:
+            self.clean()
+            self.partial(step).mkdir(parents=True)
+
+        self.on_first_rank(step, make)
 
     def complete(
         self, step: int, checksums: dict[str, str], describe: Callable[[Path], object] = lambda folder: None

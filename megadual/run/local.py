@@ -3,7 +3,6 @@
 They meet through a file in a folder that only their user can open; no port is listened on for it.
 """
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -19,6 +18,11 @@ STORE = "MEGADUAL_STORE"  # names the file through which ranks meet
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GRACE_S = 20.0  # for the others to end by themselves, and to write down what they did, once a rank has failed
 PR_SET_PDEATHSIG = 1
+
+
+def hold_stop_signals() -> None:
+    """Keep SIGTERM and SIGUSR1 waiting until training can answer them (megadual/run/signals.py)."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def become_ranks(count: int, script: str, arguments: list[str]) -> NoReturn:
@@ -45,14 +49,12 @@ def run_ranks(count: int, command: list[str]) -> int:
         for number in forwarded:
             signal.signal(number, forward)
         try:
-            for rank in range(count):
-                ranks.append(_start(command, rank, count, Path(folder) / "store"))
+            ranks += (_start(command, rank, count, Path(folder) / "store") for rank in range(count))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
             return _wait(ranks)
         finally:
             for rank in ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    rank.kill()
+                rank.kill()
                 rank.wait()
 
 

@@ -1,11 +1,11 @@
 """What one start says of its steps: metrics.jsonl, wandb and a progress bar, all from rank 0."""
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from megadual.run.config import RunConfig
@@ -20,7 +20,7 @@ class RunLog:
         """`config` is the whole one, for wandb; `start_step` the last of the `steps` that the checkpoint contains."""
         folder = Path(run.dir)
         starts = {f"start_{number}": start for number, start in enumerate(read_starts(folder), 1)}
-        whole = OmegaConf.to_container(OmegaConf.structured(config)) | starts
+        whole = dataclasses.asdict(config) | starts
         self.steps = StepLog(folder, start_step, run.wandb, run.wandb_project, run.name, whole)
         self.bar = tqdm(
             total=steps,

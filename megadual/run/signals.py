@@ -11,17 +11,19 @@ from megadual.run.local import STOP_SIGNALS
 class StopSignal:
     """SIGTERM or SIGUSR1, seen by every rank at the same step whichever of them got it.
 
-    A second one changes nothing, so that a save is never cut short by it. Launchers may start a rank with these signals
-    blocked (megadual/run/local.py, slurm/rank.sh): one that came before now is then seen now.
+    A second one changes nothing, so that a save is never cut short by it. Where these signals were held back before
+    (`hold_stop_signals`, slurm/rank.sh), one that came then is seen now, and they are held back again afterwards, so
+    that none kills a rank that is ending.
     """
 
     def __init__(self):
         self.got = False
         self.before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        self.mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def close(self) -> None:
         """Signals do again what they did before."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

@@ -32,7 +32,7 @@ class Watchdog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "w")  # opened early: a hanging disk must not keep the rank
             self.beat()
-            threading.Thread(target=self._watch, daemon=True).start()
+            threading.Thread(target=self._watch, args=(timeout_s,), daemon=True).start()
 
     def beat(self) -> None:
         """There is progress. Does not return where this comes too late."""
@@ -50,10 +50,10 @@ class Watchdog:
             self.file.close()
             self.path.unlink()
 
-    def _watch(self) -> None:
-        while not self.closed.wait(min(1.0, self.timeout_s / 10)):
+    def _watch(self, timeout_s: float) -> None:
+        while not self.closed.wait(min(1.0, timeout_s / 10)):
             silent = time.monotonic() - self.last
-            if silent > self.timeout_s:
+            if silent > timeout_s:
                 break
         else:
             return

@@ -18,12 +18,16 @@ from megadual.run.log import RunLog
 from megadual.run.ranks import Ranks
 from megadual.run.session import Session
 
+from .data import Batch, DataConfig, TrainingImages, training_batches
+
 STATE = "state.pt"
 
 
 class Config(Protocol):
-    """The sections that a training of this package has."""
+    """The sections that a training of this package has; the model has an image_size."""
 
+    model: Any
+    data: DataConfig
     train: TrainConfig
     run: RunConfig
     checkpoint: CheckpointConfig
@@ -34,15 +38,26 @@ class Trainer:
 
     parts: dict[str, Any]  # with state_dict and load_state_dict: modules, which may be in DDP, and optimizers
 
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
+    def __init__(self, config: Config, ranks: Ranks):
+        self.config, self.ranks = config, ranks
         self.steps_done = 0
-        self.data_state = {"batches": 0, "positions": {}}  # of TrainingImages
+        self.data_state: dict[str, Any] = {"batches": 0, "positions": {}}  # of TrainingImages
         self.keys: list[str] = []  # of the samples of the last step on this rank
 
     def open_data(self) -> None:
         """Begin reading where `data_state` stands."""
-        raise NotImplementedError
+        config, ranks = self.config, self.ranks
+        size, seed = config.model.image_size, config.train.seed
+        self.batches = training_batches(
+            TrainingImages(config.data, size, seed, ranks.rank, ranks.size, self.data_state)
+        )
+
+    def next_batch(self) -> Batch:
+        batch = next(self.batches)
+        self.keys += batch.keys
+        self.data_state["batches"] += 1
+        self.data_state["positions"][str(batch.stream)] = batch.position
+        return batch
 
     def step(self, approve: Callable[[StepResult], bool] | None = None) -> dict[str, float]:
         """One optimizer step; returns its metrics, "loss" and "grad_norm" among them, equal on all ranks.

@@ -24,7 +24,7 @@ from megadual.run.ranks import Ranks
 from megadual.run.session import session
 from megadual.text import load_text_tokenizer
 
-from .data import DataConfig, TrainingImages, read_pairs, tokenize_captions, training_batches
+from .data import DataConfig, read_pairs, tokenize_captions
 from .loop import Trainer, fit, judged
 from .metrics import retrieval_r1
 from .optim import adamw, clip, learning_rate, set_learning_rate
@@ -134,8 +134,7 @@ class SiglipTrainer(Trainer):
     """The model, optimizer and pairs of a run."""
 
     def __init__(self, config: TrainSiglipConfig, ranks: Ranks):
-        super().__init__(ranks)
-        self.config = config
+        super().__init__(config, ranks)
         torch.manual_seed(config.train.seed)
         self.tokenizer = load_tokenizer(config.model.text_tokenizer)
         self.model = build(config.model, self.tokenizer).to(ranks.device).train()
@@ -145,17 +144,10 @@ class SiglipTrainer(Trainer):
         self.optimizer = adamw([self.model], config.train)
         self.parts = {"model": self.model, "optimizer": self.optimizer}
 
-    def open_data(self) -> None:
-        config = self.config
-        images = TrainingImages(config.data, config.model.image_size, config.train.seed, state=self.data_state)
-        self.batches = training_batches(images)
-
     def step(self, approve: Callable[[StepResult], bool] | None = None) -> dict[str, float]:
         config, device, start = self.config.train, self.ranks.device, time.perf_counter()
-        batch = next(self.batches)
-        self.keys = batch.keys
-        self.data_state["batches"] += 1
-        self.data_state["positions"][str(batch.stream)] = batch.position
+        self.keys = []
+        batch = self.next_batch()
         lr = learning_rate(config, self.steps_done, config.steps)
         set_learning_rate(self.optimizer, lr)
         ids = tokenize_captions(self.tokenizer, batch.captions, self.config.model.text_length).to(device)

@@ -19,7 +19,7 @@ from megadual.run.log import RunLog
 from megadual.run.ranks import Ranks
 from megadual.run.session import session
 
-from .data import TrainingImages, read_pairs, training_batches
+from .data import read_pairs
 from .discriminator import Discriminator
 from .loop import Trainer, fit, judged
 from .losses import adaptive_weight, discriminator_loss, distillation, generator_loss
@@ -37,8 +37,7 @@ class TokenizerTrainer(Trainer):
 
     def __init__(self, config: TrainTokenizerConfig, ranks: Ranks):
         check(config)
-        super().__init__(ranks)
-        self.config = config
+        super().__init__(config, ranks)
         torch.manual_seed(config.train.seed)  # equal on all ranks, so that they start from equal weights
         self.model, self.teacher = build(config)
         self.model.to(ranks.device)
@@ -67,24 +66,6 @@ class TokenizerTrainer(Trainer):
         self.model.train()
         for module in frozen_modules(self.model, self.config.train.freeze):
             module.eval()
-
-    def open_data(self) -> None:
-        dataset = TrainingImages(
-            self.config.data,
-            self.config.model.image_size,
-            self.config.train.seed,
-            self.ranks.rank,
-            self.ranks.size,
-            self.data_state,
-        )
-        self.batches = training_batches(dataset)
-
-    def _next_images(self) -> Tensor:
-        batch = next(self.batches)
-        self.keys += batch.keys
-        self.data_state["batches"] += 1
-        self.data_state["positions"][str(batch.stream)] = batch.position
-        return batch.images.to(self.ranks.device, non_blocking=True)
 
     def _autocast(self):
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
@@ -136,7 +117,7 @@ class TokenizerTrainer(Trainer):
         sums: dict[str, float] = {}
         images_seen = 0
         for i in range(config.accumulate):
-            images = self._next_images()
+            images = self.next_batch().images.to(self.ranks.device, non_blocking=True)
             images_seen += len(images)
             last = i == config.accumulate - 1
             with self._synchronised(self.train_model, last):

@@ -23,6 +23,7 @@ from megadual.testing.vision import tiny_dualtoken_config, write_tiny_pairs, wri
 from megadual.text import save_text_tokenizer, train_text_tokenizer
 from megadual.train import setup
 from megadual.train.checkpoint import Checkpointer
+from megadual.train.metrics import LOSS, numbers_of
 from megadual.vision import DualToken
 from megadual.vision.data import read_pairs
 from pretrain import train_tokenizer
@@ -67,12 +68,16 @@ def train_and_save(run) -> list[dict]:
     layout, inputs = topology(run, dist.get_world_size()), setup.read_inputs(run)
     engine = setup.engine(run, layout, inputs.vocabulary)
     data = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank)
-    results = [dataclasses.asdict(engine.train_step(data.step(step))) for step in range(run.train.steps)]
+    results = [numbers_of(engine.train_step(data.step(step))) for step in range(run.train.steps)]
     checkpointer = Checkpointer(run)
     checkpointer.save(engine, run.train.steps)
     checkpointer.finish()
     engine.shutdown()
     return results
+
+
+def losses_of(result: dict) -> list[str]:
+    return [name.removeprefix(LOSS) for name in result if name.startswith(LOSS)]
 
 
 def test_shards_hold_what_the_tokenizer_encodes(folder):
@@ -93,8 +98,9 @@ def test_shards_hold_what_the_tokenizer_encodes(folder):
 
 def test_every_layout_trains_as_one_process_and_exports_the_same(folder, tmp_path):
     (expected,) = run_distributed(train_and_save, 1, run_of(folder, "one"))
-    assert set(expected[0]["losses"]) == {"text", "semantic", "pixel", "detail"}
-    assert [len(depths) for depths in expected[0]["depth_losses"].values()] == [3, 3, 2]
+    depths = {"semantic": 3, "pixel": 3, "detail": 2}
+    assert {name: len(expected[0][f"depth_{name}"]) for name in depths} == depths
+    assert losses_of(expected[0]) == ["text", *depths]
     for name, overrides in LAYOUTS.items():
         run = run_of(folder, name, *overrides)
         found = run_distributed(train_and_save, 2, run)[0]
@@ -116,7 +122,7 @@ def test_some_of_a_sets_streams_train_and_draw_if_the_picture_needs_no_others(fo
     for streams, draws in (("semantic", False), ("pixel,detail", True)):
         run = run_of(folder, streams, f"model.streams=[{streams}]")
         (results,) = run_distributed(train_and_save, 1, run)
-        assert list(results[0]["losses"]) == ["text", *streams.split(",")]
+        assert losses_of(results[0]) == ["text", *streams.split(",")]
         convert_to_hf.main(["--checkpoint", run.run.dir, "--output", str(tmp_path / streams)])
         verify.main(["--checkpoint", run.run.dir, "--model", str(tmp_path / streams)])
         model = open_folder(tmp_path / streams)
@@ -124,5 +130,5 @@ def test_some_of_a_sets_streams_train_and_draw_if_the_picture_needs_no_others(fo
         if not draws:
             with pytest.raises(ValueError, match=r"decoded from the streams \['pixel', 'detail'\], it writes"):
                 model.draw("two")
-    with pytest.raises(UserError, match="model.streams.*sound.*semantic, pixel, detail"):
+    with pytest.raises(UserError, match="model.streams.*sound.*'semantic', 'pixel', 'detail'"):
         setup.read_inputs(run_of(folder, "none", "model.streams=[sound]"))

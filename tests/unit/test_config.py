@@ -1,11 +1,15 @@
 """Configs are strict, layouts are checked: the message names the value and the fix."""
 
+import dataclasses
+
 import pytest
 
-from megadual.config import load_config, to_yaml
+from data_pipeline.config import PipelineConfig
+from megadual.config import describe_keys, key, load_config, to_yaml
 from megadual.engine.topology import topology
 from megadual.errors import UserError
 from megadual.train.config import PretrainConfig
+from megadual.vision.siglip import TrainSiglipConfig
 
 REQUIRED = [
     "model.dualtoken=a", "model.text_tokenizer=b", "data.sets=[s]", "run.dir=r",
@@ -14,8 +18,7 @@ REQUIRED = [
 
 
 def config(*overrides):
-    run = load_config(PretrainConfig, None, [*REQUIRED, *overrides])
-    return run
+    return load_config(PretrainConfig, None, [*REQUIRED, *overrides])
 
 
 @pytest.mark.parametrize("override, message", [
@@ -33,6 +36,45 @@ def config(*overrides):
 def test_wrong_key_or_value(override, message):
     with pytest.raises(UserError, match=message):
         load_config(PretrainConfig, None, [*REQUIRED, override])
+
+
+@dataclasses.dataclass
+class Stream:
+    depth: int = key(4, "codes of a position", least=1)
+
+
+@dataclasses.dataclass
+class Mappings:
+    """A schema whose users choose names."""
+
+    loss: dict[str, float] = key({"text": 1.0}, "weight in the total", least=0)
+    streams: dict[str, Stream] = dataclasses.field(default_factory=dict)
+    parts: list[str] = key(["llm"], "what is trained", choices=("llm", "heads"))
+
+
+def test_mappings_of_values_and_of_sections():
+    config = load_config(Mappings, None, ["loss.pixel=2", "streams.pixel.depth=8", "streams.semantic={}"])
+    assert config.loss == {"text": 1.0, "pixel": 2.0}
+    assert config.streams == {"pixel": Stream(8), "semantic": Stream(4)}
+    for override, message in (
+        ("loss.pixel=-1", "^loss.pixel=-1.0 must be 0 or more"),
+        ("streams.pixel.depth=0", "^streams.pixel.depth=0 must be at least 1"),
+        ("streams.pixel.dept=8", "'streams.pixel.dept'; did you mean 'streams.pixel.depth'"),
+        ("parts=[llm,tails]", "parts '.*tails.*' is unknown; known: llm, heads"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_config(Mappings, None, [override])
+
+
+def test_help_tells_meaning_type_bounds_and_default_of_every_key():
+    told = describe_keys(Mappings)
+    assert "  loss.NAME  (float, 0 or more; default {'text': 1.0})\n      weight in the total" in told
+    assert "streams.NAME:\n  streams.NAME.depth  (int, at least 1; default 4)\n      codes of a position" in told
+    assert "  parts  (list[str], one of llm, heads; default [llm])" in told
+    for schema in (PretrainConfig, PipelineConfig, TrainSiglipConfig):
+        lines = describe_keys(schema).splitlines()
+        keys = [i for i, line in enumerate(lines) if line.startswith("  ") and line[2] != " "]
+        assert len(keys) > 20 and all(lines[i + 1].startswith("      ") for i in keys)
 
 
 def test_missing_value():

@@ -13,7 +13,7 @@ from megadual.config import load_config
 from megadual.errors import UserError
 from megadual.run import exits
 from megadual.run.checkpoints import CheckpointFolder
-from megadual.run.local import STOP_SIGNALS
+from megadual.run.local import STOP_SIGNALS, hold_stop_signals
 from megadual.run.ranks import Ranks
 from megadual.run.record import read_starts
 from megadual.run.wandb_file import steps_in_wandb_files
@@ -200,11 +200,12 @@ def steps_of(config) -> list[dict]:
 
 def test_asked_to_stop_before_its_first_step_it_saves_and_goes_on_later(make):
     config = make("train.steps=3", "checkpoint.every=100")
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as launchers start ranks
+    hold_stop_signals()
     for number in STOP_SIGNALS:
         signal.pthread_kill(threading.get_ident(), number)
     with pytest.raises(SystemExit) as stopped:
         train(config)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     assert stopped.value.code == exits.STOPPED
     assert CheckpointFolder(config.run.dir, keep=1).latest().name == "00000001"
     train(config)
