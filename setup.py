@@ -50,7 +50,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "web": WEB,
-        "test": [*DEMO, *S3_SERVER, *WEB, *BROWSER, "pytest>=8"],
+        "test": [*DEMO, *S3_SERVER, *WEB, *BROWSER, "pytest>=8", "torchmetrics>=1.4"],
         "gpu": ["flash-attn>=2.7"],
     },
 )

@@ -1,34 +1,18 @@
-"""LPIPS, GAN losses and metrics."""
+"""Weights of LPIPS, GAN losses and metrics; image metrics have tests/parity/test_image_metrics.py."""
 
 import pickle
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from megadual.vision.discriminator import Discriminator
 from megadual.vision.losses import adaptive_weight, discriminator_loss
 from megadual.vision.lpips import LPIPS, load_arrays
-from megadual.vision.metrics import perplexity, psnr, retrieval_r1, ssim
+from megadual.vision.metrics import perplexity, retrieval_r1
 
 
-@pytest.fixture(scope="module")
-def picture():
-    """A smooth picture with edges, (1, 3, 64, 64)."""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
-    rings = torch.sin(6 * (x**2 + y**2))
-    return torch.stack([rings, (x > 0.2).float() * 2 - 1, x * y])[None]
-
-
-def test_lpips_is_zero_for_the_same_and_orders_shift_and_noise(picture):
-    lpips = LPIPS()
-    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(0))
-    same, shifted, noisy = lpips(
-        torch.cat([picture, picture.roll(1, dims=3), (picture + noise).clamp(-1, 1)]), picture.expand(3, -1, -1, -1)
-    )
-    assert same == 0
-    assert 0 < shifted < noisy
-    assert not any(p.requires_grad for p in lpips.parameters())
+def test_lpips_is_frozen():
+    assert not any(p.requires_grad for p in LPIPS().parameters())
 
 
 class Evil:
@@ -61,13 +45,6 @@ def test_the_discriminator_learns_to_tell_noise_from_stripes():
         optimizer.step()
     assert discriminator(stripes).mean() > discriminator(torch.randn_like(stripes)).mean() + 0.5
     assert discriminator(stripes).shape == (8, 1, 8, 8)
-
-
-def test_psnr_and_ssim_of_known_pairs(picture):
-    assert psnr(torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 0.2)).item() == pytest.approx(20.0, abs=1e-4)
-    assert ssim(picture, picture).item() == pytest.approx(1.0)
-    blurred = F.avg_pool2d(picture, 9, 1, 4)
-    assert ssim(blurred, picture) < 0.95
 
 
 def test_retrieval_counts_equal_captions_as_hits():
