@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from data_pipeline.config import PipelineConfig
-from megadual.config import describe_keys, key, load_config, to_yaml
+from megadual.config import describe_keys, load_config, to_yaml
 from megadual.engine.topology import topology
 from megadual.errors import UserError
+from megadual.keys import key
 from megadual.train.config import PretrainConfig
 from megadual.vision.siglip import TrainSiglipConfig
 
