@@ -8,13 +8,14 @@ import torch
 from training_reference import Document, HeadSizes, Marks, Model, Recipe, Stream, train
 from transformers import Qwen2Config
 
-from megadual.config import PretrainConfig
 from megadual.data.dataset import MicroBatch
 from megadual.hf.mapping import Sizes, to_hf
 from megadual.model.dual_lm import Vocabulary
 from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
 from megadual.testing.shards import SPECIAL
+from megadual.train.config import PretrainConfig
+from megadual.train.metrics import LOSS, numbers_of
 
 STEPS, STEPS_TO_SHOW, TOLERANCE = 20, 10, 1e-5
 # Every setting differs from its default and counts. Where every norm were clipped, AdamW would not see by how much.
@@ -33,26 +34,11 @@ CASES = {
 
 # What MegaDual calls things, for the reference.
 def streams_of(vocabulary: Vocabulary) -> list[Stream]:
-    return [Stream(name, vocabulary.depth, codebook) for name, codebook in vocabulary.codebooks.items()]
-
-
-def codes_of(batch: MicroBatch) -> dict[str, torch.Tensor]:
-    return {"semantic": batch.semantic, "pixel": batch.pixel}
+    return [Stream(stream.name, stream.depth, vocabulary.codebooks[stream.name]) for stream in vocabulary.streams]
 
 
 def losses_of(result: dict) -> dict[str, float]:
-    return {"text": result["loss_text"], "semantic": result["loss_semantic"], "pixel": result["loss_pixel"]}
-
-
-def loss_weights(run: PretrainConfig) -> dict[str, float]:
-    return dataclasses.asdict(run.train.loss)
-
-
-def reference_name(name: str) -> str:
-    """Of a tensor that Hugging Face's classes name so."""
-    for stream in ("semantic", "pixel"):
-        name = name.replace(f"{stream}_head.", f"heads.{stream}.")
-    return name
+    return {name.removeprefix(LOSS): value for name, value in result.items() if name.startswith(LOSS)}
 
 
 PARTS = {"projector": ("projector.",), "llm": ("model.", "lm_head."), "heads": ("heads.",)}
@@ -62,7 +48,7 @@ MARKS = Marks(SPECIAL.end_of_text, SPECIAL.image, look_at=SPECIAL.image_start, d
 def documents_of(batch: MicroBatch) -> list[Document]:
     """A micro-batch's documents, each by itself, without padding."""
     parts = zip(batch.cu_seqlens.tolist()[:-1], batch.cu_seqlens.tolist()[1:], strict=True)
-    codes = codes_of(batch)
+    codes = batch.codes
     documents = [
         Document(batch.tokens[i:j].tolist(), {name: each[i:j] for name, each in codes.items()}) for i, j in parts
     ]
@@ -80,7 +66,7 @@ def trained_by_megadual(runs: list[PretrainConfig]) -> list[tuple]:
         for name, parameter in engine.chunks[0].named_parameters():
             weights |= {n: t.clone() for n, t in to_hf(name, parameter.detach(), sizes).items()}
         batches = [data.step(step) for step in range(run.train.steps)]
-        found.append((weights, batches, [dataclasses.asdict(engine.train_step(step)) for step in batches]))
+        found.append((weights, batches, [numbers_of(engine.train_step(step)) for step in batches]))
         engine.shutdown()
     return found
 
@@ -110,7 +96,7 @@ def reference_model(run: PretrainConfig, weights: dict[str, torch.Tensor]) -> Mo
     )  # fmt: skip
     head = HeadSizes(model.head.width, model.head.layers, model.head.heads, model.head.ffn)
     reference = Model(config, head, streams_of(vocabulary))
-    missing, unexpected = reference.load_state_dict({reference_name(n): t for n, t in weights.items()}, strict=False)
+    missing, unexpected = reference.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= ({"lm_head.weight"} if model.tie_embeddings else set())
     return reference
 
@@ -119,7 +105,7 @@ def recipe_of(run: PretrainConfig) -> Recipe:
     train = run.train
     return Recipe(
         train.steps, train.lr, train.min_lr, train.warmup_steps, train.weight_decay, (train.beta1, train.beta2),
-        train.clip_grad, loss_weights(run), sum((PARTS[part] for part in train.parts), ()),
+        train.clip_grad, dict(train.loss), sum((PARTS[part] for part in train.parts), ()),
     )  # fmt: skip
 
 
