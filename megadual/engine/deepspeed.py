@@ -32,7 +32,8 @@ from megadual.data.dataset import MicroBatch
 from megadual.engine import sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
 from megadual.engine.saved_state import OPTIMIZER_STATE, SavedState
-from megadual.engine.step import GlobalLosses, StepResult, schedule
+from megadual.engine.schedule import schedule
+from megadual.engine.step import GlobalLosses, StepResult
 from megadual.engine.topology import Topology
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.freezing import train_only

@@ -14,7 +14,8 @@ from megadual.data.dataset import MicroBatch
 from megadual.engine import sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
 from megadual.engine.saved_state import OPTIMIZER_STATE, SavedState, data_parallel_group
-from megadual.engine.step import GlobalLosses, StepResult, schedule
+from megadual.engine.schedule import schedule
+from megadual.engine.step import GlobalLosses, StepResult
 from megadual.engine.topology import Topology
 from megadual.model.context import context_share
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary

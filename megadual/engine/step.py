@@ -1,11 +1,10 @@
-"""What both engines do alike around one optimizer step: global normalisation, losses gathered, the schedule."""
+"""What both engines do alike around one optimizer step: global normalisation and losses gathered."""
 
 import dataclasses
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megadual.data.dataset import MicroBatch
 from megadual.model.dual_lm import StreamLosses, Vocabulary
@@ -91,23 +90,3 @@ class GlobalLosses:
             flops=self.flops,
             fill=self.fill,
         )
-
-
-def schedule(run: PretrainConfig, optimizer) -> OptimizerParamScheduler:
-    """Linear warm-up, then cosine to `train.min_lr` at the last step."""
-    train = run.train
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=train.lr / (train.warmup_steps + 1),
-        max_lr=train.lr,
-        min_lr=train.min_lr,
-        lr_warmup_steps=train.warmup_steps,
-        lr_decay_steps=max(train.steps, train.warmup_steps + 1),
-        lr_decay_style="cosine",
-        start_wd=train.weight_decay,
-        end_wd=train.weight_decay,
-        wd_incr_steps=train.steps,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )

@@ -41,7 +41,7 @@ class ParallelConfig:
 
 @dataclasses.dataclass
 class TrainConfig(shared.TrainConfig):
-    min_lr: float = key(3e-5, "learning rate at the last step", least=0)
+    min_lr: float = key(3e-5, "learning rate that a schedule decays to", least=0)
     global_batch_tokens: int = key(about="positions per optimizer step, padding included", least=1)
     micro_batch_size: int = key(1, "packed rows of seq_len positions per forward pass", least=1)
     seq_len: int = key(about="positions of a row", least=1)
@@ -80,7 +80,7 @@ class PretrainConfig:
     def resolve(self) -> None:
         """Fill what the model's preset says; UserError for what does not go together under any layout."""
         self.model.resolve()
-        self.train.check("train")
+        self.train.check("train", self.train.steps)
         if not self.train.parts:
             raise UserError(f"train.parts=[] trains nothing; name at least one of: {', '.join(PARTS)}")
         drawn_every, saved_every = self.run.samples_every, self.checkpoint.every

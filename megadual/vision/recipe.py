@@ -70,8 +70,8 @@ class TrainTokenizerConfig:
     checkpoint: TokenizerCheckpointConfig = field(default_factory=lambda: TokenizerCheckpointConfig(every=5000))
 
     def resolve(self) -> None:
-        self.train.check("train")
-        self.gan.check("gan")
+        self.train.check("train", self.train.steps)
+        self.gan.check("gan", self.train.steps - self.gan.start_step)
 
 
 def applies(config: PerceptualConfig, weight: float, step: int) -> bool:
