@@ -181,13 +181,8 @@ class DeepSpeedEngine(SavedState):
     def train_step(self, batches: list[MicroBatch], approve: Callable[[StepResult], bool] | None = None) -> StepResult:
         """One optimizer step over this rank's micro-batches. A step can't be refused: `approve` must be None."""
         assert approve is None
-        device = torch.cuda.current_device()
-        batches = [batch.to(device) for batch in batches]
-        losses = GlobalLosses(self.run, batches, self.vocabulary)
-        # DeepSpeed divides by the micro-batches and averages over data-parallel ranks; the loss is global already.
-        self.feed.start(batches, losses, scale=len(batches) * self.topology.data)
+        losses, nothing = self._feed(batches), self._nothing()
         lr = self.optimizer.param_groups[0]["lr"]
-        nothing = torch.zeros(1, device=device)
         if self.run.parallel.pipeline > 1:
             self.engine.train_batch(iter([(nothing, nothing)] * len(batches)))
         else:
@@ -196,6 +191,33 @@ class DeepSpeedEngine(SavedState):
                 self.engine.step()
         self.scheduler.step(increment=1)
         return losses.result(self.engine.get_global_grad_norm(), lr)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[MicroBatch]) -> dict[str, float]:
+        """Mean losses by name over all ranks' micro-batches, as the weights are."""
+        losses, nothing = self._feed(batches), self._nothing()
+        self.engine.eval()
+        if self.run.parallel.pipeline > 1:
+            fed = iter([(nothing, nothing)] * len(batches))
+            self.engine.eval_batch(fed, bcast_loss=False, num_micro_batches=len(batches))
+        else:
+            for _ in batches:
+                self.engine(nothing)
+        self.engine.train()
+        return losses.means()[0]
+
+    def _feed(self, batches: list[MicroBatch]) -> GlobalLosses:
+        """Make this rank's micro-batches what the stages read next; returns where their losses go."""
+        batches = [batch.to(torch.cuda.current_device()) for batch in batches]
+        losses = GlobalLosses(self.run, batches, self.vocabulary)
+        # DeepSpeed divides by the micro-batches and averages over data-parallel ranks; the loss is global already.
+        self.feed.start(batches, losses, scale=len(batches) * self.topology.data)
+        return losses
+
+    @staticmethod
+    def _nothing() -> torch.Tensor:
+        """What DeepSpeed hands a first stage, which reads the feed."""
+        return torch.zeros(1, device=torch.cuda.current_device())
 
     def _adam(self) -> torch.optim.Optimizer:
         return self.engine.optimizer.optimizer

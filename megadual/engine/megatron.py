@@ -101,12 +101,38 @@ class MegatronEngine(SavedState):
         schedule goes on.
         """
         losses = GlobalLosses(self.run, batches, self.vocabulary)
-        positions = batches[0].tokens.size(0)
-        context = parallel_state.get_context_parallel_rank(), self.run.parallel.context
-        batches = [context_share(batch, *context).to(torch.cuda.current_device()) for batch in batches]
         for wrapped in self.model:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self._run_chunks(batches, losses)
+        lr = self.scheduler.get_lr({})
+        if approve:
+            self.optimizer.prepare_grads()
+            result = losses.result(self.optimizer.get_grad_norm(), lr)
+            if approve(result):
+                self.optimizer.step()
+        else:
+            _, grad_norm, _ = self.optimizer.step()
+            result = losses.result(grad_norm, lr)
+        self.scheduler.step(increment=1)
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[MicroBatch]) -> dict[str, float]:
+        """Mean losses by name over all ranks' micro-batches, as the weights are."""
+        losses = GlobalLosses(self.run, batches, self.vocabulary)
+        for wrapped in self.model:
+            wrapped.eval()
+        self._run_chunks(batches, losses, forward_only=True)
+        for wrapped in self.model:
+            wrapped.train()
+        return losses.means()[0]
+
+    def _run_chunks(self, batches: list[MicroBatch], losses: GlobalLosses, forward_only: bool = False) -> None:
+        """All micro-batches through all chunks of all stages, and back; their losses go to `losses`."""
+        positions = batches[0].tokens.size(0)
+        context = parallel_state.get_context_parallel_rank(), self.run.parallel.context
+        batches = [context_share(batch, *context).to(torch.cuda.current_device()) for batch in batches]
         # megatron divides by the micro-batches and averages over data-parallel ranks; the loss is global already.
         scale = len(batches) * self.topology.data
 
@@ -123,18 +149,8 @@ class MegatronEngine(SavedState):
             num_microbatches=len(batches),
             seq_length=positions,  # before it is cut over context- and tensor-parallel ranks
             micro_batch_size=1,
+            forward_only=forward_only,
         )
-        lr = self.scheduler.get_lr({})
-        if approve:
-            self.optimizer.prepare_grads()
-            result = losses.result(self.optimizer.get_grad_norm(), lr)
-            if approve(result):
-                self.optimizer.step()
-        else:
-            _, grad_norm, _ = self.optimizer.step()
-            result = losses.result(grad_norm, lr)
-        self.scheduler.step(increment=1)
-        return result
 
     def _adam(self) -> torch.optim.Optimizer | None:
         """The optimizer inside megatron's, None on a rank where nothing is trained."""

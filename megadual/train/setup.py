@@ -7,6 +7,7 @@ from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
 from megadual.data.packing import PackedRows
 from megadual.engine.estimate import estimate, table
+from megadual.engine.protocol import Engine
 from megadual.engine.stages import Traffic, costs, split_layers
 from megadual.engine.topology import Topology
 from megadual.errors import UserError
@@ -15,6 +16,7 @@ from megadual.streams import TEXT, SpecialIds, Stream
 from megadual.text import fingerprint, load_text_tokenizer
 from megadual.train.checkpoint import resolve_checkpoint, starting_weights
 from megadual.train.config import PretrainConfig
+from megadual.train.validation import SEED, Validation
 from megadual.vision import read_codebooks
 
 
@@ -25,6 +27,7 @@ class Inputs:
     sets: list[ShardSet]
     special: SpecialIds
     vocabulary: Vocabulary
+    validation: list[ShardSet] = dataclasses.field(default_factory=list)
     traffic: Traffic | None = None  # set by `resolve_stages`
 
 
@@ -40,13 +43,19 @@ def read_inputs(run: PretrainConfig) -> Inputs:
     check_losses(run, names)
     if run.checkpoint.start:
         resolve_checkpoint(run.checkpoint.start)
-    sets = [ShardSet(root, names) for root in run.data.sets]
-    for shard_set in sets:
+    sets, held_out = open_sets(run, names)
+    for shard_set in sets + held_out:
         shard_set.check(codebooks.fingerprint, run.model.dualtoken, fingerprint(tokenizer), run.model.text_tokenizer)
     vocabulary = Vocabulary(len(tokenizer), streams, {name: codebooks.vectors[name] for name in names})
-    inputs = Inputs(sets, SpecialIds.of(tokenizer), vocabulary)
+    inputs = Inputs(sets, SpecialIds.of(tokenizer), vocabulary, held_out)
     resolve_stages(run, inputs)
     return inputs
+
+
+def open_sets(run: PretrainConfig, streams: list[str]) -> tuple[list[ShardSet], list[ShardSet]]:
+    """The run's shard sets, of training and held out, with the codes of `streams`."""
+    train, held_out = ([ShardSet(root, streams) for root in sets] for sets in (run.data.sets, run.data.validation))
+    return train, held_out
 
 
 def choose_streams(streams: Iterable[Stream], names: list[str] | None) -> list[Stream]:
@@ -81,7 +90,7 @@ def resolve_stages(run: PretrainConfig, inputs: Inputs) -> None:
         parallel.stage_layers = split_layers(run.model.layers, parallel.pipeline * parallel.virtual_pipeline, cost)
 
 
-def engine(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary):
+def engine(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary) -> Engine:
     """The run's engine, over the initialised default process group, with the weights that it starts from."""
     start = starting_weights(run)
     run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, start=start and str(start)))
@@ -106,6 +115,9 @@ def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
         f"model: {run.model.layers} layers of {run.model.hidden}, {vocabulary.text_size:,} text tokens; "
         + ", ".join(f"{stream.name}: {stream.depth} codes among {stream.codebook_size:,}" for stream in streams)
     )
+    if inputs.validation:
+        held_out, every = sum(map(len, inputs.validation)), run.data.validation_every or run.train.steps
+        about += f"\nheld out: {run.data.validation_rows} rows of {held_out:,} documents, every {every} steps"
     stages = estimate(run, layout, vocabulary, inputs.traffic)
     return about + "\n" + table(stages, run.parallel.gpu_memory_gib)
 
@@ -119,3 +131,15 @@ def dataset(
         sets, run.data, train.seq_len, train.micro_batch_size, layout.rows_per_step, train.seed, special,
         data_rank, layout.data,
     )  # fmt: skip
+
+
+def validation(run: PretrainConfig, engine: Engine, inputs: Inputs, layout: Topology) -> Validation | None:
+    """What measures the held-out losses, where the run has held-out sets. On every rank."""
+    if not run.data.validation:
+        return None
+    train, config = run.train, dataclasses.replace(run.data, sets=run.data.validation, weights=None)
+    rows = PackedDataset(
+        inputs.validation, config, train.seq_len, train.micro_batch_size, run.data.validation_rows, SEED,
+        inputs.special, engine.data_rank, layout.data,
+    )  # fmt: skip
+    return Validation(run, engine, rows, inputs.vocabulary)
