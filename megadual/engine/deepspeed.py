@@ -17,8 +17,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-from deepspeed.ops import __compatible_ops__
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.utils import (
@@ -29,7 +27,7 @@ from deepspeed.utils import (
 )
 
 from megadual.data.dataset import MicroBatch
-from megadual.engine import sharded
+from megadual.engine import deepspeed_internals, megatron_internals, sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
 from megadual.engine.saved_state import OPTIMIZER_STATE, SavedState
 from megadual.engine.schedule import schedule
@@ -144,7 +142,8 @@ class DeepSpeedEngine(SavedState):
     """The same interface as MegatronEngine, on DeepSpeed."""
 
     def __init__(self, run: PretrainConfig, topology: Topology, vocabulary: Vocabulary):
-        __compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled at run time; gloo does
+        megatron_internals.check()  # its checkpoints are megatron-core's
+        deepspeed_internals.without_compiling()
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         initialize_groups(run)
         self.run, self.topology, self.vocabulary = run, topology, vocabulary
@@ -159,7 +158,7 @@ class DeepSpeedEngine(SavedState):
                     topology=PipeModelDataParallelTopology(run.parallel.pipeline, run.parallel.tensor, topology.data),
                     partition_method="uniform",
                 )
-            self.chunks = [module.forward_funcs[0].chunk]
+            self.chunks = [deepspeed_internals.own_stage(module).chunk]
         else:
             module = Stage(run, vocabulary, self.feed)
             self.chunks = [module.chunk]
@@ -220,7 +219,7 @@ class DeepSpeedEngine(SavedState):
         return torch.zeros(1, device=torch.cuda.current_device())
 
     def _adam(self) -> torch.optim.Optimizer:
-        return self.engine.optimizer.optimizer
+        return deepspeed_internals.adamw(self.engine)
 
     def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
         mine = owner == self.data_rank
@@ -246,14 +245,9 @@ class DeepSpeedEngine(SavedState):
 
     def _hold_moments(self) -> None:
         """Give AdamW its state before the first step, and DeepSpeed's parameters their views of it."""
-        zero = self.engine.optimizer
-        if self.run.parallel.zero_stage == 3:
-            sharded.hold_moments(zero.optimizer, zero.fp32_partitioned_groups_flat)
-        else:
-            in_bf16 = isinstance(zero, BF16_Optimizer)  # what stage 1 is then
-            flat = zero.fp32_groups_flat_partition if in_bf16 else zero.single_partition_of_fp32_groups
-            sharded.hold_moments(zero.optimizer, flat)
-            zero._lazy_init_hp_params_optimizer_state()
+        stage = self.run.parallel.zero_stage
+        sharded.hold_moments(self._adam(), deepspeed_internals.flat_weights(self.engine, stage))
+        deepspeed_internals.show_moments(self.engine, stage)
 
     def _gathered(self, parameter: torch.nn.Parameter, modifier_rank: int | None = None):
         """ZeRO-3 keeps a part of every parameter on each rank; within this context it is whole."""
