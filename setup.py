@@ -37,6 +37,7 @@ setup(
         "pillow>=10",
         "jinja2>=3",
         "wandb",
+        "tensorboard",
         "submitit>=1.5",
         "tqdm",
         # what mosaicml-streaming needs where we use it; it is installed by itself (see the Makefile)

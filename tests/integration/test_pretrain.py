@@ -13,8 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from checkpoints_tools.draw_samples import main as main_of_samples
 from megadual.config import to_yaml
+from megadual.hf.draw_samples import main as main_of_samples
 from megadual.run import exits
 from megadual.testing.models import write_dualtoken, write_run
 from pretrain.pretrain import main
