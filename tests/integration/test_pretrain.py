@@ -156,7 +156,9 @@ def test_profiles_steps_and_writes_for_tensorboard(inputs, tmp_path):
 
 
 def test_signal_saves_and_stops(inputs, tmp_path):
+    """Two ranks, started here, of which both get each of two signals."""
     arguments = [*map(str, inputs), f"run.dir={tmp_path}", "train.steps=100000", "checkpoint.every=100000"]
+    arguments.append("parallel.pipeline=2")
     process = subprocess.Popen([sys.executable, "pretrain/pretrain.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE)
     metrics = tmp_path / "metrics.jsonl"
     try:
@@ -165,6 +167,7 @@ def test_signal_saves_and_stops(inputs, tmp_path):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == exits.STOPPED
     finally:
         process.kill()
