@@ -41,7 +41,7 @@ class RunLog:
         self.bar.set_postfix({name: short(entry[name]) for name in shown}, refresh=False)
         self.bar.update()
 
-    def say(self, line: str, to=sys.stderr) -> None:
+    def message(self, line: str, to=sys.stderr) -> None:
         """A line for people, beside the bar."""
         self.bar.write(line, to)
 

@@ -32,12 +32,12 @@ class Loop:
         progress = self.checkpointer.load(engine, latest) if latest else {"step": 0}
         session.beat()
         self.start, position = progress["step"], progress.get("data")
-        same_rows = data.go_on(self.start, position) if position else True
+        same_rows = data.resume(self.start, position) if position else True
         self.log = MetricsLog(run, self.start) if session.ranks.main else None
         if self.log and latest:
-            self.log.say(f"resumed from {latest}", sys.stdout)
+            self.log.message(f"resumed from {latest}", sys.stdout)
             if not same_rows:
-                self.log.say(
+                self.log.message(
                     "warning: data.sets, data.weights or what else orders documents (train.seq_len, train.seed, ...) "
                     f"is not as in {latest}; training goes on at row {data.rows_before(self.start):,} of the new order"
                 )
@@ -73,7 +73,7 @@ class Loop:
             if watch.complaint:
                 if watch.stops:
                     self.checkpointer.finish()
-                watch.tell(session.folder, step, [key for batch in microbatches for key in batch.keys], self.log)
+                watch.report(session.folder, step, [key for batch in microbatches for key in batch.keys], self.log)
                 if watch.stops:
                     self._end(exits.BAD_LOSS)
             stopping = session.stop.agreed()
@@ -83,7 +83,7 @@ class Loop:
             if stopping and step < run.train.steps:
                 self.checkpointer.finish()
                 if self.log:
-                    self.log.say(f"stopped by a signal after step {step}; start again to go on", sys.stdout)
+                    self.log.message(f"stopped by a signal after step {step}; start again to go on", sys.stdout)
                 self._end(exits.STOPPED)
         self.checkpointer.finish()
         self._end()

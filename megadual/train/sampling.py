@@ -59,7 +59,7 @@ class Sampling(Hook):
         """Tell of what was drawn; anything but a picture tells why it was not."""
         failed, self.process = self.process.returncode, None
         if failed:
-            self.log.say(f"warning: no samples were drawn: see {self.picture.with_suffix('.log')}")
+            self.log.message(f"warning: no samples were drawn: see {self.picture.with_suffix('.log')}")
         else:
             self.log.picture(self.step, "samples", str(self.picture), caption=f"step {int(self.picture.stem)}")
 

@@ -130,7 +130,7 @@ def fit(
     if log and config.run.profile:
         hooks.append(Profiler(session.folder / "profile", *config.run.profile))
     if log and latest:
-        log.say(f"resumed from {latest}", sys.stdout)
+        log.message(f"resumed from {latest}", sys.stdout)
 
     def end(code: int | None = None) -> None:
         for hook in hooks:
@@ -154,7 +154,7 @@ def fit(
         if not watch.skips:
             watch.approve(judged(metrics))
         if watch.complaint:
-            watch.tell(session.folder, step, trainer.keys, log)
+            watch.report(session.folder, step, trainer.keys, log)
             if watch.stops:
                 end(exits.BAD_LOSS)
         stopping = session.stop.agreed()
@@ -165,7 +165,7 @@ def fit(
                 at_checkpoint(log)
         if stopping and step < steps:
             if log:
-                log.say(f"stopped by a signal after step {step}; start again to go on", sys.stdout)
+                log.message(f"stopped by a signal after step {step}; start again to go on", sys.stdout)
             end(exits.STOPPED)
     end()
     return metrics
