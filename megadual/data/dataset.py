@@ -161,7 +161,8 @@ class PackedDataset:
                 yield ready
 
     def _read(self, rows: list[list[Piece]]) -> MicroBatch:
-        special, keys, lengths, whole = self.special, [], [], None
+        special, keys, lengths = self.special, [], []
+        whole: Sequence | None = None
         for i, row in enumerate(rows):
             begin = end = i * self.seq_len
             for piece in row:
@@ -181,4 +182,5 @@ class PackedDataset:
             if rest := (i + 1) * self.seq_len - end:
                 keys.append("")
                 lengths.append(rest)
+        assert whole is not None  # a row has a document
         return _micro_batch(whole, lengths, special, keys)

@@ -72,7 +72,7 @@ class _SetRows:
         self.index, self.seq_len, self.seed = index, seq_len, seed
         self.draw_probability, self.caption_dropout = draw_probability, caption_dropout
         self.lengths = shard_set.lengths
-        self.full = sequence_length(*self.lengths)
+        self.full: np.ndarray = sequence_length(*self.lengths)
         # Measured with the caption, so that which documents are left out does not change from epoch to epoch.
         self.kept = np.flatnonzero(self.full <= seq_len).astype(np.int32)
         if not len(self.kept):
@@ -82,7 +82,7 @@ class _SetRows:
             )
         self.windows = -(-len(self.kept) // WINDOW)  # per epoch
         self.start_at(0, 0)
-        self._window: tuple[int, list[list[Piece]]] = (-1, [])
+        self._window: tuple[int, tuple[list[list[Piece]], int]] = (-1, ([], 0))
         self._order: tuple[int, np.ndarray] = (-1, self.kept)
 
     def start_at(self, window: int, rows: int) -> None:
@@ -133,7 +133,8 @@ class _SetRows:
         drawn_pair = images == 1
         drawn_pair[drawn_pair] = draw[first[drawn_pair]]
         drop = drawn_pair & (random.random(len(documents)) < self.caption_dropout)
-        without_caption = sequence_length(*(column[documents] for column in self.lengths), dropped_caption=True)
+        text_tokens, of_images, positions = (column[documents] for column in self.lengths)
+        without_caption = sequence_length(text_tokens, of_images, positions, dropped_caption=True)
         lengths = np.where(drop, without_caption, self.full[documents])
         draw, first, images = draw.tolist(), first.tolist(), images.tolist()
         rows = fill_rows(lengths, self.seq_len)

@@ -45,6 +45,7 @@ class Profiler(Hook):
             self._stop()
 
     def _stop(self) -> None:
+        assert self.profile
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.begun
@@ -52,16 +53,16 @@ class Profiler(Hook):
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"steps-{self.first}-{self.last}"
         self.profile.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
-        table = self._table(seconds)
+        table = self._table(self.profile, seconds)
         (self.folder / f"{name}.txt").write_text(table)
         print(table, flush=True)
         self.profile, self.last = None, 0  # the steps are over
 
-    def _table(self, seconds: float) -> str:
+    def _table(self, profiled: profile, seconds: float) -> str:
         """Shares are of the steps' time; a kernel's are of the device that it ran on."""
         on_gpu = torch.cuda.is_available()
         unit = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        times = [(event.key, event.count, getattr(event, unit) / 1e6) for event in self.profile.key_averages()]
+        times = [(event.key, event.count, getattr(event, unit) / 1e6) for event in profiled.key_averages()]
         times = sorted((entry for entry in times if entry[2] > 0), key=lambda entry: -entry[2])
         busy = sum(time for _, _, time in times)
         communicating = sum(time for name, _, time in times if COMMUNICATION.search(name))
