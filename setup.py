@@ -55,7 +55,7 @@ setup(
         "demo": DEMO,
         "dev": DEV,
         "web": WEB,
-        "test": [*DEMO, *S3_SERVER, *WEB, *BROWSER, "pytest>=8", "torchmetrics>=1.4"],
+        "test": [*DEMO, *DEV, *S3_SERVER, *WEB, *BROWSER, "pytest>=8", "torchmetrics>=1.4"],
         "gpu": ["flash-attn>=2.7"],
     },
 )
