@@ -1,6 +1,8 @@
 # make demo   the whole way on a laptop: corpus -> tokenizer -> shards -> LLM -> Hugging Face folder -> report
 # make test   the tests
+# make check  lint, format and types
 # make test-mcore, test-transformers, test-slurm   against other versions; jobs on a real Slurm, started here as root
+# make test-gpu   what needs a GPU
 # make golden  renew the numbers of the golden runs, for a change that is meant to change them
 # make clean  remove the demo's run folder
 
@@ -13,12 +15,20 @@ PARALLEL ?= pipeline=2
 # DeepSpeed's kernels are built when they are first used, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: install demo test test-mcore test-transformers test-slurm golden clean
+.PHONY: install demo test check test-gpu test-mcore test-transformers test-slurm golden clean
 install: $(VENV)/.installed
 demo: install
 	$(BIN)/python -m megadual.demo --parallel "$(PARALLEL)"
 test: install
 	$(BIN)/python -m pytest tests --ignore=tests/slurm
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+test-gpu: install
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: make test-gpu needs a GPU, and torch sees none here")'
+	$(BIN)/python -m pytest --noconftest tests/gpu
 
 $(VENV)/.installed: setup.py requirements-nodeps.txt
 	@echo "== setting up $(VENV)"

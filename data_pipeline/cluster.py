@@ -160,7 +160,7 @@ class WorkerPool:
     def _note_failed_shard(self, shard: InputShard, error: RayError) -> None:
         attempts = self.attempts[shard.url]
         self.board.restart(shard)
-        self.board.say(f"{shard.url}: attempt {attempts} failed: {reason(error)}")
+        self.board.message(f"{shard.url}: attempt {attempts} failed: {reason(error)}")
         if attempts < self.config.workers.attempts:
             self.todo.append(shard)
         else:
@@ -172,7 +172,7 @@ class WorkerPool:
             self.last_answer = time.monotonic()
         elif time.monotonic() - self.last_answer > SECONDS_BEFORE_WORD:
             self.last_answer = time.monotonic()
-            self.board.say(f"waiting for a worker: {resources(self.config.workers)}")
+            self.board.message(f"waiting for a worker: {resources(self.config.workers)}")
 
 
 def too_many_failures(config: PipelineConfig, plan: Plan, board: Board, failed: int) -> bool:

@@ -185,11 +185,12 @@ def _check_keys(
         raise UserError(f"{place}: '{prefix.rstrip('.')}' is a section and needs keys, got {given!r}")
     known_as = prefix if known_as is None else known_as
     fields = {field.name: field for field in dataclasses.fields(schema)}
-    for name, value in given.items():
+    for key, value in given.items():
+        name = str(key)
         if name not in fields:
             near = names.near(known_as + name)
             if not near and isinstance(value, (dict, DictConfig)) and len(value):  # a section that there is not
-                inner = f"{name}.{next(iter(value))}"
+                inner = f"{name}.{next(map(str, value))}"
                 near = names.near(known_as + inner)
                 name = inner if near else name
             if near and near.startswith(known_as):

@@ -46,7 +46,7 @@ def command(main):
     return run
 
 
-def _leave_exit(folder: str | None, rank: str, code: int, line: str = "") -> None:
+def _leave_exit(folder: str | None, rank: str, code: int | str, line: str = "") -> None:
     if folder:
         with contextlib.suppress(OSError):  # a full disk, say: the launcher's code remains
             Path(folder, f"exit.{rank}.{code}").write_text(line + "\n")

@@ -6,6 +6,7 @@ sequence, D code depth of a stream.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -195,7 +196,12 @@ class Sequence:
         )
 
 
-def arrange_text(text_ids: np.ndarray, draw_images: list[bool], image: int, pair: bool, drop_caption: bool):
+Directions = list[bool] | tuple[bool, ...]  # of each image of a document, whether it is to be drawn
+
+
+def arrange_text(
+    text_ids: np.ndarray, draw_images: Directions, image: int, pair: bool, drop_caption: bool
+) -> np.ndarray:
     """The order of a document's text when it is read: a pair is image-first to describe, image-last to draw."""
     if not pair:
         return text_ids
@@ -206,13 +212,16 @@ def arrange_text(text_ids: np.ndarray, draw_images: list[bool], image: int, pair
     return placeholder if drop_caption else np.concatenate([caption, placeholder])
 
 
-def sequence_length(text_tokens: int, images: int, positions: int, dropped_caption: bool = False) -> int:
-    """Positions that a document takes, without building it; `text_tokens` counts its T text ids."""
+Count = TypeVar("Count", int, np.ndarray)
+
+
+def sequence_length(text_tokens: Count, images: Count, positions: Count, dropped_caption: bool = False) -> Count:
+    """Positions that a document takes, or each of many, without building it; `text_tokens` counts its T text ids."""
     text = 0 if dropped_caption else text_tokens - images
     return text + 2 * images + positions + 1
 
 
-def to_sequence(doc: Document, special: SpecialIds, draw_images: list[bool], drop_caption: bool = False) -> Sequence:
+def to_sequence(doc: Document, special: SpecialIds, draw_images: Directions, drop_caption: bool = False) -> Sequence:
     """One document as a sequence of its own; the arguments are those of `lay_out`."""
     dropped = drop_caption and doc.is_pair and draw_images[0]
     length = sequence_length(len(doc.text_ids), len(doc.grids), doc.positions, dropped)
@@ -222,7 +231,7 @@ def to_sequence(doc: Document, special: SpecialIds, draw_images: list[bool], dro
 
 
 def lay_out(
-    doc: Document, special: SpecialIds, draw_images: list[bool], drop_caption: bool, on: Sequence, begin: int
+    doc: Document, special: SpecialIds, draw_images: Directions, drop_caption: bool, on: Sequence, begin: int
 ) -> int:
     """Lay a document out as positions on the padding of `on`, from position `begin`; returns where they end.
 

@@ -32,7 +32,7 @@ def main() -> None:
     cpu.install()
     from megadual.run.session import session
     from megadual.train import setup
-    from megadual.train.loop import train
+    from megadual.train.loop import Loop
 
     inputs = setup.read_inputs(run)
     if args.dry_run:
@@ -51,7 +51,9 @@ def main() -> None:
             if data.dropped:
                 limit = f"train.seq_len={run.train.seq_len}"
                 print(f"warning: {data.dropped:,} documents are longer than {limit} and left out")
-        train(run, engine, data, opened)
+        loop = Loop(run, engine, data, opened)
+        loop.hooks = setup.hooks(run, loop.log)
+        loop.train()
 
 
 if __name__ == "__main__":

@@ -132,13 +132,13 @@ class PackedDataset:
         """Rows that steps 0 to s - 1 take, of all ranks."""
         return self.offset + s * self.rows_per_step
 
-    def go_on(self, s: int, position: dict) -> bool:
+    def resume(self, s: int, position: dict) -> bool:
         """Let step s begin where `position` says (`iterate`), however many rows the steps before it had.
 
         False where the sets, their weights, the seed or seq_len have changed, so that rows are others now.
         """
         self.offset = position["row"] - s * self.rows_per_step
-        return self.rows.go_on(position)
+        return self.rows.resume(position)
 
     def step(self, s: int) -> list[MicroBatch]:
         start = self.rows_before(s) + self.first
@@ -161,7 +161,8 @@ class PackedDataset:
                 yield ready
 
     def _read(self, rows: list[list[Piece]]) -> MicroBatch:
-        special, keys, lengths, whole = self.special, [], [], None
+        special, keys, lengths = self.special, [], []
+        whole: Sequence | None = None
         for i, row in enumerate(rows):
             begin = end = i * self.seq_len
             for piece in row:
@@ -181,4 +182,5 @@ class PackedDataset:
             if rest := (i + 1) * self.seq_len - end:
                 keys.append("")
                 lengths.append(rest)
+        assert whole is not None  # a row has a document
         return _micro_batch(whole, lengths, special, keys)

@@ -99,7 +99,7 @@ def _map(path: Path) -> memoryview:
             f"shard '{path}' can't be mapped into memory ({str(error).splitlines()[0]}); a process may map as many "
             "files as `sysctl vm.max_map_count` says: raise it, or make the set again with larger shards"
         ) from error
-    return memoryview(mapped.numpy())
+    return mapped.numpy().data
 
 
 def _columns(info: dict) -> dict[str, str]:

@@ -72,7 +72,7 @@ class _SetRows:
         self.index, self.seq_len, self.seed = index, seq_len, seed
         self.draw_probability, self.caption_dropout = draw_probability, caption_dropout
         self.lengths = shard_set.lengths
-        self.full = sequence_length(*self.lengths)
+        self.full: np.ndarray = sequence_length(*self.lengths)
         # Measured with the caption, so that which documents are left out does not change from epoch to epoch.
         self.kept = np.flatnonzero(self.full <= seq_len).astype(np.int32)
         if not len(self.kept):
@@ -81,11 +81,11 @@ class _SetRows:
                 f"(the shortest takes {self.full.min()} positions)"
             )
         self.windows = -(-len(self.kept) // WINDOW)  # per epoch
-        self.go_on(0, 0)
-        self._window: tuple[int, list[list[Piece]]] = (-1, [])
+        self.start_at(0, 0)
+        self._window: tuple[int, tuple[list[list[Piece]], int]] = (-1, ([], 0))
         self._order: tuple[int, np.ndarray] = (-1, self.kept)
 
-    def go_on(self, window: int, rows: int) -> None:
+    def start_at(self, window: int, rows: int) -> None:
         """Start packing at a window that has `rows` rows before it."""
         self.first, self.before = window, rows
         self.ends: list[int] = []  # rows up to the end of each window from `first` on that was packed
@@ -99,7 +99,7 @@ class _SetRows:
     def window_of(self, k: int) -> tuple[int, int]:
         """The number of the window that holds row k, counted over epochs, and the rows before it."""
         if k < self.before:
-            self.go_on(0, 0)
+            self.start_at(0, 0)
         while not self.ends or self.ends[-1] <= k:
             rows, filled = self._pack(self.first + len(self.ends))
             self.ends.append((self.ends[-1] if self.ends else self.before) + len(rows))
@@ -133,7 +133,8 @@ class _SetRows:
         drawn_pair = images == 1
         drawn_pair[drawn_pair] = draw[first[drawn_pair]]
         drop = drawn_pair & (random.random(len(documents)) < self.caption_dropout)
-        without_caption = sequence_length(*(column[documents] for column in self.lengths), dropped_caption=True)
+        text_tokens, of_images, positions = (column[documents] for column in self.lengths)
+        without_caption = sequence_length(text_tokens, of_images, positions, dropped_caption=True)
         lengths = np.where(drop, without_caption, self.full[documents])
         draw, first, images = draw.tolist(), first.tolist(), images.tolist()
         rows = fill_rows(lengths, self.seq_len)
@@ -184,7 +185,7 @@ class PackedRows:
         return self.sets[chosen][int(self._taken(r)[chosen])]
 
     def position(self, r: int) -> dict:
-        """Where row r is: what `go_on` needs, in plain numbers and text."""
+        """Where row r is: what `resume` needs, in plain numbers and text."""
         taken = self._taken(r)
         block = r // _MIX_BLOCK
         return {
@@ -194,13 +195,13 @@ class PackedRows:
             "windows": [list(rows.window_of(k)) for rows, k in zip(self.sets, taken.tolist(), strict=True)],
         }
 
-    def go_on(self, position: dict) -> bool:
+    def resume(self, position: dict) -> bool:
         """Go on from there without packing what is before it; False where it is of another order of rows."""
         if position["order"] != self.order:
             return False
         self._start_blocks(*position["block"])
         for rows, (window, before) in zip(self.sets, position["windows"], strict=True):
-            rows.go_on(window, before)
+            rows.start_at(window, before)
         return True
 
     def _start_blocks(self, block: int, taken: list[int]) -> None:

@@ -77,9 +77,10 @@ class Save:
         count.put(i)
         write = _reach(filesystem_async, "FileSystemWriterAsync", "write_preloaded_data")
         write(self._request.async_fn.args[0], i, self.files[i], results, count, use_fsync=True)
-        _, self._written[i] = results.get()
-        if isinstance(self._written[i], Exception):
-            raise self._written[i]
+        _, written = results.get()
+        if isinstance(written, Exception):
+            raise written
+        self._written[i] = written
 
     def finish(self) -> None:
         """Write the index of all ranks' files, once all have written theirs (collective)."""

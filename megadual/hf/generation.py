@@ -187,7 +187,7 @@ class Generation:
             rollout.llm.forget(slice(1, None))
             answer += self._images(self._draw_positions(rollout, progress))
             rollout.write()  # the last position is read as well
-            rollout.say(special.image_gen_end)
+            rollout.feed(special.image_gen_end)
             text, drawn = [], drawn + 1
             if drawn == max_images:
                 rollout.bias_V[special.image_gen_start] = -torch.inf

@@ -77,7 +77,7 @@ class Rollout:
             self.llm.prefill(embeds_RSH[:, :-1], kept_RS[:, :-1])
         self.embeds_RH.copy_(embeds_RSH[:, -1])
 
-    def say(self, token: int) -> None:
+    def feed(self, token: int) -> None:
         """Let `token` be what every row is fed next."""
         self.embeds_RH.copy_(self.model.model.embed_tokens.weight[token])
 

@@ -63,8 +63,10 @@ class ModelConfig:
             (self.heads, self.hidden, "model"),
             (self.head.heads, self.head.width, "model.head"),
         ):
+            assert heads and width  # every preset has them
             if width % heads:
                 raise UserError(f"{name}: width {width} is not divisible by heads {heads}")
+        assert self.heads and self.kv_heads
         if self.heads % self.kv_heads:
             raise UserError(f"model.heads {self.heads} is not divisible by model.kv_heads {self.kv_heads}")
 

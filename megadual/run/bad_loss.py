@@ -55,7 +55,7 @@ class LossWatch:
         """Whether training ends at the last step, which is a bad one."""
         return not self.skips or self.in_a_row >= self.max_skipped
 
-    def tell(self, folder: Path, step: int, keys: list[str], log: RunLog | None) -> None:
+    def report(self, folder: Path, step: int, keys: list[str], log: RunLog | None) -> None:
         """Note the bad step and its documents, of which this rank had `keys`, in bad_steps.jsonl (collective)."""
         keys = _all_keys(keys)
         if log:
@@ -63,7 +63,7 @@ class LossWatch:
             with open(folder / "bad_steps.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             level = "error" if self.stops else "warning: skipped"
-            log.say(f"{level}: step {step}: {self.complaint}; its documents: {', '.join(keys)}")
+            log.message(f"{level}: step {step}: {self.complaint}; its documents: {', '.join(keys)}")
 
     def _complaint(self, result: StepResult) -> str | None:
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):

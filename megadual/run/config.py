@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from importlib.util import find_spec
 
 from megadual.errors import UserError
 from megadual.keys import key
@@ -15,6 +16,12 @@ class RunConfig:
         "disabled", "whether wandb gets what metrics.jsonl does", choices=("online", "offline", "disabled")
     )
     wandb_project: str = key("megadual", "wandb's project")
+    tensorboard: bool = key(False, "write the same to RUN/tensorboard")
+    profile: list[int] | None = key(
+        None,
+        "first and last step to profile: RUN/profile gets a trace and a table of where the time went",
+        least=1,
+    )
     device: str | None = key(
         None,
         "cuda: every rank must have its GPU; cpu: none is used; null: what there is",
@@ -26,6 +33,13 @@ class RunConfig:
     hang_timeout: float | None = key(
         1200.0, "seconds without progress after which a rank shows its stacks and exits; null: never", over=0
     )
+
+    def check(self) -> None:
+        """UserError for what can't work on this machine, or does not go together."""
+        if self.profile is not None and not (len(self.profile) == 2 and self.profile[0] <= self.profile[1]):
+            raise UserError(f"run.profile={self.profile} must be two steps, the first and the last, as in [10,12]")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise UserError("run.tensorboard=true needs the tensorboard package: pip install tensorboard")
 
     def use_device(self) -> None:
         """Hide the GPUs where `device` is cpu. To be called before CUDA starts."""

@@ -18,7 +18,7 @@ from torch.distributed import Store
 
 from megadual.errors import UserError
 from megadual.run import exits
-from megadual.run.nodes import tell
+from megadual.run.nodes import broadcast
 
 LOCK = "lock.json"
 
@@ -34,7 +34,7 @@ def sole_trainer(folder: Path, store: Store, rank: int, world: int):
             complaint = str(error)
         except OSError as error:
             complaint = f"run.dir '{folder}' can't be locked: {error.strerror}"
-    if complaint := tell(store, "lock", complaint, rank, world):
+    if complaint := broadcast(store, "lock", complaint, rank, world):
         raise UserError(complaint)
     try:
         yield

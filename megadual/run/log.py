@@ -1,4 +1,4 @@
-"""What one start says of its steps: metrics.jsonl, wandb and a progress bar, all from rank 0."""
+"""What one start says of its steps: metrics.jsonl, wandb, TensorBoard and a progress bar, all from rank 0."""
 
 import dataclasses
 import math
@@ -11,6 +11,7 @@ from tqdm import tqdm
 from megadual.run.config import RunConfig
 from megadual.run.record import read_starts
 from megadual.run.step_log import StepLog
+from megadual.run.tensorboard import TensorBoard
 
 
 class RunLog:
@@ -22,6 +23,7 @@ class RunLog:
         starts = {f"start_{number}": start for number, start in enumerate(read_starts(folder), 1)}
         whole = dataclasses.asdict(config) | starts
         self.steps = StepLog(folder, start_step, run.wandb, run.wandb_project, run.name, whole)
+        self.tensorboard = TensorBoard(folder / "tensorboard", start_step) if run.tensorboard else None
         self.bar = tqdm(
             total=steps,
             initial=start_step,
@@ -32,21 +34,28 @@ class RunLog:
 
     def step(self, entry: dict[str, Any], shown: tuple[str, ...] = ("loss",)) -> None:
         """One step's numbers, its own under "step"; the bar shows those that are named."""
-        self.steps.write({name: finite(value) for name, value in entry.items()})
+        entry = {name: finite(value) for name, value in entry.items()}
+        self.steps.write(entry)
+        if self.tensorboard:
+            self.tensorboard.write(entry)
         self.bar.set_postfix({name: short(entry[name]) for name in shown}, refresh=False)
         self.bar.update()
 
-    def say(self, line: str, to=sys.stderr) -> None:
+    def message(self, line: str, to=sys.stderr) -> None:
         """A line for people, beside the bar."""
         self.bar.write(line, to)
 
     def picture(self, step: int, name: str, image, caption: str | None = None) -> None:
-        """A PIL image or a file's path, for wandb alone."""
+        """A PIL image or a file's path, for wandb and TensorBoard."""
         self.steps.picture(step, name, image, caption)
+        if self.tensorboard:
+            self.tensorboard.picture(step, name, image)
 
     def close(self) -> None:
         self.bar.close()
         self.steps.close()
+        if self.tensorboard:
+            self.tensorboard.close()
 
 
 def finite(value):

@@ -143,13 +143,13 @@ def _gather(store: dist.Store, name: str, value, rank: int, world: int, timeout_
                 values.append(json.loads(store.get(f"{name}/{other}")))
             except RuntimeError:  # a FileStore's, and a TCPStore's DistStoreError
                 missing.append(_place(other))
-    values, missing = tell(store, f"{name}/all", [values, missing], rank, world, timeout_s + 30)
+    values, missing = broadcast(store, f"{name}/all", [values, missing], rank, world, timeout_s + 30)
     if missing:
         raise NodeError(f"bad nodes: nothing was heard from {', '.join(missing)} in {timeout_s:.0f} s")
     return values
 
 
-def tell(store: dist.Store, name: str, value, rank: int, world: int, timeout_s: float = START_TIMEOUT_S):
+def broadcast(store: dist.Store, name: str, value, rank: int, world: int, timeout_s: float = START_TIMEOUT_S):
     """Rank 0's value on every rank."""
     if rank == 0:
         store.set(name, json.dumps(value))

@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -94,7 +95,7 @@ def _open_wandb(folder: Path, mode: str, project: str, name: str, config: dict):
         id=run_id,
         resume="allow" if online else None,
         dir=str(folder),
-        mode=mode,
+        mode=cast(Any, mode),  # RunConfig.wandb is one of wandb's own words
         config=config,
         settings=wandb.Settings(
             silent=True,

@@ -31,7 +31,7 @@ def _files(run: Path) -> list[Path]:
 
 
 def _steps(path: Path) -> Iterator[int]:
-    from wandb.proto import wandb_internal_pb2  # large
+    from wandb.proto import wandb_internal_pb2  # large; its classes are made when it is imported
 
     for _, data in _records(path.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(data)

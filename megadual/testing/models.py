@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints_tools import convert_to_hf
 from megadual.config import load_config
+from megadual.hf import export
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.streams import SpecialIds
 from megadual.testing.shards import random_documents, write_shard_set
@@ -64,7 +64,7 @@ def write_export(folder: Path) -> Path:
     run = write_run(folder)
     tokenizer = load_text_tokenizer(run.model.text_tokenizer)
     torch.manual_seed(0)
-    config = convert_to_hf.model_config(run, tokenizer, convert_to_hf.read_dualtoken(run), torch.float32)
+    config = export.model_config(run, tokenizer, export.read_dualtoken(run), torch.float32)
     MegaDualForCausalLM(config).save_pretrained(folder / "hf")
     save_text_tokenizer(tokenizer, folder / "hf")
     return folder / "hf"

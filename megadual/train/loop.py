@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -9,89 +11,101 @@ from megadual.data.dataset import PackedDataset
 from megadual.model.flops import peak_flops
 from megadual.run import exits
 from megadual.run.bad_loss import LossWatch
+from megadual.run.hooks import Hook
 from megadual.run.session import Session
 from megadual.train.checkpoint import Checkpointer
 from megadual.train.config import PretrainConfig
 from megadual.train.metrics import MetricsLog, entry_of
-from megadual.train.sampling import Sampling
 
 
-def train(run: PretrainConfig, engine, data: PackedDataset, session: Session) -> None:
-    """Run the configured steps, from the run folder's latest checkpoint where there is one.
+class Loop:
+    """A run's steps, from the run folder's latest checkpoint where there is one."""
 
-    Exits with exits.STOPPED after SIGTERM or SIGUSR1, once a checkpoint is written, and with exits.BAD_LOSS where a
-    step's loss is not finite or spikes and is not to be skipped, or too many were.
-    """
-    sampling = Sampling(run)
-    checkpointer = Checkpointer(run, sampling.start)
-    if dist.get_rank() == 0:
-        checkpointer.clean()
-    latest = checkpointer.to_resume()
-    progress = checkpointer.load(engine, latest) if latest else {"step": 0}
-    session.beat()
-    start, position = progress["step"], progress.get("data")
-    same_rows = data.go_on(start, position) if position else True
-    log = MetricsLog(run, start) if dist.get_rank() == 0 else None
-    if log and latest:
-        log.bar.write(f"resumed from {latest}")
-        if not same_rows:
-            log.bar.write(
-                "warning: data.sets, data.weights or what else orders documents (train.seq_len, train.seed, ...) is "
-                f"not as in {latest}; training goes on at row {data.rows_before(start):,} of the new order",
-                sys.stderr,
-            )
-    watch = LossWatch(run.train)
-    world, peak = dist.get_world_size(), peak_flops()
-
-    batches, ended = data.iterate(start), time.perf_counter()
-    for step in range(start + 1, run.train.steps + 1):
-        waited = time.perf_counter()
-        microbatches, position = next(batches)
-        waited = time.perf_counter() - waited
+    def __init__(self, run: PretrainConfig, engine, data: PackedDataset, session: Session):
+        """Fills the engine from the checkpoint and finds the data's place; opens the log (rank 0)."""
+        self.run, self.engine, self.data, self.session = run, engine, data, session
+        self.hooks: Sequence[Hook] = ()  # called in their order
+        self.checkpointer = Checkpointer(run, self._after_checkpoint)
+        if session.ranks.main:
+            self.checkpointer.clean()
+        latest = self.checkpointer.to_resume()
+        progress = self.checkpointer.load(engine, latest) if latest else {"step": 0}
         session.beat()
-        result = engine.train_step(microbatches, watch.approve if watch.skips else None)
-        # From one step's end to the next: what waits for data and for checkpoints is no faster for it.
-        begun, ended = ended, time.perf_counter()
-        seconds = ended - begun
-        session.beat()
-        if log:
-            per_gpu = result.flops / seconds / world
-            log.step(
-                entry_of(
-                    step,
-                    result,
-                    tokens=data.rows_before(step) * run.train.seq_len,
-                    tokens_per_s=run.train.global_batch_tokens / seconds,
-                    model_tflops=per_gpu / 1e12,
-                    mfu=per_gpu / peak if peak else None,
-                    data_wait_s=waited,
+        self.start, position = progress["step"], progress.get("data")
+        same_rows = data.resume(self.start, position) if position else True
+        self.log = MetricsLog(run, self.start) if session.ranks.main else None
+        if self.log and latest:
+            self.log.message(f"resumed from {latest}", sys.stdout)
+            if not same_rows:
+                self.log.message(
+                    "warning: data.sets, data.weights or what else orders documents (train.seq_len, train.seed, ...) "
+                    f"is not as in {latest}; training goes on at row {data.rows_before(self.start):,} of the new order"
                 )
-            )
-            log.samples(step, sampling.poll())
-        if not watch.skips:
-            watch.approve(result)
-        checkpointer.poll()
-        if watch.complaint:
-            if watch.stops:
-                checkpointer.finish()
-            watch.tell(session.folder, step, [key for batch in microbatches for key in batch.keys], log)
-            if watch.stops:
-                sampling.stop()
-                if log:
-                    log.close()
-                sys.exit(exits.BAD_LOSS)
-        stopping = session.stop.agreed()
-        if stopping or run.checkpoint.due(step, run.train.steps):
-            checkpointer.save(engine, step, position)
+
+    def train(self) -> None:
+        """Run the steps that are left.
+
+        Exits with exits.STOPPED after SIGTERM or SIGUSR1, once a checkpoint is written, and with exits.BAD_LOSS where a
+        step's loss is not finite or spikes and is not to be skipped, or too many were.
+        """
+        run, session, watch = self.run, self.session, LossWatch(self.run.train)
+        batches, ended = self.data.iterate(self.start), time.perf_counter()
+        for step in range(self.start + 1, run.train.steps + 1):
+            for hook in self.hooks:
+                hook.before_step(step)
+            waited = time.perf_counter()
+            microbatches, position = next(batches)
+            waited = time.perf_counter() - waited
             session.beat()
-        if stopping and step < run.train.steps:
-            checkpointer.finish()
-            sampling.stop()
-            if log:
-                log.bar.write(f"stopped by a signal after step {step}; start again to go on")
-                log.close()
-            sys.exit(exits.STOPPED)
-    checkpointer.finish()
-    if log:
-        log.samples(run.train.steps, sampling.finish())
-        log.close()
+            result = self.engine.train_step(microbatches, watch.approve if watch.skips else None)
+            # From one step's end to the next: what waits for data and for checkpoints is no faster for it.
+            begun, ended = ended, time.perf_counter()
+            session.beat()
+            entry = entry_of(step, result, **self._speed(step, result, ended - begun), data_wait_s=waited)
+            for hook in self.hooks:
+                hook.after_step(step, entry)
+                session.beat()
+            if self.log:
+                self.log.step(entry)
+            if not watch.skips:
+                watch.approve(result)
+            self.checkpointer.poll()
+            if watch.complaint:
+                if watch.stops:
+                    self.checkpointer.finish()
+                watch.report(session.folder, step, [key for batch in microbatches for key in batch.keys], self.log)
+                if watch.stops:
+                    self._end(exits.BAD_LOSS)
+            stopping = session.stop.agreed()
+            if stopping or run.checkpoint.due(step, run.train.steps):
+                self.checkpointer.save(self.engine, step, position)
+                session.beat()
+            if stopping and step < run.train.steps:
+                self.checkpointer.finish()
+                if self.log:
+                    self.log.message(f"stopped by a signal after step {step}; start again to go on", sys.stdout)
+                self._end(exits.STOPPED)
+        self.checkpointer.finish()
+        self._end()
+
+    def _speed(self, step: int, result, seconds: float) -> dict[str, float | None]:
+        per_gpu, peak = result.flops / seconds / dist.get_world_size(), peak_flops()
+        return {
+            "tokens": self.data.rows_before(step) * self.run.train.seq_len,
+            "tokens_per_s": self.run.train.global_batch_tokens / seconds,
+            "model_tflops": per_gpu / 1e12,
+            "mfu": per_gpu / peak if peak else None,
+        }
+
+    def _after_checkpoint(self, checkpoint: Path) -> None:
+        for hook in self.hooks:
+            hook.after_checkpoint(checkpoint)
+
+    def _end(self, code: int | None = None) -> None:
+        """Close what is open, and exit with `code` where there is one."""
+        for hook in self.hooks:
+            hook.at_end(finished=code is None)
+        if self.log:
+            self.log.close()
+        if code is not None:
+            sys.exit(code)

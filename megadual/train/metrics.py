@@ -1,8 +1,6 @@
 """What pretraining writes about its steps."""
 
 import dataclasses
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megadual.run.log import RunLog
@@ -20,15 +18,6 @@ class MetricsLog(RunLog):
 
     def step(self, entry: dict) -> None:
         super().step(entry, tuple(name for name in entry if name.startswith(LOSS)))
-
-    def samples(self, step: int, path: Path | None) -> None:
-        """Show what was drawn, if anything was; anything but a picture tells why it was not."""
-        if path is None:
-            return
-        if path.suffix != ".png":
-            self.bar.write(f"warning: no samples were drawn: see {path}", sys.stderr)
-        else:
-            self.picture(step, "samples", str(path), caption=f"step {int(path.stem)}")
 
 
 def entry_of(step: int, result: "StepResult", **more) -> dict:

@@ -1,42 +1,82 @@
 """What the model draws as it learns: pictures from checkpoints, made beside the training."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+from megadual.run.hooks import Hook
 from megadual.run.local import STORE
 from megadual.train.config import PretrainConfig
+from megadual.train.metrics import MetricsLog
 
-LAST_S = 300  # how long the last picture is waited for
+LAST_S = 300  # how long each picture is waited for at the end
 
 
-class Sampling:
-    """Draws `run.samples` from a checkpoint at every `run.samples_every` steps, into RUN/samples/STEP.png (rank 0).
+class Sampling(Hook):
+    """Draws `run.samples` from a checkpoint at every `run.samples_every` steps, into RUN/samples/STEP.png.
 
     A process of its own does it, on the CPU at the lowest priority: so any layout of any engine can be drawn from,
-    and no GPU memory is needed. A checkpoint that comes while the one before is still drawn from is passed over.
+    and no GPU memory is needed. Of the checkpoints that come while one is being drawn from, the newest waits.
     """
 
-    def __init__(self, run: PretrainConfig):
-        self.prompts, self.every = run.run.samples, run.run.samples_every
+    def __init__(self, run: PretrainConfig, log: MetricsLog):
+        """For rank 0, whose `log` is told of each picture."""
+        self.prompts, self.every, self.log = run.run.samples, run.run.samples_every, log
         self.folder = Path(run.run.dir) / "samples"
         self.process: subprocess.Popen | None = None
+        self.step = 0  # the last one done
+        self.waiting: Path | None = None  # the newest checkpoint behind the one that is drawn from
 
-    def start(self, checkpoint: Path) -> None:
-        """Begin with a checkpoint that is complete."""
-        step = int(checkpoint.name)
-        if not self.every or step % self.every or self.process:
+    def after_checkpoint(self, checkpoint: Path) -> None:
+        if self.every and int(checkpoint.name) % self.every == 0:
+            self.waiting = checkpoint
+            self._go_on()
+
+    def after_step(self, step: int, entry: dict[str, Any]) -> None:
+        self.step = step
+        if self.process and self.process.poll() is not None:
+            self._show()
+            self._go_on()
+
+    def at_end(self, finished: bool) -> None:
+        """Where all steps are done, wait for what is drawn and what is still to be; else give it up."""
+        while self.process:
+            if finished:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(LAST_S)
+            self.process.kill()
+            self.process.wait()
+            if not finished:
+                return
+            self._show()
+            self._go_on()
+
+    def _show(self) -> None:
+        """Tell of what was drawn; anything but a picture tells why it was not."""
+        failed, self.process = self.process.returncode, None
+        if failed:
+            self.log.message(f"warning: no samples were drawn: see {self.picture.with_suffix('.log')}")
+        else:
+            self.log.picture(self.step, "samples", str(self.picture), caption=f"step {int(self.picture.stem)}")
+
+    def _go_on(self) -> None:
+        """Begin with the checkpoint that waits, if nothing is being drawn."""
+        checkpoint = self.waiting
+        if self.process or checkpoint is None:
             return
+        self.waiting = None
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".export-*"):  # by one that was killed
             shutil.rmtree(left)
-        self.picture = self.folder / f"{step:08d}.png"
+        self.picture = self.folder / f"{checkpoint.name}.png"
         command = [
             sys.executable,
             "-m",
-            "checkpoints_tools.draw_samples",
+            "megadual.hf.draw_samples",
             checkpoint,
             *self.prompts,
             "--output",
@@ -49,24 +89,3 @@ class Sampling:
                 ["nice", "-n", "19", *map(str, command)],
                 env=mine | {"CUDA_VISIBLE_DEVICES": ""}, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             )  # fmt: skip
-
-    def poll(self) -> Path | None:
-        """The picture that was finished since the last call, if one was; its log where there is no picture."""
-        if self.process is None or self.process.poll() is None:
-            return None
-        failed, self.process = self.process.returncode, None
-        return self.picture.with_suffix(".log") if failed else self.picture
-
-    def finish(self) -> Path | None:
-        """`poll` for the last time."""
-        if self.process:
-            try:
-                self.process.wait(LAST_S)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-        return self.poll()
-
-    def stop(self) -> None:
-        """Give up what is being drawn."""
-        if self.process:
-            self.process.kill()

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
 
 from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
@@ -12,10 +13,14 @@ from megadual.engine.stages import Traffic, costs, split_layers
 from megadual.engine.topology import Topology
 from megadual.errors import UserError
 from megadual.model.dual_lm import Vocabulary
+from megadual.run.hooks import Hook
+from megadual.run.profiler import Profiler
 from megadual.streams import TEXT, SpecialIds, Stream
 from megadual.text import fingerprint, load_text_tokenizer
 from megadual.train.checkpoint import resolve_checkpoint, starting_weights
 from megadual.train.config import PretrainConfig
+from megadual.train.metrics import MetricsLog
+from megadual.train.sampling import Sampling
 from megadual.train.validation import SEED, Validation
 from megadual.vision import read_codebooks
 
@@ -143,3 +148,13 @@ def validation(run: PretrainConfig, engine: Engine, inputs: Inputs, layout: Topo
         inputs.special, engine.data_rank, layout.data,
     )  # fmt: skip
     return Validation(run, engine, rows, inputs.vocabulary)
+
+
+def hooks(run: PretrainConfig, log: MetricsLog | None) -> list[Hook]:
+    """What this rank does beside its steps; `log` is rank 0's."""
+    if log is None:
+        return []
+    found: list[Hook] = [Sampling(run, log)]
+    if run.run.profile:
+        found.append(Profiler(Path(run.run.dir) / "profile", *run.run.profile))
+    return found

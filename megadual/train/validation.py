@@ -6,6 +6,7 @@ from megadual.data.dataset import PackedDataset
 from megadual.engine.protocol import Engine
 from megadual.engine.step import loss_weights
 from megadual.model.dual_lm import Vocabulary
+from megadual.run.hooks import Hook
 from megadual.train.config import PretrainConfig
 from megadual.train.metrics import LOSS
 
@@ -13,7 +14,7 @@ HELD_OUT = "val_"  # before the names of the losses
 SEED = 0  # of the held-out rows and their images' directions: those of all runs
 
 
-class Validation:
+class Validation(Hook):
     """Adds the mean losses on `data`'s first step to those steps' numbers that `data.validation_every` says.
 
     They are `val_loss_NAME` of the text and each stream and `val_loss`, weighted as the training's. On every rank.

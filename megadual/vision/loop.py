@@ -14,7 +14,9 @@ from megadual.run import exits
 from megadual.run.bad_loss import LossWatch, Numbers, StepResult
 from megadual.run.checkpoints import CheckpointFolder, verify
 from megadual.run.config import CheckpointConfig, RunConfig, TrainConfig
+from megadual.run.hooks import Hook
 from megadual.run.log import RunLog
+from megadual.run.profiler import Profiler
 from megadual.run.ranks import Ranks
 from megadual.run.session import Session
 
@@ -124,22 +126,37 @@ def fit(
     session.beat()
     steps, metrics, watch = config.train.steps, {}, LossWatch(config.train)
     log = RunLog(config.run, config, steps, trainer.steps_done) if session.ranks.main else None
+    hooks: list[Hook] = []
+    if log and config.run.profile:
+        hooks.append(Profiler(session.folder / "profile", *config.run.profile))
     if log and latest:
-        log.say(f"resumed from {latest}", sys.stdout)
+        log.message(f"resumed from {latest}", sys.stdout)
+
+    def end(code: int | None = None) -> None:
+        for hook in hooks:
+            hook.at_end(finished=code is None)
+        if log:
+            log.close()
+        if code is not None:
+            sys.exit(code)
+
     while trainer.steps_done < steps:
+        for hook in hooks:
+            hook.before_step(trainer.steps_done + 1)
         metrics = trainer.step(watch.approve if watch.skips else None)
         step = trainer.steps_done
         session.beat()
+        entry = {"step": step} | {name: float(f"{value:.6g}") for name, value in metrics.items()}
+        for hook in hooks:
+            hook.after_step(step, entry)
         if log:
-            log.step({"step": step} | {name: float(f"{value:.6g}") for name, value in metrics.items()})
+            log.step(entry)
         if not watch.skips:
             watch.approve(judged(metrics))
         if watch.complaint:
-            watch.tell(session.folder, step, trainer.keys, log)
+            watch.report(session.folder, step, trainer.keys, log)
             if watch.stops:
-                if log:
-                    log.close()
-                sys.exit(exits.BAD_LOSS)
+                end(exits.BAD_LOSS)
         stopping = session.stop.agreed()
         if stopping or config.checkpoint.due(step, steps):
             trainer.save(files)
@@ -148,9 +165,7 @@ def fit(
                 at_checkpoint(log)
         if stopping and step < steps:
             if log:
-                log.say(f"stopped by a signal after step {step}; start again to go on", sys.stdout)
-                log.close()
-            sys.exit(exits.STOPPED)
-    if log:
-        log.close()
+                log.message(f"stopped by a signal after step {step}; start again to go on", sys.stdout)
+            end(exits.STOPPED)
+    end()
     return metrics

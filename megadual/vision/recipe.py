@@ -70,6 +70,7 @@ class TrainTokenizerConfig:
     checkpoint: TokenizerCheckpointConfig = field(default_factory=lambda: TokenizerCheckpointConfig(every=5000))
 
     def resolve(self) -> None:
+        self.run.check()
         self.train.check("train", self.train.steps)
         self.gan.check("gan", self.train.steps - self.gan.start_step)
 

@@ -9,7 +9,7 @@ from megadual.streams import Stream, sequence_length
 from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
 from megadual.testing.layouts import LAYOUTS, TOLERANCE, differences
-from megadual.train.metrics import mean_losses, numbers_of
+from megadual.train.metrics import LOSS, numbers_of
 
 # benchmarks/layouts.py runs all of testing.layouts, in both precisions.
 TESTED = (
@@ -34,6 +34,10 @@ def train(shards, tmp_path_factory):
         return run_distributed(tiny.losses, processes, tiny.tiny_run(folder, shards, *overrides))
 
     return run
+
+
+def mean_losses(step: dict) -> dict[str, float]:
+    return {name.removeprefix(LOSS): value for name, value in step.items() if name.startswith(LOSS)}
 
 
 def assert_equal_runs(got: list[dict], expected: list[dict], tolerance: float) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints_tools import convert_from_hf, convert_to_hf, try_export, verify
 from megadual.engine.topology import topology
 from megadual.errors import UserError
+from megadual.hf.export import Exported
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.tensors import CheckpointTensors, FolderTensors
 from megadual.synthetic.corpus import make_corpus, png_bytes, write_tar
@@ -253,4 +254,4 @@ def test_another_dualtoken_is_refused(layout_4, tmp_path):
     run.model.dualtoken = str(tmp_path / "other")
     trainer = CheckpointTensors(resolve_checkpoint(run.run.dir))
     with pytest.raises(UserError, match="not the code vectors of the DualToken in '.*/other'"):
-        convert_to_hf.Exported(run, trainer, 300).check_codebooks()
+        Exported(run, trainer, 300).check_codebooks()

@@ -391,12 +391,12 @@ def test_waits_for_a_node_and_says_so(inputs, cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("data_pipeline.cluster.SECONDS_BEFORE_WORD", 0.5)
     said, nodes = [], []
 
-    def say(board, message: str) -> None:
+    def message(board, message: str) -> None:
         said.append(message)
         if not nodes:
             nodes.append(cluster.add_node(num_cpus=3))
 
-    monkeypatch.setattr("data_pipeline.board.Board.say", say)
+    monkeypatch.setattr("data_pipeline.board.Board.message", message)
     inputs_and_workers = [f"inputs=['{inputs}/corpus/lines.jsonl.gz']", "workers.count=2", "workers.cpus=3"]
     config = make_config(inputs, tmp_path / "shards", *inputs_and_workers)
     with pytest.raises(UserError, match="workers: one needs 3.0 CPUs and 0.0 GPUs on one node, the cluster has 2.0"):

@@ -1,5 +1,6 @@
 """`pretrain/pretrain.py` as a user starts it: two processes, resume, and what wrong input gets."""
 
+import gzip
 import json
 import os
 import re
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from checkpoints_tools.draw_samples import main as main_of_samples
 from megadual.config import to_yaml
+from megadual.hf.draw_samples import main as main_of_samples
 from megadual.run import exits
 from megadual.testing.models import write_dualtoken, write_run
 from pretrain.pretrain import main
@@ -102,6 +104,7 @@ def test_stages_of_the_paper(inputs, monkeypatch, capsys, model, stage, parts, d
     (["model.dualtoken=nowhere"], "no DualToken in 'nowhere'"),
     (["run.samples_every=3", "run.samples=[a]"], "a multiple of checkpoint.every=2"),
     (["checkpoint.start=nowhere"], "'nowhere' is not a checkpoint"),
+    (["run.profile=[3]"], "run.profile=[3] must be two steps"),
 ])  # fmt: skip
 def test_wrong_input(inputs, tmp_path, arguments, message):
     done = pretrain(*inputs, f"run.dir={tmp_path}", "train.steps=2", *arguments, ok=False)
@@ -119,18 +122,43 @@ def test_set_of_another_tokenizer(inputs, tmp_path):
 
 
 def test_draws_samples_from_checkpoints(inputs, tmp_path):
-    run = [*inputs, f"run.dir={tmp_path}", "parallel.pipeline=2", "train.steps=4", "run.samples_every=4"]
+    run = [*inputs, f"run.dir={tmp_path}", "parallel.pipeline=2", "train.steps=4", "run.samples_every=2"]
     pretrain(*run, "run.samples=[a red square, blue]")
     checkpoint, picture = tmp_path / "checkpoints" / "00000004", tmp_path / "again.png"
     main_of_samples([str(checkpoint), "a red square", "blue", "--output", str(picture)])
     drawn = Image.open(tmp_path / "samples" / "00000004.png")
     assert drawn.tobytes() == Image.open(picture).tobytes() and drawn.width > drawn.height
     assert not list((tmp_path / "samples").glob("*export*"))
-    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/samples_4_*.png"))
+    # The last checkpoint came while the one before was still being drawn from.
+    assert sorted(path.name for path in (tmp_path / "samples").glob("*.png")) == ["00000002.png", "00000004.png"]
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/samples_4_*.png"))) == 2
+
+
+def test_profiles_steps_and_writes_for_tensorboard(inputs, tmp_path):
+    run = [*inputs, f"run.dir={tmp_path}", "run.wandb=disabled", "run.tensorboard=true", "train.steps=4"]
+    done = pretrain(*run, "run.profile=[2,3]")
+    table = (tmp_path / "profile" / "steps-2-3.txt").read_text()
+    assert table in done.stdout and "profile of 2 steps on CPU" in table and "aten::" in table
+    shares = [float(line.split()[-1].rstrip("%")) for line in table.splitlines() if line.endswith("%")]
+    assert len(shares) > 10 and max(shares) > 5
+    with gzip.open(tmp_path / "profile" / "steps-2-3.json.gz") as file:
+        assert any(event.get("name") == "aten::mm" for event in json.load(file)["traceEvents"])
+    pretrain(*run, "train.steps=6")
+    scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for tag, values in {
+        "loss_text": [step["loss_text"] for step in written],
+        "depth_pixel/1": [step["depth_pixel"][1] for step in written],
+    }.items():
+        found = scalars.Scalars(tag)
+        assert [event.step for event in found] == [1, 2, 3, 4, 5, 6]
+        assert [event.value for event in found] == pytest.approx(values)
 
 
 def test_signal_saves_and_stops(inputs, tmp_path):
+    """Two ranks, started here, of which both get each of two signals."""
     arguments = [*map(str, inputs), f"run.dir={tmp_path}", "train.steps=100000", "checkpoint.every=100000"]
+    arguments.append("parallel.pipeline=2")
     process = subprocess.Popen([sys.executable, "pretrain/pretrain.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE)
     metrics = tmp_path / "metrics.jsonl"
     try:
@@ -139,6 +167,7 @@ def test_signal_saves_and_stops(inputs, tmp_path):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == exits.STOPPED
     finally:
         process.kill()

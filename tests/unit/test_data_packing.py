@@ -113,13 +113,13 @@ def test_a_position_is_gone_on_from_without_packing_what_is_before(root, small_r
     for r in (0, 700, 1023, 1024, 2600):  # within and at the ends of windows, epochs and mixed blocks
         expected = [straight[k] for k in range(r, r + 40)]
         resumed = rows_of(root, small_root)
-        assert resumed.go_on(json.loads(json.dumps(straight.position(r))))
+        assert resumed.resume(json.loads(json.dumps(straight.position(r))))
         assert [resumed[k] for k in range(r, r + 40)] == expected
         assert sum(len(rows.ends) for rows in resumed.sets) <= 12  # of hundreds
         assert resumed[5] == straight[5]
     assert 0 < resumed.fill <= 1
     for other in (rows_of(root), rows_of(root, small_root, seed=1), rows_of(root, small_root, weights=[1.0, 1.0])):
-        assert not other.go_on(straight.position(700))
+        assert not other.resume(straight.position(700))
 
 
 def test_mixing_holds_the_shares(root, small_root):
@@ -213,7 +213,7 @@ def test_another_batch_size_goes_on_at_the_same_row(root):
     """Resumed with larger steps, no document is left out and none read twice."""
     first, resumed = dataset(root, rows=4), dataset(root, rows=12)
     *_, (_, position) = zip(range(3), first.iterate(), strict=False)
-    assert resumed.go_on(3, position[1])
+    assert resumed.resume(3, position[1])
     keys = [batch.keys for part in (map(first.step, range(3)), map(resumed.step, (3, 4))) for s in part for batch in s]
     whole = dataset(root, rows=1)
     assert keys == [whole.step(r)[0].keys for r in range(3 * 4 + 2 * 12)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoints_tools import convert_to_hf
+from megadual.hf import export
 from megadual.hf.decoding import Sampler, StaticLLM
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.processing_megadual import IM_END, IM_START, MegaDualProcessor
@@ -21,9 +21,9 @@ N = 16  # positions of an image
 def model(tmp_path_factory):
     run = write_run(tmp_path_factory.mktemp("hf"))
     tokenizer = load_text_tokenizer(run.model.text_tokenizer)
-    dualtoken = convert_to_hf.read_dualtoken(run)
+    dualtoken = export.read_dualtoken(run)
     torch.manual_seed(0)
-    model = MegaDualForCausalLM(convert_to_hf.model_config(run, tokenizer, dualtoken, torch.float32)).eval()
+    model = MegaDualForCausalLM(export.model_config(run, tokenizer, dualtoken, torch.float32)).eval()
     with torch.no_grad():  # sharper than at initialisation, so that equal logits mean something
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -1,4 +1,4 @@
-"""Draw from a run's checkpoint: `python checkpoints_tools/draw_samples.py RUN "two red apples" --output samples.png`"""
+"""Draw from a run's checkpoint: `python -m megadual.hf.draw_samples RUN "two red apples" --output samples.png`"""
 
 import argparse
 import tempfile
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from checkpoints_tools.convert_to_hf import export
 from megadual.errors import command
+from megadual.hf.export import export
 from megadual.hf.folder import open_folder
 from megadual.train.checkpoint import load_run_config, resolve_checkpoint
 

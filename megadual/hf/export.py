@@ -1,0 +1,156 @@
+"""A pretraining checkpoint as a Hugging Face folder: model, text tokenizer and DualToken, with the code to run them.
+
+The checkpoint may have been written by either engine under any layout. It is read in one process, without a GPU, one
+tensor at a time: the largest tensor decides the memory that is needed, not the model's size.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from megadual.engine import cpu
+
+cpu.install()
+
+from megadual.errors import UserError  # noqa: E402
+from megadual.hf.carried_code import AUTO_MAP, write_code  # noqa: E402
+from megadual.hf.configuration_megadual import MegaDualConfig  # noqa: E402
+from megadual.hf.mapping import Sizes, codebook_of, to_hf  # noqa: E402
+from megadual.hf.model_card import model_card  # noqa: E402
+from megadual.hf.modeling_megadual import MegaDualForCausalLM  # noqa: E402
+from megadual.hf.processing_megadual import MegaDualProcessor  # noqa: E402
+from megadual.hf.tensors import CheckpointTensors, FolderTensors, write_folder  # noqa: E402
+from megadual.streams import SPECIAL_TOKENS, SpecialIds  # noqa: E402
+from megadual.text import load_text_tokenizer, save_text_tokenizer  # noqa: E402
+from megadual.train.config import PretrainConfig  # noqa: E402
+from megadual.train.setup import choose_streams  # noqa: E402
+from megadual.vision import DualTokenConfig  # noqa: E402
+
+
+def read_dualtoken(run: PretrainConfig) -> DualTokenConfig:
+    """The config of the run's DualToken; UserError where it can't be read."""
+    try:
+        return DualTokenConfig.load(run.model.dualtoken)
+    except ValueError as error:
+        raise UserError(f"model.dualtoken: {error}") from error
+
+
+def model_sizes(run: PretrainConfig, meta: dict[str, Tensor], text_size: int) -> Sizes:
+    """What the mapping table needs to know of a run."""
+    return Sizes(run.model.heads, run.model.kv_heads, text_size, len(meta["embedding.word_embeddings.weight"]))
+
+
+def model_config(run: PretrainConfig, tokenizer, dualtoken: DualTokenConfig, dtype: torch.dtype) -> MegaDualConfig:
+    """The exported model's config from the run's."""
+    model, special = run.model, SpecialIds.of(tokenizer)
+    text_config = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=model.hidden,
+        intermediate_size=model.ffn,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        rms_norm_eps=model.norm_eps,
+        max_position_embeddings=run.train.seq_len,
+        tie_word_embeddings=model.tie_embeddings,
+    )
+    return MegaDualConfig(
+        text_config=text_config,
+        rope_base=model.rope_base,
+        head=vars(model.head),
+        streams=[stream.name for stream in choose_streams(dualtoken.code_streams, model.streams)],
+        dualtoken=dualtoken.to_dict(),
+        special_ids=vars(special),
+        architectures=["MegaDualForCausalLM"],
+        auto_map=AUTO_MAP,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def exported_shapes(config: MegaDualConfig) -> dict[str, Tensor]:
+    """The tensors that an exported folder holds, on the meta device."""
+    with torch.device("meta"):
+        model = MegaDualForCausalLM(config)
+    shapes = model.state_dict()
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+class Exported:
+    """The tensors of an export by Hugging Face's names: the checkpoint's through the table, and its DualToken's."""
+
+    def __init__(self, run: PretrainConfig, trainer: CheckpointTensors, text_size: int):
+        self.trainer, self.dualtoken = trainer, FolderTensors(Path(run.model.dualtoken))
+        self.sizes = model_sizes(run, trainer.meta, text_size)
+        self.meta: dict[str, Tensor] = {}
+        for name, tensor in trainer.meta.items():
+            self.meta |= to_hf(name, tensor, self.sizes)
+        self.meta |= {f"dualtoken.{name}": tensor for name, tensor in self.dualtoken.meta.items()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.trainer.meta:
+            if not codebook_of(name):
+                yield from to_hf(name, self.trainer.read(name), self.sizes).items()
+        for name in self.dualtoken.meta:
+            yield f"dualtoken.{name}", self.dualtoken.read(name)
+
+    def check_codebooks(self) -> None:
+        """UserError if the model was trained on other codes than its DualToken's."""
+        for left in self.trainer.meta:
+            right = codebook_of(left)
+            if right is None:
+                continue
+            codebook = self.dualtoken.read(right.removeprefix("dualtoken."))[:-1].float()
+            if not torch.equal(self.trainer.read(left), codebook):
+                folder = self.dualtoken.folder
+                raise UserError(f"the checkpoint's {left} are not the code vectors of the DualToken in '{folder}'")
+
+
+def export(run: PretrainConfig, checkpoint: Path, output: Path, max_shard_size: str) -> None:
+    """Write the folder `output`; it appears only when it is whole."""
+    tokenizer, dualtoken = load_text_tokenizer(run.model.text_tokenizer), read_dualtoken(run)
+    exported = Exported(run, CheckpointTensors(checkpoint), len(tokenizer))
+    exported.check_codebooks()
+    config = model_config(run, tokenizer, dualtoken, exported.meta["model.norm.weight"].dtype)
+    shapes = exported_shapes(config)
+    found = {name: tensor.shape for name, tensor in exported.meta.items()}
+    assert found == {name: tensor.shape for name, tensor in shapes.items()}, "weights do not fit the exported model"
+    meta = {name: exported.meta[name] for name in shapes}  # in the model's order, whatever the layout's was
+
+    partial = output.with_name(f".partial-{output.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    interval = 1 if sys.stderr.isatty() else 10
+    with tqdm(exported.tensors(), total=len(meta), unit="tensor", mininterval=interval) as bar:
+        write_folder(partial, meta, bar, max_shard_size)
+    config.save_pretrained(partial)
+    write_code(partial)
+    generation = GenerationConfig(
+        eos_token_id=config.special.end_of_text,
+        pad_token_id=config.special.end_of_text,
+        suppress_tokens=tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS[1:])),  # images are drawn, not spelled
+    )
+    generation.save_pretrained(partial)
+    rows, columns = dualtoken.grid
+    processor = MegaDualProcessor(tokenizer, image_size=dualtoken.image_size, image_positions=rows * columns)
+    save_text_tokenizer(processor.tokenizer, partial)
+    described = processor.to_dict() | {"processor_class": "MegaDualProcessor", "auto_map": AUTO_MAP}
+    (partial / "processor_config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+    (partial / "README.md").write_text(model_card(run, checkpoint, meta))
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+
+
+def check_output(output: Path) -> None:
+    """Refuse to replace anything but an export."""
+    config = output / "config.json"
+    if output.exists() and not (config.is_file() and json.loads(config.read_text()).get("model_type") == "megadual"):
+        raise UserError(f"--output '{output}' exists and is not an exported model; give a new folder")

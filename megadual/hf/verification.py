@@ -1,0 +1,168 @@
+"""Is an exported folder the checkpoint that it was made from? Every tensor bitwise, and the logits of real samples.
+
+Tensors are compared one at a time, in both directions of the mapping table. For the logits the trainer's model runs
+here, on packed samples of a shard set, then the exported one in a process of its own that cannot import megadual; both
+in fp32, which needs 4 bytes a parameter.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from megadual.engine import cpu
+
+cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402
+
+from megadual.data.dataset import MicroBatch, collate  # noqa: E402
+from megadual.engine.groups import initialize_groups  # noqa: E402
+from megadual.engine.megatron import build_chunks  # noqa: E402
+from megadual.errors import UserError  # noqa: E402
+from megadual.hf.export import Exported  # noqa: E402
+from megadual.hf.mapping import origins, to_hf  # noqa: E402
+from megadual.hf.tensors import CheckpointTensors, FolderTensors  # noqa: E402
+from megadual.streams import Sequence, sequence_length, to_sequence  # noqa: E402
+from megadual.text import load_text_tokenizer  # noqa: E402
+from megadual.train.checkpoint import load_run_config  # noqa: E402
+from megadual.train.config import ParallelConfig, PretrainConfig  # noqa: E402
+from megadual.train.setup import Inputs, read_inputs  # noqa: E402
+
+TOLERANCE = 1e-4
+DIRECTIONS = ((True, False), (False, False), (True, True))  # (drawn, without caption): samples take them in turn
+
+
+def same(left: Tensor, right: Tensor) -> bool:
+    """Bitwise, in shape and dtype too."""
+    if (left.shape, left.dtype) != (right.shape, right.dtype):
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right)))
+
+
+def compare_tensors(expected: Exported, folder: FolderTensors) -> list[str]:
+    """Names that differ: the folder's tensors against what the table makes of the checkpoint's, and back."""
+    trainer, sizes = expected.trainer, expected.sizes
+    common = expected.meta.keys() & folder.meta.keys()
+    different = sorted(expected.meta.keys() ^ folder.meta.keys())
+    back = {name: origin for name, origin in origins(common).items() if common.issuperset(origin.names)}
+    for name in tqdm(trainer.meta, unit="tensor", mininterval=1 if sys.stderr.isatty() else 10):
+        tensor = trainer.read(name)
+        for hf_name, part in to_hf(name, tensor, sizes).items():
+            if hf_name in common and not same(folder.read(hf_name), part):
+                different.append(hf_name)
+        rows = sizes.text_size if len(tensor) == sizes.padded_text_size else None  # padding is not exported
+        if name not in back or not same(back[name].merge(folder.read, sizes)[:rows], tensor[:rows]):
+            different.append(name)
+    for name in expected.dualtoken.meta:
+        hf_name = f"dualtoken.{name}"
+        if hf_name in common and not same(folder.read(hf_name), expected.dualtoken.read(name)):
+            different.append(hf_name)
+    return different
+
+
+def read_samples(inputs: Inputs, run: PretrainConfig, count: int) -> list[Sequence]:
+    """The first `count` documents with images that fit, each read in the next of DIRECTIONS."""
+    shard_set, samples = inputs.sets[0], []
+    usable = (sequence_length(*shard_set.lengths) <= run.train.seq_len) & (shard_set.lengths.images > 0)
+    for i in usable.nonzero()[0][:count].tolist():
+        document, (draw, drop_caption) = shard_set[i], DIRECTIONS[len(samples) % len(DIRECTIONS)]
+        samples.append(to_sequence(document, inputs.special, [draw] * len(document.grids), drop_caption))
+    if not samples:
+        raise UserError(f"--samples {count}: shard set '{shard_set.root}' gives no document with images to compare on")
+    return samples
+
+
+@torch.no_grad()
+def trainer_logits(
+    run: PretrainConfig, trainer: CheckpointTensors, inputs: Inputs, batch: MicroBatch
+) -> dict[str, Tensor]:
+    """The trainer's model on packed samples: text (T, padded vocabulary), and by stream (P, D, K)."""
+    run.parallel, run.train.precision, run.checkpoint.start = ParallelConfig(), "fp32", None
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        initialize_groups(run)
+        (model,) = build_chunks(run, inputs.vocabulary)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(trainer.read(name))
+        hidden_TH = model.hidden_states(batch).squeeze(1)
+        logits = {"text": hidden_TH @ model.output_weight().T}
+        at = batch.predicts_codes_at
+        for stream, head in model.heads.items():
+            codes_PD, codebook = batch.codes[stream][at + 1], model.head_codebooks[stream]
+            logits[stream] = head.logits(hidden_TH[at], codes_PD[:, :-1], codebook)
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    return logits
+
+
+def exported_logits(folder: Path, samples: list[Sequence], image: int, python: str) -> dict[str, Tensor]:
+    """The exported model on each sample by itself, joined in their order; `python` runs it."""
+    tensors = {}
+    for i, sample in enumerate(samples):
+        tokens = torch.from_numpy(sample.tokens)
+        tensors[f"{i}.tokens"] = tokens
+        for stream, codes in sample.codes.items():
+            tensors[f"{i}.codes.{stream}"] = torch.from_numpy(codes)[tokens == image]
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, outputs = f"{scratch}/inputs.safetensors", f"{scratch}/outputs.safetensors"
+        save_file(tensors, inputs)
+        script = Path(__file__).with_name("logits_of_export.py")
+        command = [python, "-I", str(script), str(folder.resolve()), inputs, outputs]
+        environment = os.environ | {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"the exported model in '{folder}' does not run:\n{done.stderr.strip()[-2000:]}")
+        found = load_file(outputs)
+    return {key: torch.cat([found[f"{i}.{key}"] for i in range(len(samples))]) for key in ("text", *samples[0].codes)}
+
+
+def compare_logits(
+    run: PretrainConfig, trainer: CheckpointTensors, folder: Path, text_size: int, count: int, python: str
+) -> dict:
+    """The report's part on logits."""
+    inputs = read_inputs(run)
+    samples = read_samples(inputs, run, count)
+    batch = collate(samples, inputs.special, keys=[str(i) for i in range(len(samples))])
+    ours = trainer_logits(run, trainer, inputs, batch)
+    ours["text"] = ours["text"][:, :text_size]
+    theirs = exported_logits(folder, samples, inputs.special.image, python)
+    differences = {stream: (ours[stream] - theirs[stream]).abs().max().item() for stream in ours}
+    return {
+        "samples": len(samples),
+        "logits_compared": {stream: logits.numel() for stream, logits in ours.items()},
+        "logit_std": {stream: logits.std().item() for stream, logits in ours.items()},
+        "max_abs_logit_diff_per_stream": differences,
+        "max_abs_logit_diff": max(differences.values()),
+        "tolerance": TOLERANCE,
+    }
+
+
+def verify(checkpoint: Path, folder: Path, count: int, data: str | None, python: str) -> dict:
+    """The report: tensors compared and different, and the largest difference of the logits of each stream.
+
+    `count` documents of the shard set `data` (None: of the run's first) are compared on; `python` runs the export.
+    """
+    run = load_run_config(checkpoint)
+    if data:
+        run.data.sets, run.data.weights = [data], None
+    if count and not run.data.sets:
+        raise UserError(f"checkpoint '{checkpoint}' was made without data; give --data SET, or --samples 0")
+    text_size = len(load_text_tokenizer(run.model.text_tokenizer))
+    trainer, exported = CheckpointTensors(checkpoint), FolderTensors(folder)
+    different = compare_tensors(Exported(run, trainer, text_size), exported)
+    report = {
+        "checkpoint": checkpoint.name,
+        "tensors_compared": len(exported.meta),
+        "tensors_different": different,
+    }
+    report |= compare_logits(run, trainer, folder, text_size, count, python) if count else {}
+    report["equal"] = not different and report.get("max_abs_logit_diff", 0.0) <= TOLERANCE
+    return report
