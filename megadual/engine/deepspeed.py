@@ -17,8 +17,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-from deepspeed.ops import __compatible_ops__
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.utils import (
@@ -29,10 +27,11 @@ from deepspeed.utils import (
 )
 
 from megadual.data.dataset import MicroBatch
-from megadual.engine import sharded
+from megadual.engine import deepspeed_internals, megatron_internals, sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
 from megadual.engine.saved_state import OPTIMIZER_STATE, SavedState
-from megadual.engine.step import GlobalLosses, StepResult, schedule
+from megadual.engine.schedule import schedule
+from megadual.engine.step import GlobalLosses, StepResult
 from megadual.engine.topology import Topology
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.freezing import train_only
@@ -143,7 +142,8 @@ class DeepSpeedEngine(SavedState):
     """The same interface as MegatronEngine, on DeepSpeed."""
 
     def __init__(self, run: PretrainConfig, topology: Topology, vocabulary: Vocabulary):
-        __compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled at run time; gloo does
+        megatron_internals.check()  # its checkpoints are megatron-core's
+        deepspeed_internals.without_compiling()
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         initialize_groups(run)
         self.run, self.topology, self.vocabulary = run, topology, vocabulary
@@ -158,7 +158,7 @@ class DeepSpeedEngine(SavedState):
                     topology=PipeModelDataParallelTopology(run.parallel.pipeline, run.parallel.tensor, topology.data),
                     partition_method="uniform",
                 )
-            self.chunks = [module.forward_funcs[0].chunk]
+            self.chunks = [deepspeed_internals.own_stage(module).chunk]
         else:
             module = Stage(run, vocabulary, self.feed)
             self.chunks = [module.chunk]
@@ -180,13 +180,8 @@ class DeepSpeedEngine(SavedState):
     def train_step(self, batches: list[MicroBatch], approve: Callable[[StepResult], bool] | None = None) -> StepResult:
         """One optimizer step over this rank's micro-batches. A step can't be refused: `approve` must be None."""
         assert approve is None
-        device = torch.cuda.current_device()
-        batches = [batch.to(device) for batch in batches]
-        losses = GlobalLosses(self.run, batches, self.vocabulary)
-        # DeepSpeed divides by the micro-batches and averages over data-parallel ranks; the loss is global already.
-        self.feed.start(batches, losses, scale=len(batches) * self.topology.data)
+        losses, nothing = self._feed(batches), self._nothing()
         lr = self.optimizer.param_groups[0]["lr"]
-        nothing = torch.zeros(1, device=device)
         if self.run.parallel.pipeline > 1:
             self.engine.train_batch(iter([(nothing, nothing)] * len(batches)))
         else:
@@ -196,8 +191,35 @@ class DeepSpeedEngine(SavedState):
         self.scheduler.step(increment=1)
         return losses.result(self.engine.get_global_grad_norm(), lr)
 
+    @torch.no_grad()
+    def evaluate(self, batches: list[MicroBatch]) -> dict[str, float]:
+        """Mean losses by name over all ranks' micro-batches, as the weights are."""
+        losses, nothing = self._feed(batches), self._nothing()
+        self.engine.eval()
+        if self.run.parallel.pipeline > 1:
+            fed = iter([(nothing, nothing)] * len(batches))
+            self.engine.eval_batch(fed, bcast_loss=False, num_micro_batches=len(batches))
+        else:
+            for _ in batches:
+                self.engine(nothing)
+        self.engine.train()
+        return losses.means()[0]
+
+    def _feed(self, batches: list[MicroBatch]) -> GlobalLosses:
+        """Make this rank's micro-batches what the stages read next; returns where their losses go."""
+        batches = [batch.to(torch.cuda.current_device()) for batch in batches]
+        losses = GlobalLosses(self.run, batches, self.vocabulary)
+        # DeepSpeed divides by the micro-batches and averages over data-parallel ranks; the loss is global already.
+        self.feed.start(batches, losses, scale=len(batches) * self.topology.data)
+        return losses
+
+    @staticmethod
+    def _nothing() -> torch.Tensor:
+        """What DeepSpeed hands a first stage, which reads the feed."""
+        return torch.zeros(1, device=torch.cuda.current_device())
+
     def _adam(self) -> torch.optim.Optimizer:
-        return self.engine.optimizer.optimizer
+        return deepspeed_internals.adamw(self.engine)
 
     def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
         mine = owner == self.data_rank
@@ -223,14 +245,9 @@ class DeepSpeedEngine(SavedState):
 
     def _hold_moments(self) -> None:
         """Give AdamW its state before the first step, and DeepSpeed's parameters their views of it."""
-        zero = self.engine.optimizer
-        if self.run.parallel.zero_stage == 3:
-            sharded.hold_moments(zero.optimizer, zero.fp32_partitioned_groups_flat)
-        else:
-            in_bf16 = isinstance(zero, BF16_Optimizer)  # what stage 1 is then
-            flat = zero.fp32_groups_flat_partition if in_bf16 else zero.single_partition_of_fp32_groups
-            sharded.hold_moments(zero.optimizer, flat)
-            zero._lazy_init_hp_params_optimizer_state()
+        stage = self.run.parallel.zero_stage
+        sharded.hold_moments(self._adam(), deepspeed_internals.flat_weights(self.engine, stage))
+        deepspeed_internals.show_moments(self.engine, stage)
 
     def _gathered(self, parameter: torch.nn.Parameter, modifier_rank: int | None = None):
         """ZeRO-3 keeps a part of every parameter on each rank; within this context it is whole."""

@@ -11,10 +11,11 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from megadual.data.dataset import MicroBatch
-from megadual.engine import sharded
+from megadual.engine import megatron_internals, sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
 from megadual.engine.saved_state import OPTIMIZER_STATE, SavedState, data_parallel_group
-from megadual.engine.step import GlobalLosses, StepResult, schedule
+from megadual.engine.schedule import schedule
+from megadual.engine.step import GlobalLosses, StepResult
 from megadual.engine.topology import Topology
 from megadual.model.context import context_share
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
@@ -80,17 +81,17 @@ class MegatronEngine(SavedState):
             self.model,
         )
         self._describe()
+        megatron_internals.check(self.optimizer if self._adam() else None)
         if self._adam():
             for group in self._adam().param_groups if sharded.is_torchs(self._adam()) else ():
                 group["fused"] = torch.cuda.is_available()  # one pass over weights, gradients and moments
             sharded.hold_moments(self._adam(), [p for group in self._adam().param_groups for p in group["params"]])
         self.scheduler = schedule(run, self.optimizer)
-        no_sync = [wrapped.no_sync for wrapped in self.model]
+        no_sync = [wrapped.no_sync for wrapped in self.model] if ddp.overlap_grad_reduce else [None]
+        self.no_sync = no_sync if len(no_sync) > 1 else no_sync[0]
         for chunk in self.chunks:
             chunk.config.finalize_model_grads_func = finalize_model_grads
             chunk.config.grad_scale_func = self.optimizer.scale_loss
-            if ddp.overlap_grad_reduce:
-                chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.forward_backward = get_forward_backward_func()
 
     def train_step(self, batches: list[MicroBatch], approve: Callable[[StepResult], bool] | None = None) -> StepResult:
@@ -100,14 +101,44 @@ class MegatronEngine(SavedState):
         schedule goes on.
         """
         losses = GlobalLosses(self.run, batches, self.vocabulary)
-        positions = batches[0].tokens.size(0)
-        context = parallel_state.get_context_parallel_rank(), self.run.parallel.context
-        batches = [context_share(batch, *context).to(torch.cuda.current_device()) for batch in batches]
         for wrapped in self.model:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self._run_chunks(batches, losses)
+        lr = self.scheduler.get_lr({})
+        if approve:
+            self.optimizer.prepare_grads()
+            result = losses.result(self.optimizer.get_grad_norm(), lr)
+            if approve(result):
+                self.optimizer.step()
+        else:
+            _, grad_norm, _ = self.optimizer.step()
+            result = losses.result(grad_norm, lr)
+        self.scheduler.step(increment=1)
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[MicroBatch]) -> dict[str, float]:
+        """Mean losses by name over all ranks' micro-batches, as the weights are."""
+        losses = GlobalLosses(self.run, batches, self.vocabulary)
+        for wrapped in self.model:
+            wrapped.eval()
+        self._run_chunks(batches, losses, forward_only=True)
+        for wrapped in self.model:
+            wrapped.train()
+        return losses.means()[0]
+
+    def _run_chunks(self, batches: list[MicroBatch], losses: GlobalLosses, forward_only: bool = False) -> None:
+        """All micro-batches through all chunks of all stages, and back; their losses go to `losses`."""
+        positions = batches[0].tokens.size(0)
+        context = parallel_state.get_context_parallel_rank(), self.run.parallel.context
+        batches = [context_share(batch, *context).to(torch.cuda.current_device()) for batch in batches]
         # megatron divides by the micro-batches and averages over data-parallel ranks; the loss is global already.
         scale = len(batches) * self.topology.data
+
+        for chunk in self.chunks:
+            # A pipeline's schedule that goes forward only enters this and does not leave it.
+            chunk.config.no_sync_func = None if forward_only else self.no_sync
 
         def loss_func(output: StreamLosses):
             return losses.total(output) * scale, {}
@@ -122,23 +153,13 @@ class MegatronEngine(SavedState):
             num_microbatches=len(batches),
             seq_length=positions,  # before it is cut over context- and tensor-parallel ranks
             micro_batch_size=1,
+            forward_only=forward_only,
         )
-        lr = self.scheduler.get_lr({})
-        if approve:
-            self.optimizer.prepare_grads()
-            result = losses.result(self.optimizer.get_grad_norm(), lr)
-            if approve(result):
-                self.optimizer.step()
-        else:
-            _, grad_norm, _ = self.optimizer.step()
-            result = losses.result(grad_norm, lr)
-        self.scheduler.step(increment=1)
-        return result
 
     def _adam(self) -> torch.optim.Optimizer | None:
         """The optimizer inside megatron's, None on a rank where nothing is trained."""
         trained = any(parameter.requires_grad for chunk in self.chunks for parameter in chunk.parameters())
-        return self.optimizer.optimizer if trained else None
+        return megatron_internals.adamw(self.optimizer) if trained else None
 
     def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
         group = data_parallel_group()
@@ -146,8 +167,9 @@ class MegatronEngine(SavedState):
         yield "", parameter.detach().to("cpu", copy=True) if mine else None
         for prefix, key in OPTIMIZER_STATE.items() if parameter.requires_grad else ():
             whole = torch.zeros(parameter.numel(), device=parameter.device)
-            for place, held in self._held(parameter):
-                whole[place] = held[key]
+            if share := megatron_internals.held(self.optimizer, parameter):
+                place, state = share
+                whole[place] = state[key]
             # Each number is on one rank, the others add zero bits: exact, minus zeros and NaNs too.
             dist.reduce(whole.view(torch.int32), dist.get_global_rank(group, owner), group=group)
             yield prefix, whole.view(parameter.shape).to("cpu", copy=True) if mine else None
@@ -155,19 +177,9 @@ class MegatronEngine(SavedState):
     def _fill(self, parameter: torch.nn.Parameter, prefix: str, tensor: torch.Tensor) -> None:
         if not prefix:
             parameter.copy_(tensor)
-            return
-        for place, held in self._held(parameter):
-            held[OPTIMIZER_STATE[prefix]].copy_(tensor.flatten()[place])
-
-    def _held(self, parameter: torch.nn.Parameter) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
-        """This rank's share of a parameter's state, if it has one, and its place in the flat parameter."""
-        (optimizer,) = self.optimizer.chained_optimizers
-        if parameter in optimizer.model_param_gbuf_map:
-            buffer, dtype, bucket = optimizer.model_param_gbuf_map[parameter]
-            share = optimizer.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
-            group, index = optimizer.model_param_group_index_map[parameter]
-            main = optimizer.optimizer.param_groups[group]["params"][index]
-            yield slice(share.start, share.end), {"param": main, **optimizer.optimizer.state[main]}
+        elif share := megatron_internals.held(self.optimizer, parameter):
+            place, state = share
+            state[OPTIMIZER_STATE[prefix]].copy_(tensor.flatten()[place])
 
     def shutdown(self) -> None:
         destroy_groups()

@@ -4,20 +4,16 @@ Entries have the names of the whole model: `decoder.layers.3.mlp.linear_fc2.weig
 `optimizer.state.` and `param`, `exp_avg` or `exp_avg_sq` before it, its fp32 copy or one of AdamW's moments.
 """
 
-import inspect
-import logging
-import queue
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megadual.engine import megatron_internals
 from megadual.errors import UserError
 from megadual.run.checkpoints import checksum
 
@@ -35,38 +31,19 @@ class ShardedWrite:
 
     def __init__(self, state: dict, folder: Path):
         """Tensors of `state` that are on the host already are not copied and must not change until `write` has run."""
-        filesystem_async._results_queue = queue.Queue()  # otherwise a manager process on every rank holds it
-        logging.getLogger(torch_strategy.__name__).setLevel(
-            logging.ERROR
-        )  # 0.19 deprecates all but one vendor's writer
-        options = {"sharded_strategy": ("torch_dist", 1), "async_sharded_save": True}
-        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # since 0.17
-            options["async_strategy"] = "mcore"
-        self.request = dist_checkpointing.save(state, str(folder), **options)
-        self.files = self.request.preload_fn() if self.request.async_fn else []
+        self._save = megatron_internals.Save(state, folder)
+        self.files = self._save.files
         self.checksums: dict[str, str] = {}
 
     def write(self) -> None:
         """Write this rank's files and note their checksums. OSError where the disk refuses."""
-        written = {}
-        for i, file in enumerate(self.files):
-            # megatron-core's own driver of this starts a process per file, which is not safe beside CUDA and threads.
-            results, count = queue.Queue(), queue.Queue()
-            count.put(i)
-            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-                self.request.async_fn.args[0], i, file, results, count, use_fsync=True
-            )
-            _, written[i] = results.get()
-            if isinstance(written[i], Exception):
-                raise written[i]
-            self.checksums[Path(file[0]).name] = checksum(file[0])
-        if self.files:
-            self.request.async_fn_args[2].put(written)
+        for i, (path, *_) in enumerate(self.files):
+            self._save.write(i)
+            self.checksums[Path(path).name] = checksum(path)
 
     def finish(self) -> None:
         """Write the index of all ranks' files (collective)."""
-        for finalize in self.request.finalize_fns:
-            finalize()
+        self._save.finish()
 
 
 def read(state: dict, folder: Path) -> dict:

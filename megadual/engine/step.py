@@ -1,11 +1,10 @@
-"""What both engines do alike around one optimizer step: global normalisation, losses gathered, the schedule."""
+"""What both engines do alike around one optimizer step: global normalisation and losses gathered."""
 
 import dataclasses
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megadual.data.dataset import MicroBatch
 from megadual.model.dual_lm import StreamLosses, Vocabulary
@@ -31,6 +30,11 @@ class StepResult:
     fill: float
 
 
+def loss_weights(run: PretrainConfig, vocabulary: Vocabulary) -> dict[str, float]:
+    """What each mean loss weighs in the total, by name."""
+    return {name: run.train.loss.get(name, 1.0) for name in [TEXT, *(stream.name for stream in vocabulary.streams)]}
+
+
 class GlobalLosses:
     """The losses of one global batch: each is divided by its count of targets in all of it.
 
@@ -40,7 +44,7 @@ class GlobalLosses:
 
     def __init__(self, run: PretrainConfig, batches: list[MicroBatch], vocabulary: Vocabulary):
         self.run, self.streams = run, vocabulary.streams
-        self.weights = {name: run.train.loss.get(name, 1.0) for name in [TEXT, *(s.name for s in self.streams)]}
+        self.weights = loss_weights(run, vocabulary)
         counts = torch.tensor(
             [
                 [len(b.predicts_text_at), len(b.predicts_codes_at), len(b.image_at), b.tokens.numel()]
@@ -67,8 +71,8 @@ class GlobalLosses:
             total = total + self.weights[stream.name] * sums_D.sum() / (self.draw_count * stream.depth)
         return total
 
-    def result(self, grad_norm: float, lr: float) -> StepResult:
-        """Add up the last stages' sums and hand them to every rank (collective over all ranks)."""
+    def means(self) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """The mean losses by name, and those of each stream by depth, of all ranks (collective over all ranks)."""
         sums = self.sums
         if self.run.parallel.sequence:  # the visual sums are each rank's part, the text sum is whole
             visual = sums[1:].clone()
@@ -77,37 +81,20 @@ class GlobalLosses:
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
         text, *visual = sums.split([1, *(stream.depth for stream in self.streams)])
-        depth_losses = {
-            stream.name: sums_D / self.draw_count for stream, sums_D in zip(self.streams, visual, strict=True)
-        }
+        by_depth = {stream.name: sums_D / self.draw_count for stream, sums_D in zip(self.streams, visual, strict=True)}
         losses = {TEXT: text.item() / self.text_count}
-        losses |= {stream: mean_D.mean().item() for stream, mean_D in depth_losses.items()}
+        losses |= {stream: mean_D.mean().item() for stream, mean_D in by_depth.items()}
+        return losses, {stream: mean_D.tolist() for stream, mean_D in by_depth.items()}
+
+    def result(self, grad_norm: float, lr: float) -> StepResult:
+        """What the step did, the same on every rank (collective over all ranks)."""
+        losses, depth_losses = self.means()
         return StepResult(
             loss=sum(self.weights[name] * loss for name, loss in losses.items()),
             losses=losses,
-            depth_losses={stream: mean_D.tolist() for stream, mean_D in depth_losses.items()},
+            depth_losses=depth_losses,
             grad_norm=float(grad_norm),
             lr=lr,
             flops=self.flops,
             fill=self.fill,
         )
-
-
-def schedule(run: PretrainConfig, optimizer) -> OptimizerParamScheduler:
-    """Linear warm-up, then cosine to `train.min_lr` at the last step."""
-    train = run.train
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=train.lr / (train.warmup_steps + 1),
-        max_lr=train.lr,
-        min_lr=train.min_lr,
-        lr_warmup_steps=train.warmup_steps,
-        lr_decay_steps=max(train.steps, train.warmup_steps + 1),
-        lr_decay_style="cosine",
-        start_wd=train.weight_decay,
-        end_wd=train.weight_decay,
-        wd_incr_steps=train.steps,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )

@@ -90,7 +90,21 @@ def topology(run: PretrainConfig, world: int) -> Topology:
             f"a virtual pipeline needs a multiple of parallel.pipeline={parallel.pipeline} micro-batches a step; "
             f"train.global_batch_tokens={train.global_batch_tokens} gives {microbatches}"
         )
+    if run.data.validation:
+        _check_validation(run, data)
     return Topology(world, data, train.global_batch_tokens // train.seq_len, microbatches)
+
+
+def _check_validation(run: PretrainConfig, data: int) -> None:
+    """All ranks have equally many micro-batches of held-out rows."""
+    rows, size, virtual = run.data.validation_rows, run.train.micro_batch_size, run.parallel.virtual_pipeline > 1
+    shares = size * data * (run.parallel.pipeline if virtual else 1)
+    if rows % shares:
+        stages = f" x parallel.pipeline({run.parallel.pipeline}), for the virtual pipeline," if virtual else ""
+        raise UserError(
+            f"data.validation_rows={rows} is not a multiple of train.micro_batch_size({size}) x "
+            f"data-parallel({data}){stages} = {shares}"
+        )
 
 
 def _check_engine(run: PretrainConfig) -> None:

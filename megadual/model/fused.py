@@ -143,4 +143,6 @@ def linear_cross_entropy(
     this rank's share of the classes, x and targets are equal on all ranks, and so is the result, while x's
     gradient is this rank's part of a sum.
     """
+    if not torch.is_grad_enabled():  # which a Function's forward can't see
+        x_BPW, weight_BKW = x_BPW.detach(), weight_BKW.detach()
     return _LinearCrossEntropy.apply(x_BPW, weight_BKW, target_BP, logits_at_once, group)

@@ -63,18 +63,35 @@ class CheckpointConfig:
 
 @dataclasses.dataclass
 class OptimConfig:
-    """AdamW, with linear warm-up and a cosine."""
+    """AdamW and its learning rate: a linear warm-up, then what `schedule` says."""
 
     lr: float = key(3e-4, "peak learning rate", least=0)
-    min_lr: float = key(0.0, "learning rate at the last step", least=0)
+    min_lr: float = key(0.0, "learning rate that a schedule decays to", least=0)
     warmup_steps: int = key(0, "steps up to the peak", least=0)
+    schedule: str = key(
+        "cosine",
+        "after the warm-up: cosine down to min_lr, constant, or wsd: constant, then linearly down to min_lr",
+        choices=("cosine", "constant", "wsd"),
+    )
+    decay_steps: int | None = key(None, "steps of wsd's decay, the last ones", least=1)
     weight_decay: float = key(0.1, "decoupled, of matrices", least=0)
     beta1: float = key(0.9, "decay of AdamW's first moment", least=0, below=1)
     beta2: float = key(0.95, "decay of AdamW's second moment", least=0, below=1)
 
-    def check(self, place: str) -> None:
+    def check(self, place: str, steps: int) -> None:
+        """UserError where the keys under `place` give no schedule over `steps`."""
         if self.min_lr > self.lr:
             raise UserError(f"{place}.min_lr={self.min_lr} must not be over {place}.lr={self.lr}, which decays to it")
+        if (self.schedule == "wsd") != (self.decay_steps is not None):
+            raise UserError(
+                f"{place}.schedule={self.schedule} with {place}.decay_steps={self.decay_steps}: give both wsd and the "
+                "steps of its decay, or neither"
+            )
+        if self.decay_steps and self.warmup_steps + self.decay_steps > steps:
+            raise UserError(
+                f"{place}.warmup_steps({self.warmup_steps}) + {place}.decay_steps({self.decay_steps}) = "
+                f"{self.warmup_steps + self.decay_steps} are more than the {steps} steps that there are"
+            )
 
 
 @dataclasses.dataclass

@@ -10,7 +10,8 @@ from megadual.engine import cpu
 cpu.install()
 
 from megadual.config import load_config  # noqa: E402
-from megadual.data.mds_reader import ShardSet  # noqa: E402
+from megadual.data.dataset import PackedDataset  # noqa: E402
+from megadual.engine.protocol import Engine  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
 from megadual.model.dual_lm import Vocabulary  # noqa: E402
 from megadual.streams import Stream  # noqa: E402
@@ -68,13 +69,13 @@ def golden_run(folder: Path, shards: Path, engine: str, steps: int) -> PretrainC
 def inputs_of(run: PretrainConfig, streams: list[Stream] = STREAMS) -> setup.Inputs:
     """What `setup.read_inputs` returns where the run's DualToken has `streams`; resolves the run's stages."""
     streams = setup.choose_streams(streams, run.model.streams)
-    sets = [ShardSet(root, [stream.name for stream in streams]) for root in run.data.sets]
-    inputs = setup.Inputs(sets, SPECIAL, vocabulary(streams))
+    sets, held_out = setup.open_sets(run, [stream.name for stream in streams])
+    inputs = setup.Inputs(sets, SPECIAL, vocabulary(streams), held_out)
     setup.resolve_stages(run, inputs)
     return inputs
 
 
-def build(run: PretrainConfig, streams: list[Stream] = STREAMS):
+def build(run: PretrainConfig, streams: list[Stream] = STREAMS) -> tuple[Engine, PackedDataset]:
     """(engine, data) of a tiny run in this process's group."""
     layout, inputs = topology(run, dist.get_world_size()), inputs_of(run, streams)
     engine = setup.engine(run, layout, inputs.vocabulary)

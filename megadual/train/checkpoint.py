@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megadual.config import load_config, to_yaml
+from megadual.engine.protocol import Engine
 from megadual.engine.sharded import ShardedWrite
 from megadual.errors import UserError
 from megadual.run.checkpoints import LATEST, CheckpointFolder, seal, verify, what_failed
@@ -51,7 +52,7 @@ class Checkpointer(CheckpointFolder):
         self.run, self.completed = run, completed
         self.saving: _Saving | None = None
 
-    def save(self, engine, step: int, data: dict | None = None) -> None:
+    def save(self, engine: Engine, step: int, data: dict | None = None) -> None:
         """Write the state after `step` steps, with `checkpoint.background` while training goes on.
 
         `data` is the data's position then, of rank 0.
@@ -106,7 +107,7 @@ class Checkpointer(CheckpointFolder):
         """The checkpoint that the run goes on from (collective)."""
         return super().to_resume() if self.run.checkpoint.resume else None
 
-    def load(self, engine, checkpoint: Path) -> dict:
+    def load(self, engine: Engine, checkpoint: Path) -> dict:
         """Fill the engine from a checkpoint of any layout; returns the `step` it was made after and `data`.
 
         UserError names the files that are not what was written.

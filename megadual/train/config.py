@@ -1,6 +1,7 @@
 """What `pretrain/pretrain.py` takes."""
 
 import dataclasses
+import os
 
 from megadual.errors import UserError
 from megadual.keys import key
@@ -19,6 +20,9 @@ class DataConfig:
     caption_dropout: float = key(
         0.1, "share of drawn pairs whose caption is left out, for classifier-free guidance", least=0, most=1
     )
+    validation: list[str] = key([], "shard sets that are held out, whose mean losses are logged as val_loss")
+    validation_every: int | None = key(None, "steps between them; the last step has them too; null: it alone", least=1)
+    validation_rows: int = key(256, "packed rows of them, the same ones each time; fewer are read again", least=1)
 
 
 @dataclasses.dataclass
@@ -41,7 +45,7 @@ class ParallelConfig:
 
 @dataclasses.dataclass
 class TrainConfig(shared.TrainConfig):
-    min_lr: float = key(3e-5, "learning rate at the last step", least=0)
+    min_lr: float = key(3e-5, "learning rate that a schedule decays to", least=0)
     global_batch_tokens: int = key(about="positions per optimizer step, padding included", least=1)
     micro_batch_size: int = key(1, "packed rows of seq_len positions per forward pass", least=1)
     seq_len: int = key(about="positions of a row", least=1)
@@ -81,9 +85,14 @@ class PretrainConfig:
         """Fill what the model's preset says; UserError for what does not go together under any layout."""
         self.model.resolve()
         self.run.check()
-        self.train.check("train")
+        self.train.check("train", self.train.steps)
         if not self.train.parts:
             raise UserError(f"train.parts=[] trains nothing; name at least one of: {', '.join(PARTS)}")
+        if self.data.validation_every is not None and not self.data.validation:
+            raise UserError(f"data.validation_every={self.data.validation_every} needs shard sets in data.validation")
+        trained = set(map(os.path.realpath, self.data.sets))
+        if both := [root for root in self.data.validation if os.path.realpath(root) in trained]:
+            raise UserError(f"data.validation holds out '{both[0]}', which data.sets trains on")
         drawn_every, saved_every = self.run.samples_every, self.checkpoint.every
         if drawn_every is not None and not (self.run.samples and saved_every and drawn_every % saved_every == 0):
             raise UserError(

@@ -8,6 +8,7 @@ from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
 from megadual.data.packing import PackedRows
 from megadual.engine.estimate import estimate, table
+from megadual.engine.protocol import Engine
 from megadual.engine.stages import Traffic, costs, split_layers
 from megadual.engine.topology import Topology
 from megadual.errors import UserError
@@ -20,6 +21,7 @@ from megadual.train.checkpoint import resolve_checkpoint, starting_weights
 from megadual.train.config import PretrainConfig
 from megadual.train.metrics import MetricsLog
 from megadual.train.sampling import Sampling
+from megadual.train.validation import SEED, Validation
 from megadual.vision import read_codebooks
 
 
@@ -30,6 +32,7 @@ class Inputs:
     sets: list[ShardSet]
     special: SpecialIds
     vocabulary: Vocabulary
+    validation: list[ShardSet] = dataclasses.field(default_factory=list)
     traffic: Traffic | None = None  # set by `resolve_stages`
 
 
@@ -45,13 +48,19 @@ def read_inputs(run: PretrainConfig) -> Inputs:
     check_losses(run, names)
     if run.checkpoint.start:
         resolve_checkpoint(run.checkpoint.start)
-    sets = [ShardSet(root, names) for root in run.data.sets]
-    for shard_set in sets:
+    sets, held_out = open_sets(run, names)
+    for shard_set in sets + held_out:
         shard_set.check(codebooks.fingerprint, run.model.dualtoken, fingerprint(tokenizer), run.model.text_tokenizer)
     vocabulary = Vocabulary(len(tokenizer), streams, {name: codebooks.vectors[name] for name in names})
-    inputs = Inputs(sets, SpecialIds.of(tokenizer), vocabulary)
+    inputs = Inputs(sets, SpecialIds.of(tokenizer), vocabulary, held_out)
     resolve_stages(run, inputs)
     return inputs
+
+
+def open_sets(run: PretrainConfig, streams: list[str]) -> tuple[list[ShardSet], list[ShardSet]]:
+    """The run's shard sets, of training and held out, with the codes of `streams`."""
+    train, held_out = ([ShardSet(root, streams) for root in sets] for sets in (run.data.sets, run.data.validation))
+    return train, held_out
 
 
 def choose_streams(streams: Iterable[Stream], names: list[str] | None) -> list[Stream]:
@@ -86,7 +95,7 @@ def resolve_stages(run: PretrainConfig, inputs: Inputs) -> None:
         parallel.stage_layers = split_layers(run.model.layers, parallel.pipeline * parallel.virtual_pipeline, cost)
 
 
-def engine(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary):
+def engine(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary) -> Engine:
     """The run's engine, over the initialised default process group, with the weights that it starts from."""
     start = starting_weights(run)
     run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, start=start and str(start)))
@@ -111,6 +120,9 @@ def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
         f"model: {run.model.layers} layers of {run.model.hidden}, {vocabulary.text_size:,} text tokens; "
         + ", ".join(f"{stream.name}: {stream.depth} codes among {stream.codebook_size:,}" for stream in streams)
     )
+    if inputs.validation:
+        held_out, every = sum(map(len, inputs.validation)), run.data.validation_every or run.train.steps
+        about += f"\nheld out: {run.data.validation_rows} rows of {held_out:,} documents, every {every} steps"
     stages = estimate(run, layout, vocabulary, inputs.traffic)
     return about + "\n" + table(stages, run.parallel.gpu_memory_gib)
 
@@ -126,11 +138,21 @@ def dataset(
     )  # fmt: skip
 
 
-def hooks(run: PretrainConfig, log: MetricsLog | None) -> list[Hook]:
+def hooks(run: PretrainConfig, engine: Engine, inputs: Inputs, layout: Topology, log: MetricsLog | None) -> list[Hook]:
     """What this rank does beside its steps; `log` is rank 0's."""
-    if log is None:
-        return []
-    found: list[Hook] = [Sampling(run, log)]
-    if run.run.profile:
+    found: list[Hook] = [validation(run, engine, inputs, layout)] if run.data.validation else []
+    if log:
+        found.append(Sampling(run, log))
+    if log and run.run.profile:
         found.append(Profiler(Path(run.run.dir) / "profile", *run.run.profile))
     return found
+
+
+def validation(run: PretrainConfig, engine: Engine, inputs: Inputs, layout: Topology) -> Validation:
+    """What measures the losses on the held-out sets. On every rank."""
+    train, config = run.train, dataclasses.replace(run.data, sets=run.data.validation, weights=None)
+    rows = PackedDataset(
+        inputs.validation, config, train.seq_len, train.micro_batch_size, run.data.validation_rows, SEED,
+        inputs.special, engine.data_rank, layout.data,
+    )  # fmt: skip
+    return Validation(run, engine, rows, inputs.vocabulary)

@@ -19,11 +19,17 @@ def adamw(modules: list[nn.Module], config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Linear warmup, then a cosine that ends at min_lr; `step` counts from 0."""
+    """Of one of `steps` steps, where `step` counts from 0: linear warm-up, then the config's schedule."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return config.min_lr + (config.lr - config.min_lr) * (0.5 * (1 + math.cos(math.pi * progress)))
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "wsd":
+        left = min(1.0, (steps - step) / config.decay_steps)
+    else:
+        progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        left = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + (config.lr - config.min_lr) * left
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -71,8 +71,8 @@ class TrainTokenizerConfig:
 
     def resolve(self) -> None:
         self.run.check()
-        self.train.check("train")
-        self.gan.check("gan")
+        self.train.check("train", self.train.steps)
+        self.gan.check("gan", self.train.steps - self.gan.start_step)
 
 
 def applies(config: PerceptualConfig, weight: float, step: int) -> bool:

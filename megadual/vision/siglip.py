@@ -62,7 +62,7 @@ class TrainSiglipConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def resolve(self) -> None:
-        self.train.check("train")
+        self.train.check("train", self.train.steps)
         if self.checkpoint.start:
             raise UserError("checkpoint.start: SigLIP starts from scratch here")
         if (self.run.ranks or 1) > 1:

@@ -152,6 +152,11 @@ def test_presets_fill_only_what_is_null():
     (1, ["run.device=gpu"], "run.device 'gpu' is unknown; known: cuda, cpu"),
     (1, ["run.wandb=on"], "run.wandb '.*' is unknown"),
     (1, ["data.sets=[]"], "names no shard set"),
+    (1, ["data.validation_every=5"], "data.validation_every=5 needs shard sets in data.validation"),
+    (1, ["data.sets=[a,b]", "data.validation=[./b]"], "holds out './b', which data.sets trains on"),
+    (2, ["data.validation=[v]", "data.validation_rows=9"], r"rows=9 .*size\(1\) x data-parallel\(2\) = 2"),
+    (2, ["data.validation=[v]", "data.validation_rows=7", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+     r"x parallel.pipeline\(2\), for the virtual pipeline, = 2"),
     (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch_tokens=192"], "micro-batches"),
 ])  # fmt: skip
 def test_layout_that_does_not_divide(world, overrides, message):

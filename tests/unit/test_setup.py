@@ -81,3 +81,9 @@ def test_streams_are_chosen_in_their_own_order():
     for names in ([], ["d"], ["a", "d"]):
         with pytest.raises(UserError, match=r"model.streams=\[.*\['a', 'b', 'c'\]"):
             setup.choose_streams(streams, names)
+
+
+def test_held_out_sets_are_checked_as_those_of_training_are(run_with, tmp_path):
+    write_shard_set(tmp_path / "other", random_documents(5))
+    with pytest.raises(UserError, match="shard set '.*other' was made with the dualtoken of 'random'"):
+        setup.read_inputs(run_with(f"data.validation=[{tmp_path}/other]"))

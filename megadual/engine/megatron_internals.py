@@ -1,0 +1,89 @@
+"""What MegaDual uses of megatron-core that its documentation does not promise: all of it, but for engine/cpu.py.
+
+`check` asks for all of that when an engine is built, not hours later at a checkpoint.
+"""
+
+import functools
+import inspect
+import logging
+import queue
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+
+from megadual.engine.internals import reach
+
+_reach = functools.partial(reach, "megatron-core", "0.16.1 to 0.19.x")
+
+
+def check(optimizer=None) -> None:
+    """UserError that names what this version lacks; `optimizer` is megatron's, of a rank that trains something."""
+    _reach(filesystem_async, "_results_queue")
+    _reach(filesystem_async, "FileSystemWriterAsync", "write_preloaded_data")
+    if optimizer:
+        (chained,) = _reach(optimizer, "chained_optimizers")
+        for name in ("optimizer", "model_param_gbuf_map", "gbuf_ranges", "model_param_group_index_map"):
+            _reach(chained, name)
+
+
+def adamw(optimizer) -> torch.optim.Optimizer:
+    """The AdamW inside megatron's optimizer."""
+    (chained,) = _reach(optimizer, "chained_optimizers")
+    return _reach(chained, "optimizer")
+
+
+def held(optimizer, parameter: torch.nn.Parameter) -> tuple[slice, dict[str, torch.Tensor]] | None:
+    """This rank's share of a parameter's optimizer state, if it has one.
+
+    Its place in the flat parameter, and the fp32 weights (`param`) and moments there, which may be written to.
+    """
+    (chained,) = _reach(optimizer, "chained_optimizers")
+    place = _reach(chained, "model_param_gbuf_map").get(parameter)
+    if place is None:
+        return None
+    buffer, dtype, bucket = place
+    share = _reach(chained, "gbuf_ranges")[buffer][dtype][bucket]["param_map"][parameter]["param"]
+    group, index = _reach(chained, "model_param_group_index_map")[parameter]
+    main = chained.optimizer.param_groups[group]["params"][index]
+    return slice(share.start, share.end), {"param": main, **chained.optimizer.state[main]}
+
+
+class Save:
+    """A sharded state on its way to disk, as megatron-core's asynchronous saving plans it, but written by the caller.
+
+    megatron-core's own driver starts processes, which is not safe beside CUDA and threads.
+    """
+
+    def __init__(self, state: dict, folder: Path):
+        """Plan the files and bring this rank's tensors to the host (collective)."""
+        filesystem_async._results_queue = queue.Queue()  # otherwise a manager process on every rank holds it
+        # 0.19 deprecates all but one vendor's writer.
+        logging.getLogger(torch_strategy.__name__).setLevel(logging.ERROR)
+        options = {"sharded_strategy": ("torch_dist", 1), "async_sharded_save": True}
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # since 0.17
+            options["async_strategy"] = "mcore"
+        self._request = dist_checkpointing.save(state, str(folder), **options)
+        # This rank's files: (path, name, what is in it); none where it has nothing to write.
+        self.files: list[tuple] = self._request.preload_fn() if self._request.async_fn else []
+        self._written: dict[int, object] = {}
+
+    def write(self, i: int) -> None:
+        """Write file i, in any thread. Raises what the disk does."""
+        results: queue.Queue = queue.Queue()
+        count: queue.Queue = queue.Queue()
+        count.put(i)
+        write = _reach(filesystem_async, "FileSystemWriterAsync", "write_preloaded_data")
+        write(self._request.async_fn.args[0], i, self.files[i], results, count, use_fsync=True)
+        _, self._written[i] = results.get()
+        if isinstance(self._written[i], Exception):
+            raise self._written[i]
+
+    def finish(self) -> None:
+        """Write the index of all ranks' files, once all have written theirs (collective)."""
+        if self.files:
+            self._request.async_fn_args[2].put(self._written)
+        for finalize in self._request.finalize_fns:
+            finalize()
