@@ -40,7 +40,7 @@ def command(main):
             sys.exit(error.exit_code)
         except SystemExit as end:
             if end.code:
-                _leave_exit(exits, rank, end.code)
+                _leave_exit(exits, rank, end.code if isinstance(end.code, int) else 1)  # 1: of a message
             raise
 
     return run

@@ -27,7 +27,7 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     except (OSError, ValueError) as error:
         raise UserError(f"no text tokenizer in '{folder}': {str(error).splitlines()[0]}") from error
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
-    return tokenizer
+    return tokenizer  # type: ignore[return-value]  # transformers has slow ones as well, for other files
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -94,8 +94,8 @@ def read_captions(pattern: str) -> Iterator[str]:
     for path in tqdm(tars, desc="captions", unit="tar", mininterval=1):
         with tarfile.open(path) as tar:
             for member in tar:
-                if member.name.endswith(".txt"):
-                    yield tar.extractfile(member).read().decode("utf-8", errors="replace").strip()
+                if member.name.endswith(".txt") and (file := tar.extractfile(member)):
+                    yield file.read().decode("utf-8", errors="replace").strip()
 
 
 @command

@@ -6,6 +6,7 @@ It listens on this machine alone unless --host says otherwise; nothing is sent a
 import argparse
 import random
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from PIL import Image
@@ -82,7 +83,7 @@ def page(model, name: str) -> gr.Blocks:
 
 def serve(blocks: gr.Blocks, host: str, port: int | None, block: bool = True) -> str:
     """Show the page and return its address; with `block`, until the process is stopped."""
-    look = dict(theme=gr.themes.Base(primary_hue="indigo"), css=CSS, footer_links=[])
+    look: dict[str, Any] = dict(theme=gr.themes.Base(primary_hue="indigo"), css=CSS, footer_links=[])
     _, address, _ = blocks.launch(
         server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False, **look
     )

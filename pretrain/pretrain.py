@@ -52,7 +52,7 @@ def main() -> None:
                 limit = f"train.seq_len={run.train.seq_len}"
                 print(f"warning: {data.dropped:,} documents are longer than {limit} and left out")
         loop = Loop(run, engine, data, opened)
-        loop.hooks = setup.hooks(run, loop.log)
+        loop.hooks = setup.hooks(run, engine, inputs, layout, loop.log)
         loop.train()
 
 

@@ -81,12 +81,13 @@ CODE_VECTORS = Layout(lambda tensor, _: [], lambda parts, _: parts[0][:-1])
 CODEBOOK_PLACES = ("embedding.codebooks", "head_codebooks")
 _CODEBOOK = re.compile(rf"(?:{'|'.join(map(re.escape, CODEBOOK_PLACES))})\.(\w+)")
 _HEAD = re.compile(r"heads\.(\w+)\.")
+_EXPORTED_CODEBOOK = "dualtoken.quantizers.{}.codebooks.0.weight"
 
 
 def codebook_of(name: str) -> str | None:
     """The exported tensor with the codebook that the trainer's tensor `name` is a copy of; None where it is none."""
     match = _CODEBOOK.fullmatch(name)
-    return match and f"dualtoken.quantizers.{match[1]}.codebooks.0.weight"
+    return match and _EXPORTED_CODEBOOK.format(match[1])
 
 
 def _match(pattern: str, name: str) -> tuple[str, ...] | None:
@@ -134,8 +135,8 @@ def origins(hf_names: Iterable[str]) -> dict[str, Origin]:
     """
     hf_names = list(hf_names)
     streams = dict.fromkeys(match[1] for name in hf_names if (match := _HEAD.match(name)))
-    copies = [f"{place}.{stream}" for place in CODEBOOK_PLACES for stream in streams]
-    found = {left: Origin([codebook_of(left)], CODE_VECTORS) for left in copies}
+    codebooks = {stream: Origin([_EXPORTED_CODEBOOK.format(stream)], CODE_VECTORS) for stream in streams}
+    found = {f"{place}.{stream}": origin for place in CODEBOOK_PLACES for stream, origin in codebooks.items()}
     entries = {right: entry for entry in TABLE for right in entry[1]}
     for name in hf_names:
         if name.startswith("dualtoken."):

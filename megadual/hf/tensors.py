@@ -102,7 +102,8 @@ def write_folder(
     )
     places: dict[str, tuple[Path, int]] = {}
     for file, names in split.filename_to_tensors.items():
-        header, end = {"__metadata__": {"format": "pt"}}, 0
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for name in sorted(names, key=lambda name: -meta[name].element_size()):  # so that all are aligned
             begin, end = end, end + meta[name].nbytes
             shape = list(meta[name].shape)
@@ -114,9 +115,9 @@ def write_folder(
     for name, tensor in tensors:
         assert (tensor.shape, tensor.dtype) == (meta[name].shape, meta[name].dtype), name
         path, offset = places.pop(name)
-        with open(path, "r+b") as file:
-            file.seek(offset)
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        with open(path, "r+b") as written:
+            written.seek(offset)
+            written.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     assert not places, f"nothing was written for {list(places)[:4]}"
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

@@ -31,10 +31,10 @@ def _files(run: Path) -> list[Path]:
 
 
 def _steps(path: Path) -> Iterator[int]:
-    from wandb.proto import wandb_internal_pb2  # large; its classes are made when it is imported
+    from wandb.proto import wandb_internal_pb2  # large
 
     for _, data in _records(path.read_bytes()):
-        record = wandb_internal_pb2.Record.FromString(data)
+        record = wandb_internal_pb2.Record.FromString(data)  # type: ignore[attr-defined]
         if record.WhichOneof("record_type") == "history":
             yield record.history.step.num
 

@@ -138,23 +138,21 @@ def dataset(
     )  # fmt: skip
 
 
-def validation(run: PretrainConfig, engine: Engine, inputs: Inputs, layout: Topology) -> Validation | None:
-    """What measures the held-out losses, where the run has held-out sets. On every rank."""
-    if not run.data.validation:
-        return None
+def hooks(run: PretrainConfig, engine: Engine, inputs: Inputs, layout: Topology, log: MetricsLog | None) -> list[Hook]:
+    """What this rank does beside its steps; `log` is rank 0's."""
+    found: list[Hook] = [validation(run, engine, inputs, layout)] if run.data.validation else []
+    if log:
+        found.append(Sampling(run, log))
+    if log and run.run.profile:
+        found.append(Profiler(Path(run.run.dir) / "profile", *run.run.profile))
+    return found
+
+
+def validation(run: PretrainConfig, engine: Engine, inputs: Inputs, layout: Topology) -> Validation:
+    """What measures the losses on the held-out sets. On every rank."""
     train, config = run.train, dataclasses.replace(run.data, sets=run.data.validation, weights=None)
     rows = PackedDataset(
         inputs.validation, config, train.seq_len, train.micro_batch_size, run.data.validation_rows, SEED,
         inputs.special, engine.data_rank, layout.data,
     )  # fmt: skip
     return Validation(run, engine, rows, inputs.vocabulary)
-
-
-def hooks(run: PretrainConfig, log: MetricsLog | None) -> list[Hook]:
-    """What this rank does beside its steps; `log` is rank 0's."""
-    if log is None:
-        return []
-    found: list[Hook] = [Sampling(run, log)]
-    if run.run.profile:
-        found.append(Profiler(Path(run.run.dir) / "profile", *run.run.profile))
-    return found

