@@ -60,7 +60,7 @@ def check_identity(output: str, markers: dict[str, dict], identity: dict) -> Non
                     f"{identity[part][:16]}; give the same {part} or another output"
                 )
         precision = identity["recipe"]["precision"]
-        known = made["recipe"].get("precision", precision)  # earlier versions did not say
+        known = made["recipe"]["precision"]
         if known != precision:
             raise UserError(
                 f"'{output}' holds shards encoded in {known} ({name}), this run would encode in {precision}; start "
