@@ -19,12 +19,10 @@ AUTO_MAP = {
 
 def write_code(folder: Path) -> None:
     """Write the files of AUTO_MAP and of all that they need."""
-    for entry in AUTO_MAP.values():
-        module = f"megadual.hf.{entry.partition('.')[0]}"
-        needed = _needed(module)
-        (folder / f"{_file_name(module)}.py").write_text(_rewritten(module) + _named(needed - _imported(module)))
-        for other in needed:
-            (folder / f"{_file_name(other)}.py").write_text(_rewritten(other))
+    classes = {f"megadual.hf.{entry.partition('.')[0]}" for entry in AUTO_MAP.values()}
+    for module in classes.union(*map(_needed, classes)):
+        named = _named(_needed(module) - _imported(module)) if module in classes else ""
+        (folder / f"{_file_name(module)}.py").write_text(_rewritten(module) + named)
 
 
 def _file_name(module: str) -> str:
