@@ -12,9 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megadual.config import load_config, to_yaml
 from megadual.engine.protocol import Engine
@@ -126,7 +124,7 @@ def _describe(folder: Path, run: PretrainConfig, progress: dict) -> None:
 def seal_weights(folder: Path, run: PretrainConfig) -> None:
     """Make a checkpoint for `checkpoint.start` of a folder with torch.distributed.checkpoint's files of the weights.
 
-    Their entries have the names that `load_full_state` returns. For tools: needs no process group.
+    Their entries have the names that `hf.tensors.CheckpointTensors` gives. For tools: needs no process group.
     """
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     torch.save({}, folder / "common.pt")  # megatron-core before 0.17 looks for it
@@ -160,15 +158,3 @@ def resolve_checkpoint(path: str | Path) -> Path:
 def load_run_config(checkpoint: Path) -> PretrainConfig:
     """The resolved config that the checkpoint was written with."""
     return load_config(PretrainConfig, checkpoint / CONFIG)
-
-
-def load_full_state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The model's full, unsharded tensors by their global names, read in one process without a GPU."""
-    metadata = FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
-    }
-    torch.distributed.checkpoint.load(state, storage_reader=FileSystemReader(str(checkpoint)), no_dist=True)
-    return state
