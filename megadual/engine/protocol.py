@@ -31,7 +31,7 @@ class Engine(Protocol):
 
     @property
     def updates(self) -> int:
-        """Optimizer steps taken; steps that were skipped don't count."""
+        """Optimizer steps taken, equal on every rank (collective); steps that were skipped don't count."""
 
     def save(self, folder: Path) -> ShardedWrite:
         """The state on its way to `folder`, as it is now, while training may go on."""

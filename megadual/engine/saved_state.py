@@ -59,8 +59,10 @@ class SavedState(ABC):
 
     @property
     def updates(self) -> int:
-        """Optimizer steps taken; steps that were skipped don't count."""
-        return sharded.updates(self._adam()) if self._adam() else 0
+        made = sharded.updates(self._adam()) if self._adam() else 0
+        updates = torch.tensor([made], device=torch.cuda.current_device())
+        dist.all_reduce(updates, op=dist.ReduceOp.MAX)  # a stage without trained parts has made none
+        return int(updates.item())
 
     def save(self, folder: Path) -> sharded.ShardedWrite:
         """Weights, fp32 weights and moments on their way to `folder`; every rank calls it.

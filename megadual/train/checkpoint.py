@@ -64,9 +64,7 @@ class Checkpointer(CheckpointFolder):
             write = engine.save(self.partial(step))
         except OSError as error:
             raise self.unwritable(step, *what_failed(error)) from error
-        updates = torch.tensor([engine.updates], device=torch.cuda.current_device())
-        dist.all_reduce(updates, op=dist.ReduceOp.MAX)  # a stage without trained parts has made none
-        self.saving = _Saving(write, step, {"step": step, "updates": updates.item(), "data": data})
+        self.saving = _Saving(write, step, {"step": step, "updates": engine.updates, "data": data})
         if self.run.checkpoint.background:
             self.saving.start()
         else:

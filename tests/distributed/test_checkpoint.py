@@ -212,6 +212,22 @@ def skip_one(run):
     return same, refused, after, updates
 
 
+def updates_made(run) -> int:
+    engine, data = tiny.build(run)
+    for step in range(3):
+        engine.train_step(data.step(step), approve=lambda result, step=step: step != 1)
+    updates = engine.updates
+    engine.shutdown()
+    return updates
+
+
+@pytest.mark.parametrize("parts", ["projector", "heads"])
+def test_every_rank_tells_the_updates_made(run_in, tmp_path, parts):
+    """A pipeline stage that trains nothing too."""
+    run = run_in(tmp_path, "parallel.pipeline=2", f"train.parts=[{parts}]")
+    assert run_distributed(updates_made, 2, run) == [2, 2]
+
+
 def _all_tensors(engine):
     yield from engine.chunks[0].parameters()
     for state in engine.optimizer.optimizer.state.values():
