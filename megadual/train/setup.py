@@ -140,11 +140,11 @@ def dataset(
 
 def hooks(run: PretrainConfig, engine: Engine, inputs: Inputs, layout: Topology, log: MetricsLog | None) -> list[Hook]:
     """What this rank does beside its steps; `log` is rank 0's."""
-    found: list[Hook] = [validation(run, engine, inputs, layout)] if run.data.validation else []
-    if log:
-        found.append(Sampling(run, log))
+    found: list[Hook] = [Sampling(run, log)] if log else []
     if log and run.run.profile:
         found.append(Profiler(Path(run.run.dir) / "profile", *run.run.profile))
+    if run.data.validation:  # after the profiler, whose steps it is no part of
+        found.append(validation(run, engine, inputs, layout))
     return found
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +36,7 @@ class Config(Protocol):
     checkpoint: CheckpointConfig
 
 
-class Trainer:
+class Trainer(ABC):
     """What `fit` trains. A checkpoint holds all of its state, so a resumed run goes on as if it had not stopped."""
 
     parts: dict[str, Any]  # with state_dict and load_state_dict: modules, which may be in DDP, and optimizers
@@ -61,12 +62,12 @@ class Trainer:
         self.data_state["positions"][str(batch.stream)] = batch.position
         return batch
 
+    @abstractmethod
     def step(self, approve: Callable[[StepResult], bool] | None = None) -> dict[str, float]:
         """One optimizer step; returns its metrics, "loss" and "grad_norm" among them, equal on all ranks.
 
         A step that `approve` refuses changes no weight.
         """
-        raise NotImplementedError
 
     def save(self, files: CheckpointFolder) -> None:
         """Write the state after `steps_done` steps (collective)."""
