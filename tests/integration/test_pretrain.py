@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,8 +135,18 @@ def test_draws_samples_from_checkpoints(inputs, tmp_path):
     assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/samples_4_*.png"))) == 2
 
 
-def test_profiles_steps_and_writes_for_tensorboard(inputs, tmp_path):
-    run = [*inputs, f"run.dir={tmp_path}", "run.wandb=disabled", "run.tensorboard=true", "train.steps=4"]
+def test_profiles_steps_holds_out_and_writes_for_tensorboard(inputs, tmp_path):
+    held_out = shutil.copytree(OmegaConf.load(inputs[1]).data.sets[0], tmp_path / "held_out")
+    run = [
+        *inputs,
+        f"data.validation=[{held_out}]",
+        "data.validation_every=3",
+        "data.validation_rows=16",
+        f"run.dir={tmp_path}",
+        "run.wandb=disabled",
+        "run.tensorboard=true",
+        "train.steps=4",
+    ]
     done = pretrain(*run, "run.profile=[2,3]")
     table = (tmp_path / "profile" / "steps-2-3.txt").read_text()
     assert table in done.stdout and "profile of 2 steps on CPU" in table and "aten::" in table
@@ -146,6 +157,7 @@ def test_profiles_steps_and_writes_for_tensorboard(inputs, tmp_path):
     pretrain(*run, "train.steps=6")
     scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in written if "val_loss" in step] == [3, 4, 6]
     for tag, values in {
         "loss_text": [step["loss_text"] for step in written],
         "depth_pixel/1": [step["depth_pixel"][1] for step in written],
