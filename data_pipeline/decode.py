@@ -5,30 +5,47 @@ import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.config import EncodeConfig, FilterConfig
-from data_pipeline.documents import LeftOut, RawDocument, Unusable
+from data_pipeline.documents import LeftOut, RawDocument, RawImage, Unusable
+from megadual.streams import ImageUse, Role, TurnBit
 from megadual.vision.tokenizer import to_rgb
 
 
 @dataclass
+class DecodedImage:
+    """An RGB image, later its cropped pixels, and what it is for."""
+
+    image: Any
+    use: ImageUse
+
+
+@dataclass
+class DecodedTurn:
+    role: Role
+    parts: list[str | DecodedImage]
+    bits: TurnBit
+
+
+@dataclass
 class Decoded:
-    """Texts (str) and RGB images in order."""
+    """Turns of texts and decoded images in order."""
 
     key: str
-    parts: list
+    turns: list[DecodedTurn]
     meta: dict
     left_out_images: Counter = field(default_factory=Counter)
 
     @property
     def texts(self) -> list[str]:
-        return [part for part in self.parts if isinstance(part, str)]
+        return [part for turn in self.turns for part in turn.parts if isinstance(part, str)]
 
     @property
-    def images(self) -> list:
-        return [part for part in self.parts if not isinstance(part, str)]
+    def images(self) -> list[DecodedImage]:
+        return [part for turn in self.turns for part in turn.parts if isinstance(part, DecodedImage)]
 
 
 @contextlib.contextmanager
@@ -63,8 +80,8 @@ def _filter_image(image: Image.Image, filters: FilterConfig) -> None:
         raise LeftOut("max_aspect")
 
 
-def _filter_text(parts: list, filters: FilterConfig, layout: str) -> None:
-    length = sum(len(part) for part in parts if isinstance(part, str))
+def _filter_text(turns: list[DecodedTurn], filters: FilterConfig, layout: str) -> None:
+    length = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
     kind = "caption" if layout == "pair" else "text"
     if length < getattr(filters, f"min_{kind}"):
         raise LeftOut(f"min_{kind}")
@@ -74,22 +91,25 @@ def _filter_text(parts: list, filters: FilterConfig, layout: str) -> None:
 
 def decode(document: RawDocument, filters: FilterConfig, encode: EncodeConfig) -> Decoded:
     """Decode and filter one document; Unusable or LeftOut say why there is none."""
-    parts, sizes, left_out = [], [], Counter()
-    for part in document.parts:
-        if isinstance(part, str):
-            parts.append(part)
-            continue
-        image = _image(part, encode.max_pixels)
+    sizes, left_out = [], Counter()
+
+    def decoded(part: RawImage) -> DecodedImage | None:
+        image = _image(part.data, encode.max_pixels)
         try:
             _filter_image(image, filters)
         except LeftOut as reason:
-            if document.layout == "pair":
+            if document.layout != "interleaved":  # what is said of the image would not hold
                 raise
             left_out[str(reason)] += 1
-            continue
+            return None
         sizes.append(list(image.size))
         with _unusable_where_broken():
-            parts.append(to_rgb(image))
-    _filter_text(parts, filters, document.layout)
+            return DecodedImage(to_rgb(image), part.use)
+
+    turns = []
+    for turn in document.turns:
+        parts = [part if isinstance(part, str) else decoded(part) for part in turn.parts]
+        turns.append(DecodedTurn(turn.role, [part for part in parts if part is not None], turn.bits))
+    _filter_text(turns, filters, document.layout)
     meta = {"layout": document.layout, "field": document.field, "sizes": sizes}
-    return Decoded(document.key, parts, meta, left_out)
+    return Decoded(document.key, turns, meta, left_out)

@@ -15,6 +15,7 @@ from typing import Any
 
 from data_pipeline.config import ReadConfig
 from data_pipeline.readers import RawSample
+from megadual.streams import ImageUse, Role, TurnBit
 
 
 class Unusable(Exception):
@@ -26,25 +27,44 @@ class LeftOut(Exception):
 
 
 @dataclass
+class RawImage:
+    """An encoded image and what it is for."""
+
+    data: bytes
+    use: ImageUse = ImageUse.EITHER
+
+
+@dataclass
+class RawTurn:
+    """What one speaker says: texts and images in order, no two texts side by side."""
+
+    role: Role
+    parts: list[str | RawImage]
+    bits: TurnBit = TurnBit.LOSS
+
+
+@dataclass
 class RawDocument:
-    """Texts (str) and encoded images (bytes) in order; a pair is its image, then its caption."""
+    """Turns in order. A pair is its image and then its captions, each a turn, the image in the first."""
 
     key: str
     layout: str
     field: str  # where its text stood
-    parts: list[str | bytes]
+    turns: list[RawTurn]
 
     @property
     def images(self) -> int:
-        return sum(isinstance(part, bytes) for part in self.parts)
+        return sum(isinstance(part, RawImage) for turn in self.turns for part in turn.parts)
 
     def digest(self) -> bytes:
-        """Equal for documents of the same parts."""
+        """Equal for documents of the same turns."""
         state = hashlib.blake2b(digest_size=16)
-        for part in self.parts:
-            data = part if isinstance(part, bytes) else part.encode()
-            state.update(f"{type(part).__name__} {len(data)} ".encode())
-            state.update(data)
+        for turn in self.turns:
+            state.update(f"turn {turn.role} {turn.bits} ".encode())
+            for part in turn.parts:
+                data = part.data if isinstance(part, RawImage) else part.encode()
+                state.update(f"{part.use if isinstance(part, RawImage) else 'text'} {len(data)} ".encode())
+                state.update(data)
         return state.digest()
 
 
@@ -54,17 +74,20 @@ def to_document(sample: RawSample, read: ReadConfig) -> RawDocument:
         raise Unusable(sample.damage)
     lists = _interleaved_lists(sample.members)
     if lists is not None:
-        return RawDocument(sample.key, "interleaved", "texts", _interleave(*lists, sample.members))
+        parts = _interleave(*lists, sample.members)
+        return RawDocument(sample.key, "interleaved", "texts", [RawTurn(Role.DOCUMENT, parts)])
     present = [name for name in read.images if name in sample.members]
     image = next((name for name in present if sample.members[name] is not None), present[0] if present else None)
     if image is None and read.text in sample.members:
-        return RawDocument(sample.key, "text", read.text, [_text(sample.members[read.text], "text")])
+        text = _text(sample.members[read.text], "text")
+        return RawDocument(sample.key, "text", read.text, [RawTurn(Role.DOCUMENT, [text])])
     if image is not None and sample.members[image] is None and sample.members.get("status", "success") != "success":
         raise LeftOut("not_downloaded")  # img2dataset keeps a row for what it could not fetch
     field, caption = _caption(sample.members, read.captions)
     if image is None:
         raise Unusable("no image: the sample has none of " + ", ".join(read.images))
-    return RawDocument(sample.key, "pair", field, [_image(sample.members[image]), caption.strip()])
+    parts = [_image(sample.members[image]), caption.strip()]
+    return RawDocument(sample.key, "pair", field, [RawTurn(Role.CAPTION, parts)])
 
 
 def _interleaved_lists(members: dict[str, Any]) -> tuple[list, list] | None:
@@ -80,7 +103,7 @@ def _interleaved_lists(members: dict[str, Any]) -> tuple[list, list] | None:
     return (texts, images) if isinstance(texts, list) and isinstance(images, list) else None
 
 
-def _interleave(texts: list, images: list, members: dict[str, Any]) -> list[str | bytes]:
+def _interleave(texts: list, images: list, members: dict[str, Any]) -> list[str | RawImage]:
     if len(texts) != len(images):
         raise Unusable(f"{len(texts)} texts beside {len(images)} images; both lists must have one length")
     parts = []
@@ -124,11 +147,11 @@ def _text(value: Any, what: str, blank: bool = False) -> str:
     return value
 
 
-def _image(value: Any) -> bytes:
+def _image(value: Any) -> RawImage:
     """The encoded image; datasets' parquet files keep it as a struct of bytes and path."""
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
         raise Unusable(f"the image is {type(data).__name__}, not bytes")
     if not data:
         raise Unusable("the image has 0 bytes")
-    return data
+    return RawImage(data)

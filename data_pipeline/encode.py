@@ -16,7 +16,7 @@ from data_pipeline.images import Codes, ImageEncoder
 from data_pipeline.readers import InputShard, read_samples
 from data_pipeline.store import open_store
 from data_pipeline.writer import ShardWriter
-from megadual.streams import Document, SpecialIds
+from megadual.streams import Document, Marks
 from megadual.text import load_text_tokenizer
 
 SAMPLES_PER_IMAGE = 4  # a batch holds at most this many times batch_size samples, whatever few images they have
@@ -54,7 +54,7 @@ class Encoder:
         self.store = open_store(config.output)
         self.images = ImageEncoder(config.dualtoken, bool(config.workers.gpus), config.encode.batch_size)
         self.tokenizer = load_text_tokenizer(config.text_tokenizer)
-        self.special = SpecialIds.of(self.tokenizer)
+        self.marks = Marks.of(self.tokenizer)
         self.threads = ThreadPoolExecutor(config.workers.decode_threads, thread_name_prefix="decode")
 
     def encode_shard(self, shard: InputShard) -> Iterator[Progress]:
@@ -63,7 +63,7 @@ class Encoder:
         A batch is written while the device computes the one behind it.
         """
         with ShardWriter(
-            self.store, shard, self.identity, self.images.config.streams, self.config.encode.shard_bytes
+            self.store, shard, self.identity, self.images.config.streams, self.marks, self.config.encode.shard_bytes
         ) as writer:
             ahead = None
             for batch, position in self.batches(shard):
@@ -136,12 +136,14 @@ class Encoder:
             decoded = decode(document, self.config.filters, self.config.encode)
         except (Unusable, LeftOut) as reason:
             return reason
-        decoded.parts = [part if isinstance(part, str) else self.images.preprocess(part) for part in decoded.parts]
+        for part in decoded.images:
+            part.image = self.images.preprocess(part.image)
         return decoded
 
     def encode(self, batch: list[Decoded]) -> Encoding:
         """Start encoding the batch's images, and tokenize its texts."""
-        images, size = [image for decoded in batch for image in decoded.images], self.config.encode.batch_size
+        images = [part.image for decoded in batch for part in decoded.images]
+        size = self.config.encode.batch_size
         codes = [self.images.launch(images[start : start + size]) for start in range(0, len(images), size)]
         texts = [text for decoded in batch for text in decoded.texts]
         # A text that spells a special token is still only text.
@@ -156,21 +158,25 @@ class Encoder:
 
     def _document(self, decoded: Decoded, codes: Iterator, ids: Iterator, shard: InputShard) -> Document:
         """Takes as many of the batch's codes and text ids as the document has parts."""
-        text_ids = [
-            token for part in decoded.parts for token in (next(ids) if isinstance(part, str) else [self.special.image])
-        ]
+        text_ids, turns = [], []
+        for turn in decoded.turns:
+            for part in turn.parts:
+                text_ids += next(ids) if isinstance(part, str) else [self.marks.image]
+            turns.append((len(text_ids), turn.role, turn.bits))
         images = [next(codes) for _ in decoded.images]
         streams = self.images.config.streams
         return Document(
             key=decoded.key,
             text_ids=np.array(text_ids, dtype=np.uint32),
+            turns=np.array(turns, dtype=np.uint32),
+            image_use=np.array([part.use for part in decoded.images], dtype=np.uint8),
             codes={
                 name: np.concatenate([np.zeros((0, stream.depth), np.uint16), *(image[name] for image in images)])
                 for name, stream in streams.items()
             },
             grids=np.array([self.images.config.grid] * len(images), dtype=np.uint16).reshape(-1, 2),
             meta={"source": shard.url, **decoded.meta},
-        ).check(self.special)
+        ).check(self.marks)
 
     def _progress(self, writer: ShardWriter, position: int) -> Progress:
         counts = writer.counts

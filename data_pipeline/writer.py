@@ -9,12 +9,10 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable
 
-import numpy as np
-
 from data_pipeline.readers import InputShard
 from data_pipeline.store import MARKER, Store
-from megadual.data.mds import document_writer
-from megadual.streams import LENGTHS, Document
+from megadual.data.mds import NotedLengths, document_writer
+from megadual.streams import Document, Marks
 
 QUARANTINE = "bad.jsonl"
 
@@ -29,14 +27,16 @@ class ShardWriter:
     As a context manager it removes what was not committed.
     """
 
-    def __init__(self, store: Store, shard: InputShard, identity: dict, streams: Iterable[str], size_limit: int):
+    def __init__(
+        self, store: Store, shard: InputShard, identity: dict, streams: Iterable[str], marks: Marks, size_limit: int
+    ):
         self.store, self.shard, self.identity = store, shard, identity
         # Unique, since a worker whose driver was killed may still be writing the same shard.
         self.folder = store.new_folder(f"{shard.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}")
         self.mds = document_writer(self.folder, streams, size_limit)
         self.bad = open(self.folder / QUARANTINE, "w", encoding="utf-8")
         self.counts = Counter(samples=0, documents=0, images=0, positions=0, text_ids=0, quarantined=0)
-        self.lengths: list[tuple[int, int, int]] = []
+        self.lengths = NotedLengths(marks)
         self.left_out: Counter = Counter()
         self.left_out_images: Counter = Counter()  # of documents that were written without them
 
@@ -51,7 +51,7 @@ class ShardWriter:
         self.mds.write(document.row())
         self.left_out_images.update(left_out_images)
         text_ids, images, positions = len(document.text_ids), len(document.grids), document.positions
-        self.lengths.append((text_ids, images, positions))
+        self.lengths.add(document)
         self.counts.update(samples=1, documents=1, images=images, positions=positions, text_ids=text_ids)
 
     def quarantine(self, key: str, reason: str) -> None:
@@ -70,8 +70,10 @@ class ShardWriter:
             {"file": file["raw_data"]["basename"], "sha256": file["raw_data"]["hashes"]["sha256"]}
             for file in self.mds.shards
         ]
-        np.save(self.folder / LENGTHS, np.array(self.lengths, dtype=np.int32).reshape(-1, 3))
-        files.append({"file": LENGTHS, "sha256": hashlib.sha256((self.folder / LENGTHS).read_bytes()).hexdigest()})
+        files += [
+            {"file": name, "sha256": hashlib.sha256((self.folder / name).read_bytes()).hexdigest()}
+            for name in self.lengths.save(self.folder)
+        ]
         marker = {
             "folder": self.shard.name,
             "source": self.shard.url,

@@ -1,16 +1,21 @@
-"""The contract between the pipeline and the model: tokens, shard columns, how a document becomes positions.
+"""The contract between the pipeline and the model: tokens, shard columns, and what a document is.
 
-Shape suffixes: T text ids of a document, N image positions of a document, I images, S positions of a
-sequence, D code depth of a stream.
+A document says who speaks and what each image is for. Which turns have a loss, and in which direction a pair is read, is
+chosen when it is read (megadual/data/layout.py).
+
+Shape suffixes: T text ids of a document, N image positions of a document, I images, D code depth of a stream.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 import numpy as np
 
 TEXT = "text"  # the loss beside the streams'
+
+Count = int | np.ndarray  # of one document, or of many
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,47 @@ class Stream:
 
 IMAGE = "<image>"  # stands for one image in a document's text, and for one image position in a sequence
 END_OF_TEXT = "<|endoftext|>"
-SPECIAL_TOKENS = (END_OF_TEXT, IMAGE, "<image_start>", "<image_end>", "<image_gen_start>", "<image_gen_end>")
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # Qwen's marks around what somebody says
+SPECIAL_TOKENS = (
+    END_OF_TEXT, IMAGE, "<image_start>", "<image_end>", "<image_gen_start>", "<image_gen_end>", IM_START, IM_END,
+)  # fmt: skip
+
+
+class Role(IntEnum):
+    """Who says a turn. Text without a speaker is a document's or a caption's: it stands without marks around it."""
+
+    DOCUMENT = 0
+    SYSTEM = 1
+    USER = 2
+    ASSISTANT = 3
+    TOOL = 4
+    CAPTION = 5  # of the one image of a pair, which is read in either direction
+
+
+SPEAKERS = (Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL)
+
+
+class TurnBit(IntFlag):
+    LOSS = 1  # the model is to say it
+    DROPPABLE = 2  # its text may be left out, for classifier-free guidance
+
+
+class ImageUse(IntFlag):
+    LOOKED_AT = 1
+    DRAWN = 2
+    EITHER = 3  # as the reader likes
+    DROPPABLE = 4  # may be left out, for classifier-free guidance
+
 
 # One MDS row is one document; the encodings are mosaicml-streaming's names. Beside these columns each stream has one.
-COLUMNS = {"key": "str", "text_ids": "ndarray:uint32", "grids": "ndarray:uint16", "meta": "json"}
+COLUMNS = {
+    "key": "str",
+    "text_ids": "ndarray:uint32",
+    "turns": "ndarray:uint32",
+    "grids": "ndarray:uint16",
+    "image_use": "ndarray:uint8",
+    "meta": "json",
+}
 CODES = "ndarray:uint16"
 
 
@@ -59,15 +101,13 @@ def check_stream_names(names: Iterable[str]) -> None:
 
 def mds_columns(streams: Iterable[str]) -> dict[str, str]:
     """The columns of a shard set with these streams: name -> encoding."""
-    key, text_ids, *rest = COLUMNS.items()
-    return dict([key, text_ids, *((name, CODES) for name in streams), *rest])
+    key, text_ids, turns, *rest = COLUMNS.items()
+    return dict([key, text_ids, turns, *((name, CODES) for name in streams), *rest])
 
 
-# Beside a folder's MDS files: (documents, 3) int32, each document's text ids, images and image positions, so that rows
-# are packed without reading the documents.
-LENGTHS = "lengths.npy"
-
-IGNORE = -100  # text target of a position whose next position is not text
+# Beside a folder's MDS files, so that rows are packed without reading the documents: (documents, 7) int32, each
+# document's `Lengths`, and the text ids of every caption of the pairs that have several, in order.
+LENGTHS, CAPTIONS = "lengths.npy", "captions.npy"
 
 
 @dataclass(frozen=True)
@@ -80,6 +120,8 @@ class SpecialIds:
     image_end: int
     image_gen_start: int
     image_gen_end: int
+    im_start: int
+    im_end: int
 
     @classmethod
     def of(cls, tokenizer) -> "SpecialIds":
@@ -93,12 +135,53 @@ class SpecialIds:
         return cls(*ids)
 
 
+@dataclass(frozen=True)
+class Marks(SpecialIds):
+    """The special ids, and what stands around what somebody says: `<|im_start|>user\\n` ... `<|im_end|>\\n`."""
+
+    headers: Mapping[Role, np.ndarray]  # of each of SPEAKERS, the ids before what it says
+    newline: np.ndarray  # the ids behind <|im_end|>
+
+    @classmethod
+    def of(cls, tokenizer) -> "Marks":
+        special = SpecialIds.of(tokenizer)
+        texts = ["\n", *(f"{role.name.lower()}\n" for role in SPEAKERS)]
+        newline, *names = (np.array(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids)
+        headers = {role: np.append(special.im_start, name) for role, name in zip(SPEAKERS, names, strict=True)}
+        return cls(**vars(special), headers=headers, newline=newline)
+
+    def around(self, role: Role) -> int:
+        """Positions that the marks around a turn take."""
+        return len(self.headers[role]) + 1 + len(self.newline) if role in self.headers else 0
+
+
+class Lengths(NamedTuple):
+    """What decides how many positions a document takes; of many documents, arrays."""
+
+    text_tokens: Count  # T, of a pair with several captions that of its longest
+    images: Count
+    positions: Count  # N
+    marks: Count  # around its turns
+    droppable_text: Count  # text ids
+    droppable_image: Count  # positions, with the two tokens around each image
+    captions: Count  # of a pair; else 0
+
+    def sequence_length(self) -> Count:
+        """Positions of the sequence, nothing left out."""
+        return self.text_tokens + self.images + self.positions + self.marks + 1
+
+
 @dataclass
 class Document:
     """Text with images in it, the images as codes: one row of a shard set.
 
     text_ids (T,) uint32, each image one `<image>` id; codes: stream -> (N, D) uint16, all images in order,
     row-major; grids (I, 2) uint16, rows and columns of each image, N = sum of rows x columns.
+    turns (K, 3) uint32, what each of K speakers says: its end in text_ids, its Role, its TurnBits; image_use (I,) uint8,
+    each image's ImageUse. By default all text is one document that the model is to write, its images drawn or looked at.
+
+    A pair is an image and its caption, or several captions to choose from: text_ids is `<image>` and the captions, each
+    of which is a turn.
     """
 
     key: str
@@ -106,6 +189,14 @@ class Document:
     codes: dict[str, np.ndarray]
     grids: np.ndarray
     meta: dict = field(default_factory=dict)
+    turns: np.ndarray = None  # type: ignore[assignment]
+    image_use: np.ndarray = None  # type: ignore[assignment]
+
+    def __post_init__(self):
+        if self.turns is None:
+            self.turns = np.array([[len(self.text_ids), Role.DOCUMENT, TurnBit.LOSS]], dtype=np.uint32)
+        if self.image_use is None:
+            self.image_use = np.full(len(self.grids), ImageUse.EITHER, dtype=np.uint8)
 
     @property
     def positions(self) -> int:
@@ -119,8 +210,38 @@ class Document:
 
     @property
     def is_pair(self) -> bool:
-        """One image and its caption: may be read in either direction."""
-        return len(self.grids) == 1
+        """An image and its captions: read in either direction."""
+        return self.turns.item(0, 1) == Role.CAPTION
+
+    def captions(self) -> list[np.ndarray]:
+        """A pair's captions, as text ids."""
+        ends = self.turns[:, 0].tolist()
+        return [self.text_ids[begin:end] for begin, end in zip([1, *ends], ends, strict=False)]
+
+    def lengths(self, marks: Marks) -> Lengths:
+        """What its sequence's length is made of."""
+        turns, begins = self.turns.tolist(), [0, *self.turns[:, 0].tolist()]
+        is_image = self.text_ids == marks.image
+        droppable_text = sum(
+            end - begin - np.count_nonzero(is_image[begin:end])
+            for begin, (end, _, bits) in zip(begins, turns, strict=False)
+            if bits & TurnBit.DROPPABLE
+        )
+        droppable_image = sum(
+            rows * columns + 2
+            for (rows, columns), use in zip(self.grids.tolist(), self.image_use.tolist(), strict=True)
+            if use & ImageUse.DROPPABLE
+        )
+        captions = [len(caption) for caption in self.captions()] if self.is_pair else []
+        return Lengths(
+            1 + max(captions) if captions else len(self.text_ids),
+            len(self.grids),
+            self.positions,
+            sum(marks.around(Role(role)) for _, role, _ in turns),
+            droppable_text,
+            droppable_image,
+            len(captions),
+        )
 
     def check(self, special: SpecialIds) -> "Document":
         """Raise ValueError, naming the document, where its columns do not fit together."""
@@ -133,6 +254,15 @@ class Document:
                     f"document '{self.key}': {stream} codes of shape {codes_ND.shape}, "
                     f"the grids say {positions} positions"
                 )
+        if len(self.image_use) != images:
+            raise ValueError(f"document '{self.key}': uses of {len(self.image_use)} images, there are {images}")
+        ends, roles = self.turns[:, 0].tolist(), self.turns[:, 1].tolist()
+        if ends[-1] != len(self.text_ids) or (len(ends) > 1 and ends != sorted(ends)):
+            raise ValueError(f"document '{self.key}': turns end at {ends}, the text has {len(self.text_ids)} ids")
+        if max(roles) > max(Role):
+            raise ValueError(f"document '{self.key}': a turn of the unknown role {max(roles)}")
+        if Role.CAPTION in roles and (images != 1 or self.text_ids[0] != special.image or min(roles) != Role.CAPTION):
+            raise ValueError(f"document '{self.key}': a pair is one image, then nothing but its captions")
         return self
 
     def row(self) -> dict:
@@ -140,134 +270,18 @@ class Document:
 
         MDS holds no empty array, so a document without images has one grid of 0 x 0 and one row of codes there.
         """
-        codes, grids = self.codes, self.grids
+        codes, grids, image_use = self.codes, self.grids, self.image_use
         if not len(grids):
-            grids = np.zeros((1, 2), dtype=np.uint16)
+            grids, image_use = np.zeros((1, 2), dtype=np.uint16), np.zeros(1, dtype=np.uint8)
             codes = {stream: np.zeros((1, codes_ND.shape[1]), dtype=np.uint16) for stream, codes_ND in codes.items()}
-        return {"key": self.key, "text_ids": self.text_ids, **codes, "grids": grids, "meta": self.meta}
+        text = {"key": self.key, "text_ids": self.text_ids, "turns": self.turns}
+        return {**text, **codes, "grids": grids, "image_use": image_use, "meta": self.meta}
 
     @classmethod
     def from_row(cls, row: dict) -> "Document":
         """The document that `row()` stored, with those of its streams that `row` still holds."""
-        key, text_ids, grids, meta = (row.pop(name) for name in COLUMNS)
+        key, text_ids, turns, grids, image_use, meta = (row.pop(name) for name in COLUMNS)
         if grids.item(0):
-            return cls(key, text_ids, row, grids, meta)
-        return cls(key, text_ids, {stream: codes_ND[:0] for stream, codes_ND in row.items()}, grids[:0], meta)
-
-
-@dataclass
-class Sequence:
-    """One document laid out as positions, or several, end to end.
-
-    tokens (S,) int64, `<image>` at image positions; codes: stream -> (S, D) int64, zero at text positions;
-    text_targets (S,) int64, the next token where it is text, else IGNORE; draw (S,) bool, true where the
-    next position is an image position to be drawn (its codes are then those of the next position).
-    """
-
-    tokens: np.ndarray
-    codes: dict[str, np.ndarray]
-    text_targets: np.ndarray
-    draw: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @classmethod
-    def padding(cls, length: int, depths: Mapping[str, int], special: SpecialIds) -> "Sequence":
-        """Positions that hold no document: end-of-text tokens without targets. `depths`: stream -> D."""
-        return cls(
-            tokens=np.full(length, special.end_of_text, dtype=np.int64),
-            codes={stream: np.zeros((length, depth), dtype=np.int64) for stream, depth in depths.items()},
-            text_targets=np.full(length, IGNORE, dtype=np.int64),
-            draw=np.zeros(length, dtype=bool),
-        )
-
-    @classmethod
-    def joined(cls, sequences: "list[Sequence]") -> "Sequence":
-        """Sequences of the same streams, laid end to end."""
-        return cls(
-            tokens=np.concatenate([sequence.tokens for sequence in sequences]),
-            codes={
-                stream: np.concatenate([sequence.codes[stream] for sequence in sequences])
-                for stream in sequences[0].codes
-            },
-            text_targets=np.concatenate([sequence.text_targets for sequence in sequences]),
-            draw=np.concatenate([sequence.draw for sequence in sequences]),
-        )
-
-
-Directions = list[bool] | tuple[bool, ...]  # of each image of a document, whether it is to be drawn
-
-
-def arrange_text(
-    text_ids: np.ndarray, draw_images: Directions, image: int, pair: bool, drop_caption: bool
-) -> np.ndarray:
-    """The order of a document's text when it is read: a pair is image-first to describe, image-last to draw."""
-    if not pair:
-        return text_ids
-    caption = text_ids[text_ids != image]
-    placeholder = np.array([image], dtype=text_ids.dtype)
-    if not draw_images[0]:
-        return np.concatenate([placeholder, caption])
-    return placeholder if drop_caption else np.concatenate([caption, placeholder])
-
-
-Count = TypeVar("Count", int, np.ndarray)
-
-
-def sequence_length(text_tokens: Count, images: Count, positions: Count, dropped_caption: bool = False) -> Count:
-    """Positions that a document takes, or each of many, without building it; `text_tokens` counts its T text ids."""
-    text = 0 if dropped_caption else text_tokens - images
-    return text + 2 * images + positions + 1
-
-
-def to_sequence(doc: Document, special: SpecialIds, draw_images: Directions, drop_caption: bool = False) -> Sequence:
-    """One document as a sequence of its own; the arguments are those of `lay_out`."""
-    dropped = drop_caption and doc.is_pair and draw_images[0]
-    length = sequence_length(len(doc.text_ids), len(doc.grids), doc.positions, dropped)
-    sequence = Sequence.padding(length, doc.depths, special)
-    lay_out(doc, special, draw_images, drop_caption, sequence, 0)
-    return sequence
-
-
-def lay_out(
-    doc: Document, special: SpecialIds, draw_images: Directions, drop_caption: bool, on: Sequence, begin: int
-) -> int:
-    """Lay a document out as positions on the padding of `on`, from position `begin`; returns where they end.
-
-    draw_images says for each image whether it is to be drawn (between the gen tokens, with visual targets)
-    or only looked at. A pair is re-ordered by its direction; other documents keep their order.
-    `drop_caption` leaves out the caption of a pair that is drawn (for classifier-free guidance).
-    Every document ends in `<|endoftext|>`. Of its codes those of the streams that `on` has are taken.
-    """
-    if len(draw_images) != len(doc.grids):
-        raise ValueError(f"document '{doc.key}': {len(draw_images)} directions for {len(doc.grids)} images")
-    for stream, on_SD in on.codes.items():
-        if doc.codes[stream].shape[1] != on_SD.shape[1]:
-            raise ValueError(
-                f"document '{doc.key}' has {doc.codes[stream].shape[1]} {stream} codes a position, not {on_SD.shape[1]}"
-            )
-    drop_caption = drop_caption and doc.is_pair and draw_images[0]
-    text = arrange_text(doc.text_ids, draw_images, special.image, doc.is_pair, drop_caption)
-    at, read, codes = begin, 0, 0  # positions laid out, text and codes used
-    before_image = []  # where positions stand whose next one is an image position
-    places = (text == special.image).nonzero()[0].tolist()
-    for place, (rows, columns), drawn in zip(places, doc.grids.tolist(), draw_images, strict=True):
-        start, size = at + place - read, rows * columns
-        end = start + 1 + size
-        on.tokens[at:start] = text[read:place]
-        on.tokens[start] = special.image_gen_start if drawn else special.image_start
-        on.tokens[start + 1 : end] = special.image
-        on.tokens[end] = special.image_gen_end if drawn else special.image_end
-        for stream, on_SD in on.codes.items():
-            on_SD[start + 1 : end] = doc.codes[stream][codes : codes + size]
-        on.draw[start : end - 1] = drawn
-        before_image.append(slice(start, end - 1))
-        at, read, codes = end + 1, place + 1, codes + size
-    last = at + len(text) - read
-    on.tokens[at:last] = text[read:]
-    on.tokens[last] = special.end_of_text
-    on.text_targets[begin:last] = on.tokens[begin + 1 : last + 1]
-    for positions in before_image:
-        on.text_targets[positions] = IGNORE
-    return last + 1
+            return cls(key, text_ids, row, grids, meta, turns, image_use)
+        none = {stream: codes_ND[:0] for stream, codes_ND in row.items()}
+        return cls(key, text_ids, none, grids[:0], meta, turns, image_use[:0])

@@ -11,23 +11,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from megadual.errors import UserError
-from megadual.streams import CODES, COLUMNS, LENGTHS, Document, mds_columns
+from megadual.streams import CAPTIONS, CODES, COLUMNS, LENGTHS, Document, Lengths, mds_columns
 
 _AGAIN = "make the set again with data_pipeline/tokenize.py"
-
-
-class Lengths(NamedTuple):
-    """What `streams.sequence_length` needs, for every document of a set: int32 arrays of one length."""
-
-    text_tokens: np.ndarray
-    images: np.ndarray
-    positions: np.ndarray
 
 
 # An array's first byte (number of axes << 2 | log2 of the bytes of each, the fewest that do) -> its shape after that.
@@ -141,6 +133,19 @@ class _Shard:
             raise UserError(f"shard '{self.path}' is damaged at its document {i}: {error}") from error
 
 
+def _load_numbers(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+    if not file.is_file():
+        raise UserError(f"'{file}' does not exist: {_AGAIN}")
+    try:
+        numbers = np.load(file)
+    except ValueError as error:
+        raise UserError(f"'{file}' is damaged ({error}): {_AGAIN}") from error
+    if numbers.shape != shape:
+        found, expected = (" x ".join(map(str, each)) for each in (numbers.shape, shape))
+        raise UserError(f"'{file}' holds {found} numbers where its documents need {expected}: {_AGAIN}")
+    return numbers
+
+
 class ShardSet:
     """A shard set made by data_pipeline/tokenize.py: `set[i]` is document i, in the order of index.json.
 
@@ -163,25 +168,20 @@ class ShardSet:
                 f"shard set '{root}': index.json lists {self._ends[-1]} documents, "
                 f"manifest.json {self.manifest['documents']}; finish it with data_pipeline/tokenize.py"
             )
-        self.lengths = self._read_lengths()
+        self.lengths, self.captions = self._read_lengths()
 
-    def _read_lengths(self) -> Lengths:
-        """As the pipeline noted them beside each folder's documents."""
-        parts = []
+    def _read_lengths(self) -> tuple[Lengths, np.ndarray]:
+        """As the pipeline noted them beside each folder's documents: those of the documents, int32 arrays, and the text
+        ids of every caption of the pairs that have several, in order.
+        """
+        parts, captions = [], [np.zeros(0, dtype=np.int32)]
         for folder, shards in itertools.groupby(self.shards, lambda shard: shard.path.parent):
-            file, documents = folder / LENGTHS, sum(map(len, shards))
-            if not file.is_file():
-                raise UserError(f"'{file}' does not exist: {_AGAIN}")
-            try:
-                noted = np.load(file)
-            except ValueError as error:
-                raise UserError(f"'{file}' is damaged ({error}): {_AGAIN}") from error
-            if noted.shape != (documents, len(Lengths._fields)):
-                raise UserError(
-                    f"'{file}' holds {' x '.join(map(str, noted.shape))} numbers for {documents} documents: {_AGAIN}"
-                )
-            parts.append(noted)
-        return Lengths(*np.concatenate(parts).T)
+            documents = sum(map(len, shards))
+            parts.append(_load_numbers(folder / LENGTHS, (documents, len(Lengths._fields))))
+            several = Lengths(*parts[-1].T).captions
+            if count := int(several[several > 1].sum()):
+                captions.append(_load_numbers(folder / CAPTIONS, (count,)))
+        return Lengths(*np.concatenate(parts).T), np.concatenate(captions)
 
     def _read_json(self, name: str) -> dict:
         path = self.root / name

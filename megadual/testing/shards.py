@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megadual.streams import LENGTHS, Document, SpecialIds, Stream
+from megadual.streams import SPEAKERS, Document, Marks, Role, SpecialIds, Stream, TurnBit
 
-SPECIAL = SpecialIds(end_of_text=0, image=1, image_start=2, image_end=3, image_gen_start=4, image_gen_end=5)
+SPECIAL = Marks(
+    end_of_text=0, image=1, image_start=2, image_end=3, image_gen_start=4, image_gen_end=5, im_start=248, im_end=249,
+    newline=np.array([250]), headers={role: np.array([248, 250 + role, 250]) for role in SPEAKERS},
+)  # fmt: skip
 STREAMS = (Stream("semantic", 2, 64, 8), Stream("pixel", 2, 64, 8))
 
 
@@ -19,7 +22,7 @@ def random_documents(
 ) -> list[Document]:  # fmt: skip
     """`count` documents of `images` (least, most) images, each followed by a caption of (least, most) tokens.
 
-    A document without images is one caption.
+    A document without images is one caption; one of one image is a pair.
     """
     random = np.random.default_rng(seed)
     documents = []
@@ -29,11 +32,13 @@ def random_documents(
         for _ in range(number):
             text.append([special.image])
             text.append(random.integers(6, vocabulary, random.integers(caption[0], caption[1] + 1)))
-        positions = number * grid[0] * grid[1]
+        positions, text_ids = number * grid[0] * grid[1], np.concatenate(text).astype(np.uint32)
+        role = Role.CAPTION if number == 1 else Role.DOCUMENT
         documents.append(
             Document(
                 key=f"random-{seed}/{i:06d}",
-                text_ids=np.concatenate(text).astype(np.uint32),
+                text_ids=text_ids,
+                turns=np.array([[len(text_ids), role, TurnBit.LOSS]], dtype=np.uint32),
                 codes={
                     stream.name: random.integers(0, stream.codebook_size, (positions, stream.depth), dtype=np.uint16)
                     for stream in streams
@@ -47,17 +52,18 @@ def random_documents(
 
 def write_shard_set(
     root: str | Path, documents: list[Document], dualtoken: dict | None = None, text_tokenizer: dict | None = None,
-    shard_bytes: int = 1 << 20,
+    shard_bytes: int = 1 << 20, marks: Marks = SPECIAL,
 ) -> Path:  # fmt: skip
     """Write `documents` as the pipeline would, with one folder of shards; returns `root`."""
-    from megadual.data.mds import document_writer  # reading a set needs no mosaicml-streaming
+    from megadual.data.mds import NotedLengths, document_writer  # reading a set needs no mosaicml-streaming
 
     root = Path(root)
+    lengths = NotedLengths(marks)
     with document_writer(root / "part", documents[0].codes, shard_bytes) as writer:
         for document in documents:
             writer.write(document.row())
-    lengths = [(len(document.text_ids), len(document.grids), document.positions) for document in documents]
-    np.save(root / "part" / LENGTHS, np.array(lengths, dtype=np.int32))
+            lengths.add(document)
+    lengths.save(root / "part")
     index = json.loads((root / "part" / "index.json").read_text())
     for shard in index["shards"]:
         shard["raw_data"]["basename"] = f"part/{shard['raw_data']['basename']}"

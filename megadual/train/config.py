@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+from megadual.data.layout import LOSSES
 from megadual.errors import UserError
 from megadual.keys import key
 from megadual.model.config import ModelConfig
@@ -11,18 +12,56 @@ from megadual.run import config as shared
 
 
 @dataclasses.dataclass
-class DataConfig:
-    sets: list[str] = key(about="shard sets made by data_pipeline/tokenize.py")
-    weights: list[float] | None = key(None, "share of each set in the rows; null: by their positions", least=0)
-    draw_probability: float = key(
-        0.5, "share of images that are to be drawn; the others are looked at", least=0, most=1
+class SetConfig:
+    """One shard set and how it is read. A path alone may stand for it."""
+
+    path: str = key(about="shard set made by data_pipeline/tokenize.py")
+    weight: float | None = key(None, "its share of the rows; null for all sets: by their positions", over=0)
+    draw: float = key(0.5, "share drawn of the images that may be drawn or looked at: of pairs, pages", least=0, most=1)
+    loss: str = key(
+        "assistant",
+        "text with a loss: what the `assistant` says, with captions and documents; its `last_turn` alone; `full`: "
+        "all text, marks included; `none`: drawn images alone",
+        choices=LOSSES,
+    )
+    captions: str = key(
+        "one", "of pairs with several captions: one at random each epoch, or all of them", choices=("one", "all")
+    )
+    prompts: list[str] = key(
+        [], "what is asked of a pair that is described, in chat form, one at random; none: its caption alone"
     )
     caption_dropout: float = key(
         0.1, "share of drawn pairs whose caption is left out, for classifier-free guidance", least=0, most=1
     )
-    validation: list[str] = key([], "shard sets that are held out, whose mean losses are logged as val_loss")
+    text_dropout: float = key(0.05, "share of edits whose instruction is left out, likewise", least=0, most=1)
+    image_dropout: float = key(0.05, "share of edits whose source image is left out", least=0, most=1)
+    both_dropout: float = key(0.05, "share of edits whose instruction and source are left out", least=0, most=1)
+
+
+@dataclasses.dataclass
+class DataConfig:
+    sets: list[SetConfig] = key(about="shard sets that are trained on: paths, or a path with settings of its own")
+    validation: list[SetConfig] = key([], "shard sets that are held out, whose mean losses are logged as val_loss")
     validation_every: int | None = key(None, "steps between them; the last step has them too; null: it alone", least=1)
     validation_rows: int = key(256, "packed rows of them, the same ones each time; fewer are read again", least=1)
+
+    def check(self) -> None:
+        """UserError for settings of sets that do not go together."""
+        weighted = [each for each in self.sets if each.weight is not None]
+        if weighted and len(weighted) < len(self.sets):
+            path = next(each.path for each in self.sets if each.weight is None)
+            raise UserError(
+                f"data.sets: '{path}' has no weight, '{weighted[0].path}' has; give all of them one, or none"
+            )
+        for each in self.sets:
+            if (dropped := each.text_dropout + each.image_dropout + each.both_dropout) > 1:
+                raise UserError(
+                    f"data.sets: '{each.path}': text_dropout, image_dropout and both_dropout are shares of the same "
+                    f"documents, together {dropped:g}; at most 1"
+                )
+        trained = {os.path.realpath(each.path) for each in self.sets}
+        if both := [each.path for each in self.validation if os.path.realpath(each.path) in trained]:
+            raise UserError(f"data.validation holds out '{both[0]}', which data.sets trains on")
 
 
 @dataclasses.dataclass
@@ -90,9 +129,7 @@ class PretrainConfig:
             raise UserError(f"train.parts=[] trains nothing; name at least one of: {', '.join(PARTS)}")
         if self.data.validation_every is not None and not self.data.validation:
             raise UserError(f"data.validation_every={self.data.validation_every} needs shard sets in data.validation")
-        trained = set(map(os.path.realpath, self.data.sets))
-        if both := [root for root in self.data.validation if os.path.realpath(root) in trained]:
-            raise UserError(f"data.validation holds out '{both[0]}', which data.sets trains on")
+        self.data.check()
         drawn_every, saved_every = self.run.samples_every, self.checkpoint.every
         if drawn_every is not None and not (self.run.samples and saved_every and drawn_every % saved_every == 0):
             raise UserError(

@@ -1,0 +1,187 @@
+"""How a document becomes positions of a sequence.
+
+Shape suffixes: S positions of a sequence, D code depth of a stream.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from megadual.streams import Document, ImageUse, Marks, Role, SpecialIds, TurnBit
+
+IGNORE = -100  # text target of a position whose next position is not text
+
+
+@dataclass
+class Sequence:
+    """One document laid out as positions, or several, end to end.
+
+    tokens (S,) int64, `<image>` at image positions; codes: stream -> (S, D) int64, zero at text positions;
+    text_targets (S,) int64, the next token where it is text, else IGNORE; draw (S,) bool, true where the
+    next position is an image position to be drawn (its codes are then those of the next position).
+    """
+
+    tokens: np.ndarray
+    codes: dict[str, np.ndarray]
+    text_targets: np.ndarray
+    draw: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, part: slice) -> "Sequence":
+        codes = {stream: codes_SD[part] for stream, codes_SD in self.codes.items()}
+        return Sequence(self.tokens[part], codes, self.text_targets[part], self.draw[part])
+
+    @classmethod
+    def padding(cls, length: int, depths: Mapping[str, int], special: SpecialIds) -> "Sequence":
+        """Positions that hold no document: end-of-text tokens without targets. `depths`: stream -> D."""
+        return cls(
+            tokens=np.full(length, special.end_of_text, dtype=np.int64),
+            codes={stream: np.zeros((length, depth), dtype=np.int64) for stream, depth in depths.items()},
+            text_targets=np.full(length, IGNORE, dtype=np.int64),
+            draw=np.zeros(length, dtype=bool),
+        )
+
+    @classmethod
+    def joined(cls, sequences: "list[Sequence]") -> "Sequence":
+        """Sequences of the same streams, laid end to end."""
+        return cls(
+            tokens=np.concatenate([sequence.tokens for sequence in sequences]),
+            codes={
+                stream: np.concatenate([sequence.codes[stream] for sequence in sequences])
+                for stream in sequences[0].codes
+            },
+            text_targets=np.concatenate([sequence.text_targets for sequence in sequences]),
+            draw=np.concatenate([sequence.draw for sequence in sequences]),
+        )
+
+
+LOSSES = ("assistant", "last_turn", "full", "none")
+
+
+class Reading(NamedTuple):
+    """How a document is read: everything about it that is left to chance or to the set's settings."""
+
+    draw: tuple[bool, ...]  # of each image, whether it is drawn where its use leaves that open
+    drop_text: bool = False  # leave out what may be; of a pair, its caption where the image is drawn
+    drop_image: bool = False
+    caption: int = 0  # which one of a pair that has several
+    prompt: np.ndarray | None = None  # what a pair that is looked at is asked, as text ids; None: no chat around it
+    loss: str = "assistant"  # turns with TurnBit.LOSS; or only the `last_turn` of them, or `full`: all text; or none
+
+
+class _Piece(NamedTuple):
+    """Text in the order in which it is read, `<image>` for an image."""
+
+    ids: np.ndarray
+    text_loss: bool
+    draw_loss: bool
+
+
+def _pieces(doc: Document, marks: Marks, reading: Reading) -> list[_Piece]:
+    """The document in pieces that have a loss or not, up to its end-of-text token."""
+    full, text = reading.loss == "full", reading.loss != "none"
+    if doc.is_pair:
+        return _pair_pieces(doc, marks, reading, full, text)
+    turns = doc.turns.tolist()
+    last = max((k for k, (_, _, bits) in enumerate(turns) if bits & TurnBit.LOSS), default=-1)
+    pieces, begin, newline = [], 0, False
+    for k, (end, role, bits) in enumerate(turns):
+        said, header = doc.text_ids[begin:end], marks.headers.get(role)
+        if reading.drop_text and bits & TurnBit.DROPPABLE:
+            said = said[said == marks.image]
+        learned = bits & TurnBit.LOSS and (k == last or reading.loss != "last_turn")
+        if header is not None:
+            pieces.append(_Piece(np.concatenate([marks.newline, header]) if newline else header, full, False))
+            said = np.append(said, marks.im_end)
+        elif newline:
+            pieces.append(_Piece(marks.newline, full, False))
+        pieces.append(_Piece(said, full or bool(learned and text), bool(learned)))
+        begin, newline = end, header is not None
+    end = np.append(marks.newline, marks.end_of_text) if newline else np.array([marks.end_of_text])
+    return [*pieces, _Piece(end, full or (not newline and pieces[-1].text_loss), False)]
+
+
+def _pair_pieces(doc: Document, marks: Marks, reading: Reading, full: bool, text: bool) -> list[_Piece]:
+    """Image-first to describe, image-last to draw; asked for in chat form where there is a prompt."""
+    image, end = doc.text_ids[:1], [marks.end_of_text]
+    caption = doc.captions()[reading.caption] if len(doc.turns) > 1 else doc.text_ids[1:]
+    if _drawn(doc.image_use.item(0), reading.draw[0]):
+        parts = (image, end) if reading.drop_text else (caption, image, end)
+        return [_Piece(np.concatenate(parts), text, True)]
+    if reading.prompt is None:
+        return [_Piece(np.concatenate([image, caption, end]), text, True)]
+    user, assistant = marks.headers[Role.USER], marks.headers[Role.ASSISTANT]
+    asked = np.concatenate([user, image, reading.prompt, [marks.im_end], marks.newline, assistant])
+    return [
+        _Piece(asked, full, False),
+        _Piece(np.append(caption, marks.im_end), text, True),
+        _Piece(np.concatenate([marks.newline, end]), full, False),
+    ]
+
+
+def _drawn(use: int, draw: bool) -> bool:
+    return bool(draw if use & ImageUse.EITHER == ImageUse.EITHER else use & ImageUse.DRAWN)
+
+
+def to_sequence(doc: Document, marks: Marks, reading: Reading) -> Sequence:
+    """One document as a sequence of its own; see `lay_out`."""
+    sequence = Sequence.padding(doc.lengths(marks).sequence_length() + _prompted(marks, reading), doc.depths, marks)
+    end = lay_out(doc, marks, reading, sequence, 0)
+    return sequence[:end]
+
+
+def _prompted(marks: Marks, reading: Reading) -> int:
+    """Positions that a prompt adds to a pair."""
+    if reading.prompt is None:
+        return 0
+    return len(reading.prompt) + marks.around(Role.USER) + marks.around(Role.ASSISTANT)
+
+
+def lay_out(doc: Document, marks: Marks, reading: Reading, on: Sequence, begin: int) -> int:
+    """Lay a document out as positions on the padding of `on`, from position `begin`; returns where they end.
+
+    What somebody says stands between the marks of the chat template. An image that is drawn stands between the gen
+    tokens, and has visual targets where its turn has a loss; one that is looked at between the others. A pair is
+    re-ordered by its direction; other documents keep their order. Every document ends in `<|endoftext|>`, which has a
+    loss where no speaker's turn is the last. Of its codes those of the streams that `on` has are taken.
+    """
+    if len(reading.draw) != len(doc.grids):
+        raise ValueError(f"document '{doc.key}': {len(reading.draw)} directions for {len(doc.grids)} images")
+    for stream, on_SD in on.codes.items():
+        if doc.codes[stream].shape[1] != on_SD.shape[1]:
+            raise ValueError(
+                f"document '{doc.key}' has {doc.codes[stream].shape[1]} {stream} codes a position, not {on_SD.shape[1]}"
+            )
+    images = zip(doc.grids.tolist(), doc.image_use.tolist(), reading.draw, strict=True)
+    at, codes = begin, 0  # positions laid out, codes used
+    no_text = []  # positions whose next one is an image position or has no loss
+    for text, text_loss, draw_loss in _pieces(doc, marks, reading):
+        piece, read = at, 0
+        for place in (text == marks.image).nonzero()[0].tolist():
+            (rows, columns), use, draw = next(images)
+            start, size = at + place - read, rows * columns
+            on.tokens[at:start] = text[read:place]
+            at, read, codes = start, place + 1, codes + size
+            if reading.drop_image and use & ImageUse.DROPPABLE:
+                continue
+            drawn, at = _drawn(use, draw), start + size + 2
+            on.tokens[start] = marks.image_gen_start if drawn else marks.image_start
+            on.tokens[start + 1 : at - 1] = marks.image
+            on.tokens[at - 1] = marks.image_gen_end if drawn else marks.image_end
+            for stream, on_SD in on.codes.items():
+                on_SD[start + 1 : at - 1] = doc.codes[stream][codes - size : codes]
+            on.draw[start : at - 2] = drawn and draw_loss
+            no_text.append(slice(start, at - 2))
+        end = at + len(text) - read
+        on.tokens[at:end] = text[read:]
+        at = end
+        if not text_loss:
+            no_text.append(slice(max(piece - 1, begin), end - 1))
+    on.text_targets[begin : at - 1] = on.tokens[begin + 1 : at]
+    for positions in no_text:
+        on.text_targets[positions] = IGNORE
+    return at
