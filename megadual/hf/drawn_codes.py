@@ -4,22 +4,14 @@ Shape suffixes: N positions of an image, D a stream's code depth, C the depths o
 """
 
 import hashlib
-from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-INFO = "megadual_codes"  # of Image.info, which PIL hands on to every copy, resized and cropped ones too
-
-
-@dataclass(frozen=True)
-class DrawnCodes:
-    """The codes of an image, (N, D) by stream, of the DualToken with a fingerprint; `pixels` is a hash of the image."""
-
-    dualtoken: str
-    codes: dict[str, Tensor]
-    pixels: str
+# Of Image.info, which PIL hands on to every copy, resized and cropped ones too: a dict, since several folders' code may
+# be loaded. Its keys: `dualtoken`, the fingerprint of whose codes they are; `codes`, (N, D) by stream; `pixels`, a hash.
+INFO = "megadual_codes"
 
 
 def _pixels(image: Image.Image) -> str:
@@ -28,7 +20,7 @@ def _pixels(image: Image.Image) -> str:
 
 def keep_codes(image: Image.Image, dualtoken: str, codes: dict[str, Tensor]) -> Image.Image:
     """`image`, with the codes that it was decoded from."""
-    image.info[INFO] = DrawnCodes(dualtoken, codes, _pixels(image))
+    image.info[INFO] = {"dualtoken": dualtoken, "codes": codes, "pixels": _pixels(image)}
     return image
 
 
@@ -36,6 +28,6 @@ def kept_codes(image: Image.Image, dualtoken: str | None, streams: list[str]) ->
     """The codes (N, C) of `streams` that an image was drawn with; None where it has none of this DualToken's, or its
     pixels are no longer those that were drawn."""
     kept = image.info.get(INFO)
-    if not isinstance(kept, DrawnCodes) or kept.dualtoken != dualtoken or not set(streams) <= set(kept.codes):
+    if not kept or kept["dualtoken"] != dualtoken or not set(streams) <= set(kept["codes"]):
         return None
-    return torch.cat([kept.codes[name] for name in streams], dim=-1) if kept.pixels == _pixels(image) else None
+    return torch.cat([kept["codes"][name] for name in streams], dim=-1) if kept["pixels"] == _pixels(image) else None

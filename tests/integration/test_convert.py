@@ -203,6 +203,7 @@ chatted = model.generate(**inputs_of_chat, max_new_tokens=3, do_sample=True, num
 edited = model.edit(image, "two", seed=3)[0]
 history = [*question, {"role": "assistant", "content": ["a", edited]}, {"role": "user", "content": "and"}]
 again = processor.prompt(history)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 trained = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).train()
 trained.gradient_checkpointing_enable()
 loss = trained(**again, labels=again["input_ids"]).loss
@@ -222,7 +223,7 @@ print(json.dumps({
     "shown as codes": list(again["image_codes"].shape),
     "answer": [type(part).__name__ for part in model.interleave(history, max_new_tokens=3, max_images=1)],
     "loss": loss.item(),
-    "template": AutoTokenizer.from_pretrained(folder).chat_template == processor.chat_template,
+    "template": tokenizer.chat_template == processor.chat_template,
     "ends": model.generation_config.eos_token_id,
 }))
 """
