@@ -25,11 +25,11 @@ from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.rollout import Rollout
 from megadual.kernels import few_rows
 from megadual.model.config import PRESETS
-from megadual.streams import SpecialIds
+from megadual.streams import SPECIAL_TOKENS, SpecialIds
 from megadual.vision.presets import preset
 
-VOCABULARY = 151_670
-SPECIAL = SpecialIds(*range(VOCABULARY - 6, VOCABULARY))
+VOCABULARY = 151_672
+SPECIAL = SpecialIds(*range(VOCABULARY - len(SPECIAL_TOKENS), VOCABULARY))
 DUALTOKEN = "siglip2-so400m-256-rvq4"
 CAPTION = list(range(1000, 1024))
 SCALE = 3.0

@@ -12,66 +12,133 @@ from megadual.errors import UserError, command
 from megadual.hf.folder import open_folder
 
 HELP = """\
-describe PATH [TEXT]   a text for an image, going on from TEXT
-draw PROMPT            an image, saved as a PNG; the seed goes up by one with each
-ask "TEXT" [PATH ...]  an answer in text and images; each PATH is an image that stands before TEXT
+a line                 what you say; the answer, in texts and images, goes on from all that was said
+/image PATH [PATH ...] images that stand before the next line
+/draw PROMPT           an image of a caption
+/edit INSTRUCTION      the last image, or the one of /image, changed
+/describe [PATH]       a caption of that image, or of the last one
+/history, /reset       what was said so far; begin anew
 /set NAME VALUE        one of the options below
 /help, /quit           this page; the end (or Ctrl-D)"""
-OPTIONS = {"seed": int, "cfg_scale": float, "temperature": float, "top_k": int, "top_p": float, "max_new_tokens": int}
+# Of each option its type and the least value.
+OPTIONS: dict[str, tuple[type, float]] = {
+    "seed": (int, 0), "cfg_scale": (float, 0), "image_scale": (float, 0), "temperature": (float, 0.01),
+    "top_k": (int, 1), "top_p": (float, 0.01), "text_temperature": (float, 0), "max_new_tokens": (int, 1),
+}  # fmt: skip
+DEFAULTS = dict(
+    seed=0, cfg_scale=3.0, image_scale=1.5, temperature=1.0, top_k=900, top_p=0.96, text_temperature=0.0,
+    max_new_tokens=256,
+)  # fmt: skip
 
 
 class Chat:
-    """One conversation: the model, the options and where images go."""
+    """One conversation: the model, what was said, the options and where images go.
+
+    Images are saved as PNGs that are named by their seed, which goes up by one with each.
+    """
 
     def __init__(self, model, output: Path, options: dict):
-        self.model, self.output, self.options = model, output, options
+        self.model, self.output, self.options = model, output, DEFAULTS | options
+        self.reset("")
 
     def reply(self, line: str) -> str | None:
-        """What a typed line gets; UserError for a mistake in it; None at the end."""
-        word, _, rest = line.strip().partition(" ")
+        """What a typed line gets; ValueError for a mistake in it, which changes nothing; None at the end."""
+        line = line.strip()
+        word, _, rest = line.partition(" ")
         if word in ("/quit", "/exit"):
             return None
-        commands = {"describe": self.describe, "draw": self.draw, "ask": self.ask, "/set": self.set}
-        if word in commands and rest.strip():
-            return commands[word](rest.strip())
-        shown = ", ".join(f"{name} {value}" for name, value in self.options.items())
         if word in ("", "/help"):
+            shown = ", ".join(f"{name} {value}" for name, value in self.options.items())
             return f"{HELP}\noptions: {shown}"
-        raise UserError(f"'{line.strip()}' is not understood; /help shows what is")
+        if not word.startswith("/"):
+            return self.say(line)
+        commands = {
+            "/image": self.attach, "/draw": self.draw, "/edit": self.edit, "/describe": self.describe,
+            "/history": self.history, "/reset": self.reset, "/set": self.set,
+        }  # fmt: skip
+        if word not in commands:
+            raise UserError(f"'{word}' is not understood; /help shows what is")
+        if not rest.strip() and word in ("/image", "/draw", "/edit", "/set"):
+            raise UserError(f"{word} needs more than its name; /help shows what")
+        return commands[word](rest.strip())
 
-    def describe(self, rest: str) -> str:
-        path, *words = split(rest)
-        limit = self.options["max_new_tokens"]
-        (text,) = self.model.describe([read_image(path)], " ".join(words), max_new_tokens=limit)
-        return text.strip()
-
-    def draw(self, prompt: str) -> str:
-        (image,) = self.model.draw(prompt, progress=True, **self._drawing())
-        return self._save(image)
-
-    def ask(self, rest: str) -> str:
-        text, *paths = split(rest)
-        content = [{"type": "image", "image": read_image(path)} for path in paths] + [{"type": "text", "text": text}]
+    def say(self, text: str) -> str:
+        said = {"role": "user", "content": [*self.attached, text]}
         answer = self.model.interleave(
-            [{"role": "user", "content": content}],
+            [*self.messages, said],
             max_new_tokens=self.options["max_new_tokens"],
+            text_temperature=self.options["text_temperature"],
             progress=True,
             **self._drawing(),
         )
-        return "\n".join(part.strip() if isinstance(part, str) else self._save(part) for part in answer)
+        return self._keep(said, answer)
+
+    def draw(self, prompt: str) -> str:
+        images = self.model.draw(prompt, progress=True, **self._drawing())
+        return self._keep({"role": "user", "content": [prompt]}, images)
+
+    def edit(self, instruction: str) -> str:
+        source, scale = self._image(), self.options["image_scale"]
+        images = self.model.edit(source, instruction, image_scale=scale, progress=True, **self._drawing())
+        return self._keep({"role": "user", "content": [*self.attached, instruction]}, images)
+
+    def describe(self, rest: str) -> str:
+        image = read_image(*split(rest)[:1]) if rest else self._image()
+        (text,) = self.model.describe([image], max_new_tokens=self.options["max_new_tokens"])
+        return text.strip()
+
+    def attach(self, rest: str) -> str:
+        paths = split(rest)
+        images = [read_image(path) for path in paths]
+        self.attached += images
+        self.names |= {id(image): path for image, path in zip(images, paths, strict=True)}
+        return f"{len(self.attached)} before the next line"
+
+    def history(self, _: str) -> str:
+        return "\n".join(f"{message['role']}: {self._shown(message['content'])}" for message in self.messages)
+
+    def reset(self, _: str) -> str:
+        self.messages: list[dict] = []
+        self.attached: list[Image.Image] = []
+        self.names: dict[int, str] = {}  # of each image by its id, the file; the messages keep the images
+        return "a new conversation"
 
     def set(self, rest: str) -> str:
         name, _, value = rest.partition(" ")
         if name not in OPTIONS:
             raise UserError(f"there is no option '{name}'; there are {', '.join(OPTIONS)}")
+        kind, least = OPTIONS[name]
         try:
-            self.options[name] = OPTIONS[name](value)
+            number = kind(value)
         except ValueError as error:
-            raise UserError(f"{name} {value}: it takes {'a whole ' if OPTIONS[name] is int else 'a '}number") from error
-        return f"{name} is {self.options[name]}"
+            raise UserError(f"{name} {value}: it takes {'a whole ' if kind is int else 'a '}number") from error
+        if not least <= number < 2**31:
+            raise UserError(f"{name} {value}: it must be at least {least} and below 2**31")
+        self.options[name] = number
+        return f"{name} is {number}"
+
+    def _image(self) -> Image.Image:
+        """The one attached, or the last of the conversation."""
+        parts = [part for message in self.messages for part in message["content"]] + self.attached
+        images = [part for part in parts if not isinstance(part, str)]
+        if not images:
+            raise UserError("there is no image yet; /image PATH gives one")
+        return images[-1]
 
     def _drawing(self) -> dict:
         return {name: self.options[name] for name in ("seed", "cfg_scale", "temperature", "top_k", "top_p")}
+
+    def _keep(self, said: dict, answer: list[str | Image.Image]) -> str:
+        """What was said and answered, images saved, becomes part of the conversation; the answer as it is shown."""
+        for part in answer:
+            if not isinstance(part, str):
+                self.names[id(part)] = self._save(part)
+        self.messages += [said, {"role": "assistant", "content": answer}]
+        self.attached = []
+        return "\n".join(part.strip() if isinstance(part, str) else self.names[id(part)] for part in answer)
+
+    def _shown(self, parts: list[str | Image.Image]) -> str:
+        return " ".join(part.strip() if isinstance(part, str) else f"[{self.names[id(part)]}]" for part in parts)
 
     def _save(self, image: Image.Image) -> str:
         self.output.mkdir(parents=True, exist_ok=True)
@@ -108,11 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: 0)")
     args = parser.parse_args(argv)
-    chat = Chat(
-        open_folder(args.model, args.device),
-        args.output,
-        dict(seed=args.seed, cfg_scale=3.0, temperature=1.0, top_k=900, top_p=0.96, max_new_tokens=64),
-    )
+    chat = Chat(open_folder(args.model, args.device), args.output, {"seed": args.seed})
     prompt = "> " if sys.stdin.isatty() else ""
     tqdm.write(f"{args.model} on {chat.model.device}. /help shows what to type.", file=sys.stderr)
     while True:
@@ -122,8 +185,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         try:
             reply = chat.reply(line)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (ValueError, OSError, RuntimeError) as error:  # of a line; one without memory is a RuntimeError
+            print(f"error: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
             continue
         if reply is None:
             return

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# Of Image.info, which PIL hands on to every copy, resized and cropped ones too: a dict, since several folders' code may
-# be loaded. Its keys: `dualtoken`, the fingerprint of whose codes they are; `codes`, (N, D) by stream; `pixels`, a hash.
+# In Image.info, which PIL hands on to every copy, resized and cropped ones too: a dict, since several folders' code may
+# be loaded, of `dualtoken`, the fingerprint of whose codes they are; `codes`, (N, D) by stream; `pixels`, a hash.
 INFO = "megadual_codes"
 
 
