@@ -42,14 +42,15 @@ Part = TypeVar("Part")  # str, or an image in any state
 
 
 def join(parts: list[Part], between: str = "") -> list[Part]:
-    """Parts without empty texts, texts that touch made one, with `between` where no space parts them."""
+    """Parts in which texts that touch are made one, with `between` where no space parts them."""
     joined: list = []
     for part in parts:
-        if not isinstance(part, str) or not joined or not isinstance(joined[-1], str):
-            joined += [part] if part != "" else []
-        elif part:
-            space = joined[-1][-1].isspace() or part[0].isspace()
-            joined[-1] += part if space else between + part
+        if not (isinstance(part, str) and joined and isinstance(joined[-1], str)):
+            joined.append(part)
+        elif joined[-1][-1:].strip() and part[:1].strip():
+            joined[-1] += between + part
+        else:
+            joined[-1] += part
     return joined
 
 
@@ -64,7 +65,7 @@ def strip(parts: list[Part]) -> list[Part]:
 
 @dataclass
 class RawTurn:
-    """What one speaker says: texts and images in order, no two texts side by side."""
+    """What one speaker says: texts and images in order, no two texts side by side, none empty."""
 
     role: Role
     parts: list[str | RawImage]
@@ -72,7 +73,7 @@ class RawTurn:
     between: str = ""  # what parts two texts where an image between them is left out
 
     def __post_init__(self):
-        self.parts = join(strip(self.parts), self.between)
+        self.parts = [part for part in strip(join(self.parts, self.between)) if part != ""]
 
     @property
     def images(self) -> list[RawImage]:

@@ -121,7 +121,7 @@ LLAVA_SCRIPTS = {
         "system: Be brief.", "user: [2 looked_at]|and |[3 looked_at]|: what differs?", "assistant!: The colour."
     ],
     "00000003": [
-        "user~: Make it red: |[2 looked_at~]", "assistant!: Here: |[3 drawn]", "user: Thanks",
+        "user~: Make it red:|[2 looked_at~]", "assistant!: Here:|[3 drawn]", "user: Thanks",
         "assistant!: You are welcome",
     ],
 }  # fmt: skip
@@ -227,6 +227,10 @@ def test_messages_in_json(tmp_path, name):
         ({"messages": say("What does <image> mean?", "A")}, ["user: What does <image> mean?", "assistant!: A"]),
         ({"messages": say([IMAGE_PART, text(" <image> ")], "A"), "images": ["1.png"]},
          ["user: [1 looked_at]|<image>", "assistant!: A"]),
+        ({"messages": say([text(" a "), text("  b "), IMAGE_PART, text(" c ")], " \nA "), "images": ["1.png"]},
+         ["user: a   b |[1 looked_at]| c", "assistant!: A"]),
+        ({"messages": say([text(" "), IMAGE_PART, text(" c\n")], "A"), "images": ["1.png"]},
+         ["user: [1 looked_at]| c", "assistant!: A"]),
         ({"messages": say([{"type": "image", "image": "2.png"}, text("Q")], [{"type": "image", "path": "1.png"}])},
          ["user~: [2 looked_at~]|Q", "assistant!: [1 drawn]"]),
         ({"messages": say([text("Q"), {"type": "image_url", "image_url": {"url": DATA_URL}}], "A")},
