@@ -114,7 +114,7 @@ def _figure(image: Image.Image, use: int) -> str:
     )
 
 
-def _turns(document: Document, images: list[Image.Image], tokenizer, image_id: int) -> str:
+def turns_as_html(document: Document, images: list[Image.Image], tokenizer, image_id: int) -> str:
     """Who speaks, in order; green what has a loss, dashed what may be dropped."""
     figures = map(_figure, images, document.image_use.tolist())
     turns, begin, shown = document.turns.tolist(), 0, []
@@ -135,7 +135,7 @@ def _turns(document: Document, images: list[Image.Image], tokenizer, image_id: i
 
 
 def _article(document: Document, dualtoken: DualToken, tokenizer, image_id: int) -> str:
-    turns = _turns(document, decode_images(document, dualtoken), tokenizer, image_id)
+    turns = turns_as_html(document, decode_images(document, dualtoken), tokenizer, image_id)
     return f"<article>{turns}<small>{escape(document.key)} {escape(json.dumps(document.meta))}</small></article>"
 
 

@@ -96,7 +96,8 @@ def commonest_reason(store: Store, markers: dict[str, dict]) -> str:
             counts[pattern] += 1
             first.setdefault(pattern, reason)
     pattern, count = counts.most_common(1)[0]
-    return f'{count} times "{first[pattern]}"'
+    times = "once" if count == 1 else f"{count} times"
+    return f'{times} "{first[pattern]}"'
 
 
 def make_index(store: Store, markers: dict[str, dict]) -> str:

@@ -3,22 +3,27 @@
 import base64
 import hashlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pytest
+from PIL import Image
 
-from data_pipeline import config, formats, readers
+from data_pipeline import browse, config, formats, readers
 from data_pipeline.config import EncodeConfig, FilterConfig, PipelineConfig, ReadConfig
 from data_pipeline.decode import decode
 from data_pipeline.documents import LeftOut, RawDocument, Unusable
 from data_pipeline.encode import Encoder
 from data_pipeline.formats import to_document
 from data_pipeline.image_root import ImageRoot, open_image_root
+from data_pipeline.manifest import commonest_reason
 from data_pipeline.plan import describe, make_plan
 from data_pipeline.readers import RawSample, list_inputs, read_samples
+from data_pipeline.store import open_store
+from data_pipeline.writer import quarantine_line
 from megadual.config import load_config
 from megadual.errors import UserError
 from megadual.streams import SPECIAL_TOKENS, Document, ImageUse, Role, SpecialIds, TurnBit
@@ -741,6 +746,44 @@ def test_documents_carry_turns_and_uses(tokenizers, tmp_path):
     tokenizer = load_text_tokenizer(tokenizers / "text_tokenizer")
     assert pair.is_pair and [tokenizer.decode(ids) for ids in pair.captions()] == ["a cat", "a small tree"]
     assert reasons == {"duplicate": 1, f"no image '3.png' in read.image_root={tmp_path}/images": 1}
+
+
+def test_the_commonest_reason_is_told(tmp_path):
+    """Reasons that differ in names and numbers only count as one, and its first stands for them."""
+    reasons = {"a": ["no image '1.png' in x", "2 <image> for 3 images"], "b": ["no image '2.png' in x", "empty"]}
+    for folder, said in reasons.items():
+        write_folder(tmp_path, {f"{folder}/bad.jsonl": "".join(quarantine_line("k", one) for one in said).encode()})
+    markers = {"a": {"quarantined": 2}, "b": {"quarantined": 2}, "c": {"quarantined": 0}}
+    assert commonest_reason(open_store(str(tmp_path)), markers) == "2 times \"no image '1.png' in x\""
+    assert commonest_reason(open_store(str(tmp_path)), {"b": markers["b"]}).startswith('once "no image')
+
+
+def test_the_page_shows_captions_and_turns(tokenizers, tmp_path):
+    """Who speaks, what has a loss, what may be dropped; special tokens in a text are told from images."""
+    write_entries(tmp_path / "a.jsonl", [
+        {"image": DATA_URL, "caption": ["a cat", "a <image> tree"]},
+        {"messages": say([{"type": "image", "image": DATA_URL}, {"type": "text", "text": "a > b"}], [IMAGE_PART]),
+         "images": [DATA_URL]},
+    ])  # fmt: skip
+    (pair, edit), _ = encoded(pipeline_config(tokenizers, f"inputs=[{tmp_path}/a.jsonl]"))
+    tokenizer = load_text_tokenizer(tokenizers / "text_tokenizer")
+
+    def shown(document: Document) -> str:
+        images = [Image.new("RGB", (2, 2))] * len(document.grids)
+        page = browse.turns_as_html(document, images, tokenizer, SpecialIds.of(tokenizer).image)
+        return re.sub('<img alt="" src="data:image/png;base64,[^"]+">', "IMAGE", page)
+
+    assert shown(pair) == (
+        '<section class="turn loss"><b>caption 1 of 2</b><figure class="either">IMAGE<figcaption>drawn or looked at'
+        "</figcaption></figure><div>a cat</div></section>"
+        '<section class="turn loss"><b>caption 2 of 2</b><div>a &lt;image&gt; tree</div></section>'
+    )
+    assert shown(edit) == (
+        '<section class="turn droppable"><b>user</b><figure class="looked droppable">IMAGE<figcaption>looked at, '
+        "may be dropped</figcaption></figure><div>a &gt; b</div></section>"
+        '<section class="turn loss"><b>assistant</b><figure class="drawn">IMAGE<figcaption>drawn</figcaption></figure>'
+        "</section>"
+    )
 
 
 def test_dry_run_says_what_each_input_is(tokenizers, tmp_path):
