@@ -24,32 +24,28 @@ Said = tuple[Role, list[Any]]  # who, and the parts: texts and images
 
 def conversation(sample: Sample, said: list[Said]) -> RawDocument:
     """Turns with what each image and turn is for. A system's turn without text is left out."""
-    turns = []
+    turns: list[RawTurn] = []
     for number, (role, parts) in enumerate(said, 1):
         turn = RawTurn(role, parts, TurnBit.LOSS if role == Role.ASSISTANT else TurnBit(0))
-        if not turn.parts and role != Role.SYSTEM:
+        if not turn.parts and role == Role.SYSTEM:
+            continue
+        before = turns[-1].role if turns else None
+        if role not in MAY_FOLLOW[before]:
+            place = "is the first" if before is None else f"follows one of the {_name(before)}"
+            raise Unusable(f"wrong order: turn {number} ({_name(role)}) {place}")
+        if not turn.parts:
             raise Unusable(f"turn {number} ({_name(role)}) is empty")
-        turns += [turn] if turn.parts else []
         for image in turn.images:
             image.use = ImageUse.DRAWN if role == Role.ASSISTANT else ImageUse.LOOKED_AT
-    _check_order([turn.role for turn in turns])
+        turns.append(turn)
+    if not turns or turns[-1].role != Role.ASSISTANT:
+        raise Unusable("wrong order: the last turn is not the assistant's" if turns else "it has no turns")
     for question, answer in pairwise(turns):
         if answer.role == Role.ASSISTANT and answer.images and question.role == Role.USER:
             question.bits |= TurnBit.DROPPABLE
             for image in question.images:
                 image.use |= ImageUse.DROPPABLE
     return RawDocument(sample.key, turns)
-
-
-def _check_order(roles: list[Role]) -> None:
-    before = None
-    for number, role in enumerate(roles, 1):
-        if role not in MAY_FOLLOW[before]:
-            after = f"after one of the {_name(before)}" if before is not None else "and none before it"
-            raise Unusable(f"wrong order: turn {number} is one of the {_name(role)} {after}")
-        before = role
-    if before != Role.ASSISTANT:
-        raise Unusable("wrong order: the last turn is not the assistant's" if roles else "it has no turns")
 
 
 def _name(role: Role) -> str:

@@ -526,13 +526,13 @@ def test_texts_and_images_that_are_neither_pages_nor_the_cauldrons(texts, reason
         ([("human", "Q"), ("bing", "A")], "turn 2 has the unknown role 'bing'; known: system, human"),
         (
             [("gpt", "A"), ("human", "Q"), ("gpt", "A")],
-            "wrong order: turn 1 is one of the assistant and none before it",
+            r"wrong order: turn 1 \(assistant\) is the first",
         ),
         (
             [("human", "Q"), ("human", "Q"), ("gpt", "A")],
-            "wrong order: turn 2 is one of the user after one of the user",
+            r"wrong order: turn 2 \(user\) follows one of the user",
         ),
-        ([("human", "Q"), ("gpt", "A"), ("system", "S")], "wrong order: turn 3 is one of the system"),
+        ([("human", "Q"), ("gpt", "A"), ("system", "S")], r"wrong order: turn 3 \(system\) follows"),
         ([("human", "Q"), ("gpt", "A"), ("human", "Q")], "wrong order: the last turn is not the assistant's"),
         ([("system", "S")], "wrong order: the last turn is not the assistant's"),
         ([("human", "<image>"), ("gpt", "A")], "1 <image> in the texts for 0 images"),
