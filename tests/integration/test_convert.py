@@ -45,7 +45,7 @@ LAYOUTS = {
 def train_and_save(run):
     layout, inputs = topology(run, dist.get_world_size()), setup.read_inputs(run)
     engine = setup.engine(run, layout, inputs.vocabulary)
-    data = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank)
+    data = setup.dataset(run, inputs.sets, inputs.marks, layout, engine.data_rank)
     for step in range(run.train.steps):
         engine.train_step(data.step(step))
     checkpointer = Checkpointer(run)
