@@ -19,7 +19,8 @@ from megadual.errors import UserError
 from megadual.hf.export import Exported
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.tensors import CheckpointTensors, FolderTensors
-from megadual.synthetic.corpus import make_corpus, png_bytes, write_tar
+from megadual.synthetic.corpus import make_corpus
+from megadual.synthetic.files import png_bytes, write_tar
 from megadual.testing.distributed import run_distributed
 from megadual.testing.models import write_dualtoken, write_run
 from megadual.train import setup
