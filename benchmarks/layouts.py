@@ -71,7 +71,7 @@ def main() -> None:
     to_do = [(name, p) for name in names for p in args.precision if p not in results.get(name, {})]
 
     with tempfile.TemporaryDirectory() as folder:
-        shards = tiny.write_tiny_set(Path(folder) / "set")
+        shards = tiny.write_tiny_set(Path(folder) / "set", conversations=100)
 
         def train(processes: int, runs: list[tuple[str, list[str]]]) -> list[list[dict]]:
             configs = [

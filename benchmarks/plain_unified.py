@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 
 from megadual.data.dataset import MicroBatch
+from megadual.data.layout import IGNORE
 from megadual.model.config import ModelConfig
 from megadual.model.dual_lm import Vocabulary
-from megadual.streams import IGNORE, Stream
+from megadual.streams import Stream
 
 
 class PlainDepthHead(nn.Module):

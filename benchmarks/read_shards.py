@@ -16,19 +16,20 @@ import torch
 
 from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
+from megadual.data.source import Source
 from megadual.errors import command
-from megadual.streams import SpecialIds, Stream
+from megadual.streams import Marks, Stream
 from megadual.testing.shards import SPECIAL, random_documents, write_shard_set
 from megadual.text import load_text_tokenizer
-from megadual.train.config import DataConfig
+from megadual.train.config import SetConfig
 
 
-def measure(roots: list[str], special: SpecialIds, seq_len: int, seconds: float) -> str:
+def measure(roots: list[str], marks: Marks, seq_len: int, seconds: float) -> str:
     """One line of figures of the sets at `roots`."""
     opened = time.process_time()
-    sets = [ShardSet(root) for root in roots]
+    sources = [Source(ShardSet(root), SetConfig(root)) for root in roots]
     opened = time.process_time() - opened
-    data = PackedDataset(sets, DataConfig(sets=roots), seq_len, 1, 1, 0, special)
+    data = PackedDataset(sources, marks, seq_len, 1, 1, 0)
     packed = time.process_time()
     rows = 0
     while len(data.rows.sets[0].ends) < data.rows.sets[0].windows:  # packs the first epoch
@@ -40,7 +41,7 @@ def measure(roots: list[str], special: SpecialIds, seq_len: int, seconds: float)
     while (spent := time.process_time() - begun) < seconds:
         documents += sum(len(batch.lengths) for batch in data.step(step))
         step += 1
-    held = sum(len(shard_set) for shard_set in sets)
+    held = sum(len(source.documents) for source in sources)
     return (
         f"{held:,} documents, {data.dropped} longer than a row, opened in {opened:.2f} s; packed in {packed:.2f} s; "
         f"rows of {seq_len}: fill {data.fill:.4f}; {documents / spent:,.0f} documents "
@@ -58,8 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.shards:
-        special = SpecialIds.of(load_text_tokenizer(args.text_tokenizer))
-        print(measure(args.shards, special, args.seq_len, args.seconds))
+        marks = Marks.of(load_text_tokenizer(args.text_tokenizer))
+        print(measure(args.shards, marks, args.seq_len, args.seconds))
         return
     with tempfile.TemporaryDirectory() as folder:
         streams = [Stream(name, depth=4, codebook_size=16384, code_dim=32) for name in ("semantic", "pixel")]

@@ -32,6 +32,7 @@ from plain_unified import PlainUnified  # noqa: E402
 
 from megadual.config import load_config  # noqa: E402
 from megadual.data.dataset import MicroBatch, collate  # noqa: E402
+from megadual.data.layout import Reading, to_sequence  # noqa: E402
 from megadual.engine.estimate import estimate  # noqa: E402
 from megadual.engine.groups import initialize_groups  # noqa: E402
 from megadual.engine.megatron import MegatronEngine  # noqa: E402
@@ -41,12 +42,12 @@ from megadual.errors import command  # noqa: E402
 from megadual.model.attention import gpu_kernel  # noqa: E402
 from megadual.model.dual_lm import DualLM, Vocabulary  # noqa: E402
 from megadual.model.flops import peak_flops, step_flops  # noqa: E402
-from megadual.streams import Document, SpecialIds, Stream, to_sequence  # noqa: E402
+from megadual.streams import Document, Stream  # noqa: E402
+from megadual.testing.shards import SPECIAL  # noqa: E402
 from megadual.train.config import PretrainConfig  # noqa: E402
 
 CONTESTANTS = ("ours alone", "plain compiled", "ours in the engine", "plain", "plain compiled amp")
 GIB = 2**30
-SPECIAL = SpecialIds(end_of_text=0, image=1, image_start=2, image_end=3, image_gen_start=4, image_gen_end=5)
 
 
 def setting(args) -> tuple[PretrainConfig, Vocabulary]:
@@ -75,7 +76,7 @@ def micro_batch(run: PretrainConfig, vocabulary: Vocabulary, documents: int) -> 
         text = random.integers(6, vocabulary.text_size, length - image - 3)
         codes = {s.name: random.integers(0, s.codebook_size, (image, s.depth)) for s in vocabulary.streams}
         document = Document("", np.append(text, SPECIAL.image), codes, np.array([[1, image]]))
-        sequences.append(to_sequence(document, SPECIAL, [True]))
+        sequences.append(to_sequence(document, SPECIAL, Reading((True,))))
     return collate(sequences, SPECIAL, [f"{i}" for i in range(documents)])
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megadual.errors import UserError
@@ -44,6 +44,7 @@ def load_config(
         except Exception as error:
             raise UserError(f"override '{override}' can't be read: {error}") from error
     for place, layer in layers:
+        layer = OmegaConf.create(_spelled_out(OmegaConf.to_container(layer), schema))
         _check_keys(layer, schema, place, _Names.of(schema))
         try:
             merged = OmegaConf.merge(merged, layer)
@@ -91,7 +92,11 @@ def parse_command_line(
 def describe_keys(schema: type) -> str:
     """Every key of a schema by section: type, bounds, default and meaning, as `--help` prints them."""
     sections: dict[str, list[str]] = {}
+    seen: set[int] = set()
     for name, field, default in _keys(schema):
+        if "[]" in name and id(field) in seen:  # another list of such sections
+            continue
+        seen.add(id(field))
         described = field.metadata.get("key", Key(""))
         one_of = "one of " if described.choices else ""
         facts = [_type_name(field.type)] + ([one_of + described.bounds] if described.bounds else [])
@@ -103,13 +108,18 @@ def describe_keys(schema: type) -> str:
 
 
 def _section(type_: Any) -> Any:
-    """The dataclass of a section, or of each entry of a mapping of sections (`dict[str, Section]`)."""
-    of = typing.get_args(type_)[1:] if typing.get_origin(type_) is dict else (type_,)
+    """The dataclass of a section, or of each entry of a mapping or list of sections."""
+    of = typing.get_args(type_) if typing.get_origin(type_) in (dict, list) else (type_,)
     return next((each for each in of if dataclasses.is_dataclass(each)), None)
 
 
 def _is_mapping(field: dataclasses.Field) -> bool:
     return typing.get_origin(field.type) is dict
+
+
+def _is_list(field: dataclasses.Field) -> bool:
+    """Of sections."""
+    return typing.get_origin(field.type) is list and _section(field.type) is not None
 
 
 def _keys(schema: type, defaults: Any = None, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
@@ -118,7 +128,10 @@ def _keys(schema: type, defaults: Any = None, prefix: str = "") -> Iterator[tupl
     for field in dataclasses.fields(schema):
         name, default = prefix + field.name, getattr(defaults, field.name)
         section = _section(field.type)
-        if section and _is_mapping(field):
+        if section and _is_list(field):
+            yield name, field, default
+            yield from _keys(section, None, f"{name}[].")
+        elif section and _is_mapping(field):
             yield from _keys(section, None, f"{name}.NAME.")
         elif section:
             yield from _keys(section, default, f"{name}.")
@@ -132,6 +145,9 @@ def _values(config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, 
         name, value = prefix + field.name, getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from _values(value, f"{name}.")
+        elif _is_list(field):
+            for i, each in enumerate(value):
+                yield from _values(each, f"{name}[{i}].")
         elif _is_mapping(field) and value is not None:
             for entry, each in value.items():
                 if dataclasses.is_dataclass(each):
@@ -201,11 +217,38 @@ def _check_keys(
         if section and _is_mapping(fields[name]):
             for entry, keys in (value or {}).items():
                 _check_keys(keys, section, place, names, f"{prefix}{name}.{entry}.", f"{known_as}{name}.NAME.")
+        elif section and _is_list(fields[name]):
+            if not isinstance(value, (list, ListConfig)):
+                raise UserError(
+                    f"{place}: '{prefix}{name}' is a list: give it whole, as in {prefix}{name}=[{{path: DIR}}]"
+                )
+            for i, keys in enumerate(value):
+                _check_keys(keys, section, place, names, f"{prefix}{name}[{i}].", f"{known_as}{name}[].")
         elif section:
             _check_keys(value, section, place, names, f"{prefix}{name}.", f"{known_as}{name}.")
 
 
+def _spelled_out(given: Any, schema: type) -> Any:
+    """With a section for each entry of a list of sections that is a text: the value of the section's first key."""
+    if not isinstance(given, dict):
+        return given
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    spelled = dict(given)
+    for name, value in given.items():
+        section = _section(fields[name].type) if name in fields else None
+        if section and _is_list(fields[name]) and isinstance(value, list):
+            first = dataclasses.fields(section)[0].name
+            spelled[name] = [{first: each} if isinstance(each, str) else each for each in value]
+        elif section and not _is_mapping(fields[name]):
+            spelled[name] = _spelled_out(value, section)
+    return spelled
+
+
 def _type_name(type_: Any) -> str:
+    if typing.get_origin(type_) is list and (section := _section(type_)):
+        return (
+            f"list of paths or of sections with the keys {', '.join(each.name for each in dataclasses.fields(section))}"
+        )
     if typing.get_origin(type_) is dict:  # a mapping's key is named with NAME, which has the type of its values
         type_ = typing.get_args(type_)[1]
     if isinstance(type_, types.UnionType):

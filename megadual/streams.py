@@ -1,7 +1,7 @@
 """The contract between the pipeline and the model: tokens, shard columns, and what a document is.
 
-A document says who speaks and what each image is for. Which turns have a loss, and in which direction a pair is read, is
-chosen when it is read (megadual/data/layout.py).
+A document says who speaks and what each image is for. Which turns have a loss, and in which direction a pair is read,
+is chosen when it is read (megadual/data/layout.py).
 
 Shape suffixes: T text ids of a document, N image positions of a document, I images, D code depth of a stream.
 """
@@ -177,8 +177,9 @@ class Document:
 
     text_ids (T,) uint32, each image one `<image>` id; codes: stream -> (N, D) uint16, all images in order,
     row-major; grids (I, 2) uint16, rows and columns of each image, N = sum of rows x columns.
-    turns (K, 3) uint32, what each of K speakers says: its end in text_ids, its Role, its TurnBits; image_use (I,) uint8,
-    each image's ImageUse. By default all text is one document that the model is to write, its images drawn or looked at.
+    turns (K, 3) uint32, what each of K speakers says: its end in text_ids, its Role, its TurnBits; image_use (I,)
+    uint8, each image's ImageUse. By default all text is one document that the model is to write, its images drawn or
+    looked at.
 
     A pair is an image and its caption, or several captions to choose from: text_ids is `<image>` and the captions, each
     of which is a turn.
@@ -261,8 +262,12 @@ class Document:
             raise ValueError(f"document '{self.key}': turns end at {ends}, the text has {len(self.text_ids)} ids")
         if max(roles) > max(Role):
             raise ValueError(f"document '{self.key}': a turn of the unknown role {max(roles)}")
-        if Role.CAPTION in roles and (images != 1 or self.text_ids[0] != special.image or min(roles) != Role.CAPTION):
-            raise ValueError(f"document '{self.key}': a pair is one image, then nothing but its captions")
+        if Role.CAPTION in roles:
+            first = self.text_ids[0] == special.image
+            if images != 1 or not first or min(roles) != Role.CAPTION or self.image_use[0] != ImageUse.EITHER:
+                raise ValueError(
+                    f"document '{self.key}': a pair is one image of either use, then nothing but its captions"
+                )
         return self
 
     def row(self) -> dict:

@@ -45,7 +45,7 @@ def main() -> None:
     with session(run.run, run) as opened:
         engine = setup.engine(run, layout, inputs.vocabulary)
         opened.at_end(engine.shutdown)
-        data = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank)
+        data = setup.dataset(run, inputs.sets, inputs.marks, layout, engine.data_rank)
         if opened.ranks.main:
             print(setup.plan(run, layout, inputs), flush=True)
             if data.dropped:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from megadual.data.mds_reader import ShardSet
+from megadual.data.layout import IGNORE, Sequence, lay_out
 from megadual.data.packing import PackedRows, Piece
+from megadual.data.source import Source
 from megadual.errors import UserError
-from megadual.streams import IGNORE, LENGTHS, Sequence, SpecialIds, lay_out
-from megadual.train.config import DataConfig
+from megadual.streams import LENGTHS, Marks, SpecialIds
 
 
 @dataclass
@@ -93,13 +93,12 @@ class PackedDataset:
 
     def __init__(
         self,
-        sets: list[ShardSet],
-        config: DataConfig,
+        sources: list[Source],
+        marks: Marks,
         seq_len: int,
         micro_batch_size: int,
         rows_per_step: int,
         seed: int,
-        special: SpecialIds,
         dp_rank: int = 0,
         dp_size: int = 1,
     ):
@@ -108,11 +107,9 @@ class PackedDataset:
                 f"{rows_per_step} rows per step are not divisible by "
                 f"train.micro_batch_size({micro_batch_size}) x data-parallel({dp_size})"
             )
-        self.sets = sets
-        self.rows = PackedRows(
-            self.sets, config.weights, seq_len, seed, config.draw_probability, config.caption_dropout
-        )
-        self.seq_len, self.micro_batch_size, self.special = seq_len, micro_batch_size, special
+        self.sets = [source.documents for source in sources]
+        self.rows = PackedRows(sources, marks, seq_len, seed)
+        self.seq_len, self.micro_batch_size, self.marks = seq_len, micro_batch_size, marks
         self.rows_per_step = rows_per_step
         self.rows_per_rank = rows_per_step // dp_size
         self.first = dp_rank * self.rows_per_rank
@@ -135,7 +132,7 @@ class PackedDataset:
     def resume(self, s: int, position: dict) -> bool:
         """Let step s begin where `position` says (`iterate`), however many rows the steps before it had.
 
-        False where the sets, their weights, the seed or seq_len have changed, so that rows are others now.
+        False where the sets, their settings, the seed or seq_len have changed, so that rows are others now.
         """
         self.offset = position["row"] - s * self.rows_per_step
         return self.rows.resume(position)
@@ -146,6 +143,10 @@ class PackedDataset:
         return [
             self._read([self.rows[start + r] for r in range(i, i + size)]) for i in range(0, self.rows_per_rank, size)
         ]
+
+    def row_of(self, index: int, k: int) -> MicroBatch:
+        """Row k of those of the set number `index`."""
+        return self._read([self.rows.sets[index][k]])
 
     def iterate(self, start_step: int = 0) -> Iterator[tuple[list[MicroBatch], dict]]:
         """Steps from `start_step` on, each read one step ahead in a thread, and the position after each."""
@@ -161,17 +162,17 @@ class PackedDataset:
                 yield ready
 
     def _read(self, rows: list[list[Piece]]) -> MicroBatch:
-        special, keys, lengths = self.special, [], []
+        marks, keys, lengths = self.marks, [], []
         whole: Sequence | None = None
         for i, row in enumerate(rows):
             begin = end = i * self.seq_len
             for piece in row:
                 document = self.sets[piece.set][piece.document]
                 if whole is None:
-                    whole = Sequence.padding(len(rows) * self.seq_len, document.depths, special)
+                    whole = Sequence.padding(len(rows) * self.seq_len, document.depths, marks)
                 try:
-                    document.check(special)
-                    end = lay_out(document, special, piece.draw_images, piece.drop_caption, whole, begin)
+                    document.check(marks)
+                    end = lay_out(document, marks, piece.reading, whole, begin)
                     if end > (i + 1) * self.seq_len:
                         raise ValueError(f"document '{document.key}' is longer than its folder's {LENGTHS} says")
                 except ValueError as error:
@@ -183,4 +184,4 @@ class PackedDataset:
                 keys.append("")
                 lengths.append(rest)
         assert whole is not None  # a row has a document
-        return _micro_batch(whole, lengths, special, keys)
+        return _micro_batch(whole, lengths, marks, keys)

@@ -69,7 +69,9 @@ class Reading(NamedTuple):
     drop_text: bool = False  # leave out what may be; of a pair, its caption where the image is drawn
     drop_image: bool = False
     caption: int = 0  # which one of a pair that has several
-    prompt: np.ndarray | None = None  # what a pair that is looked at is asked, as text ids; None: no chat around it
+    prompt: tuple[int, ...] | None = (
+        None  # what a pair that is looked at is asked, as text ids; None: no chat around it
+    )
     loss: str = "assistant"  # turns with TurnBit.LOSS; or only the `last_turn` of them, or `full`: all text; or none
 
 
@@ -109,7 +111,7 @@ def _pair_pieces(doc: Document, marks: Marks, reading: Reading, full: bool, text
     """Image-first to describe, image-last to draw; asked for in chat form where there is a prompt."""
     image, end = doc.text_ids[:1], [marks.end_of_text]
     caption = doc.captions()[reading.caption] if len(doc.turns) > 1 else doc.text_ids[1:]
-    if _drawn(doc.image_use.item(0), reading.draw[0]):
+    if reading.draw[0]:
         parts = (image, end) if reading.drop_text else (caption, image, end)
         return [_Piece(np.concatenate(parts), text, True)]
     if reading.prompt is None:

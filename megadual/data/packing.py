@@ -2,21 +2,23 @@
 
 No document is cut; one that is longer than a row is left out and counted. Each epoch of a set is a seeded
 permutation taken in windows; within a window documents are put together so that rows are full, and the rows
-are shuffled. The direction of every image (draw or look at) and caption dropout are drawn per window too: nothing
-but the number of consumed rows has to be saved to go on exactly, under any number of data-parallel ranks. Which window
-a row is in is known only by packing all before it, so a position also says that (`PackedRows.position`).
+are shuffled. How each document is read (`layout.Reading`) is drawn per window too: nothing but the number of
+consumed rows has to be saved to go on exactly, under any number of data-parallel ranks. Which window a row is in is
+known only by packing all before it, so a position also says that (`PackedRows.position`).
 """
 
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
 
-from megadual.data.mds_reader import ShardSet
+from megadual.data.layout import Reading
+from megadual.data.source import Source
 from megadual.errors import UserError
-from megadual.streams import sequence_length
+from megadual.streams import Lengths, Marks, Role
 
 WINDOW = 8192  # documents packed together: enough that the rows it leaves open do not matter
 LOOKAHEAD = 64  # documents a row is chosen from
@@ -24,12 +26,11 @@ _MIX_BLOCK = 1024  # rows over which the shares of several sets are kept
 
 
 class Piece(NamedTuple):
-    """One document in a row, and how it is read (`streams.to_sequence`)."""
+    """One document in a row, and how it is read."""
 
     set: int
     document: int
-    draw_images: tuple[bool, ...]
-    drop_caption: bool
+    reading: Reading
 
 
 def _random(*key: int) -> np.random.Generator:
@@ -66,18 +67,31 @@ def fill_rows(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 class _SetRows:
     """The endless rows of one set, epoch after epoch."""
 
-    def __init__(
-        self, shard_set: ShardSet, index: int, seq_len: int, seed: int, draw_probability: float, caption_dropout: float
-    ):
-        self.index, self.seq_len, self.seed = index, seq_len, seed
-        self.draw_probability, self.caption_dropout = draw_probability, caption_dropout
-        self.lengths = shard_set.lengths
-        self.full: np.ndarray = sequence_length(*self.lengths)
-        # Measured with the caption, so that which documents are left out does not change from epoch to epoch.
+    def __init__(self, source: Source, index: int, marks: Marks, seq_len: int, seed: int):
+        self.index, self.seq_len, self.seed, self.config = index, seq_len, seed, source.config
+        self.lengths, self.prompts = source.documents.lengths, source.prompts
+        chat = marks.around(Role.USER) + marks.around(Role.ASSISTANT)
+        self.prompt_lengths = np.array([chat + len(prompt) for prompt in self.prompts], dtype=np.int64)  # in positions
+        captions = self.lengths.captions
+        several = np.where(captions > 1, captions, 0)
+        self.caption_lengths = source.documents.captions
+        self.first_caption = np.cumsum(several) - several  # of each document, where its captions begin there
+        # What an epoch goes through: documents, or each caption of the pairs among them.
+        self.entries: tuple[np.ndarray, np.ndarray] | None = None
+        if self.config.captions == "all":
+            times = np.maximum(several, 1)
+            documents = np.repeat(np.arange(len(times), dtype=np.int32), times)
+            self.entries = documents, np.arange(len(documents)) - np.repeat(np.cumsum(times) - times, times)
+        # Measured with the longest caption and prompt, so that what is left out does not change from epoch to epoch.
+        self.full: np.ndarray = self.lengths.sequence_length()
+        if self.prompts:
+            self.full = self.full + self.prompt_lengths.max() * (captions > 0)
+        if self.entries:
+            self.full = self.full[self.entries[0]]
         self.kept = np.flatnonzero(self.full <= seq_len).astype(np.int32)
         if not len(self.kept):
             raise UserError(
-                f"shard set '{shard_set.root}': every document is longer than train.seq_len {seq_len} "
+                f"shard set '{source.documents.root}': every document is longer than train.seq_len {seq_len} "
                 f"(the shortest takes {self.full.min()} positions)"
             )
         self.windows = -(-len(self.kept) // WINDOW)  # per epoch
@@ -125,59 +139,87 @@ class _SetRows:
     def _pack_window(self, number: int) -> tuple[list[list[Piece]], int]:
         """Window `number`, counted over epochs: its rows, and the positions that its documents take."""
         epoch, window = divmod(number, self.windows)
-        documents = self._epoch_order(epoch)[window * WINDOW : (window + 1) * WINDOW]
+        chosen = self._epoch_order(epoch)[window * WINDOW : (window + 1) * WINDOW]
         random = _random(self.seed, self.index, epoch, 1 + window)
-        images = self.lengths.images[documents]
-        draw = random.random(images.sum()) < self.draw_probability
-        first = np.cumsum(images) - images
-        drawn_pair = images == 1
-        drawn_pair[drawn_pair] = draw[first[drawn_pair]]
-        drop = drawn_pair & (random.random(len(documents)) < self.caption_dropout)
-        text_tokens, of_images, positions = (column[documents] for column in self.lengths)
-        without_caption = sequence_length(text_tokens, of_images, positions, dropped_caption=True)
-        lengths = np.where(drop, without_caption, self.full[documents])
-        draw, first, images = draw.tolist(), first.tolist(), images.tolist()
+        documents, readings, lengths = self._choose_readings(
+            chosen, random, _random(self.seed, self.index, epoch, 1 + window, 1)
+        )
         rows = fill_rows(lengths, self.seq_len)
         shuffled = [
-            [
-                Piece(self.index, int(documents[i]), tuple(draw[first[i] : first[i] + images[i]]), bool(drop[i]))
-                for i in rows[r]
-            ]
-            for r in random.permutation(len(rows))
+            [Piece(self.index, documents[i], readings[i]) for i in rows[r]] for r in random.permutation(len(rows))
         ]
         return shuffled, int(lengths.sum())
+
+    def _choose_readings(
+        self, chosen: np.ndarray, random: np.random.Generator, more: np.random.Generator
+    ) -> tuple[list[int], list[Reading], np.ndarray]:
+        """Of the entries `chosen`: the document, how it is read, and the positions that it then takes.
+
+        `more` decides what only some sets have, so that the directions of pairs do not depend on it.
+        """
+        config, count = self.config, len(chosen)
+        documents = chosen if self.entries is None else self.entries[0][chosen]
+        lengths = Lengths(*(column[documents] for column in self.lengths))
+        is_pair, several, images = lengths.captions > 0, lengths.captions > 1, lengths.images
+        positions, text = lengths.sequence_length(), lengths.text_tokens
+
+        draw, first = random.random(images.sum()) < config.draw, np.cumsum(images) - images
+        drawn_pair = is_pair.copy()
+        drawn_pair[is_pair] = draw[first[is_pair]]
+        drop_text = drawn_pair & (random.random(count) < config.caption_dropout)
+
+        caption = (more.random(count) * lengths.captions).astype(np.int64)
+        if self.entries is not None:
+            caption = self.entries[1][chosen]
+        if several.any():
+            shorter = np.zeros_like(text)
+            at = self.first_caption[documents[several]] + caption[several]
+            shorter[several] = text[several] - 1 - self.caption_lengths[at]
+            positions, text = positions - shorter, text - shorter
+
+        share, (only_text, only_image) = more.random(count), (config.text_dropout, config.image_dropout)
+        both = (share >= only_text + only_image) & (share < only_text + only_image + config.both_dropout)
+        droppable_text = np.where(is_pair, text - 1, lengths.droppable_text)
+        drop_text |= ~is_pair & (droppable_text > 0) & ((share < only_text) | both)
+        without_image = ((share >= only_text) & (share < only_text + only_image)) | both
+        drop_image = (lengths.droppable_image > 0) & without_image
+        positions = positions - drop_text * droppable_text - drop_image * lengths.droppable_image
+
+        prompts: list[tuple[int, ...] | None] = [None] * count
+        if self.prompts:
+            which = (more.random(count) * len(self.prompts)).astype(np.int64)
+            asked = is_pair & ~drawn_pair
+            positions = positions + asked * self.prompt_lengths[which]
+            prompts = [self.prompts[p] if yes else None for p, yes in zip(which.tolist(), asked.tolist(), strict=True)]
+
+        draw, ends = draw.tolist(), first + images
+        readings = [
+            Reading(tuple(draw[begin:end]), text_dropped, image_dropped, which_caption, prompt, config.loss)
+            for begin, end, text_dropped, image_dropped, which_caption, prompt in zip(
+                first.tolist(), ends.tolist(), drop_text.tolist(), drop_image.tolist(), caption.tolist(), prompts,
+                strict=True,
+            )
+        ]  # fmt: skip
+        return documents.tolist(), readings, positions
 
 
 class PackedRows:
     """The endless stream of rows over all sets: `rows[r]` are row r's pieces.
 
-    `weights` are the sets' shares of the rows; None: in proportion to their positions, so that their epochs
-    end together. A set with a larger share than that simply starts its next epoch sooner.
+    The sets' weights are their shares of the rows; without weights in proportion to their positions, so that their
+    epochs end together. A set with a larger share than that simply starts its next epoch sooner.
     """
 
-    def __init__(
-        self,
-        sets: Sequence[ShardSet],
-        weights: Sequence[float] | None,
-        seq_len: int,
-        seed: int,
-        draw_probability: float,
-        caption_dropout: float,
-    ):
-        if weights is not None and len(weights) != len(sets):
-            raise UserError(f"data.weights has {len(weights)} values for {len(sets)} data.sets")
-        if weights is not None and min(weights) <= 0:
-            raise UserError(f"data.weights must be positive, got {list(weights)}; leave a set out of data.sets instead")
+    def __init__(self, sources: Sequence[Source], marks: Marks, seq_len: int, seed: int):
         self.seq_len, self.seed = seq_len, seed
-        self.sets = [
-            _SetRows(shard_set, i, seq_len, seed, draw_probability, caption_dropout) for i, shard_set in enumerate(sets)
-        ]
-        shares = np.array(weights or [rows.full[rows.kept].sum() for rows in self.sets], dtype=np.float64)
-        self.bounds = np.cumsum(shares / shares.sum())[:-1]
+        self.sets = [_SetRows(source, i, marks, seq_len, seed) for i, source in enumerate(sources)]
         sizes = [[len(rows.full), len(rows.kept), int(rows.full[rows.kept].sum())] for rows in self.sets]
-        of = [seq_len, seed, draw_probability, caption_dropout, self.bounds.tolist(), sizes]
+        weights = [source.config.weight or size for source, (_, _, size) in zip(sources, sizes, strict=True)]
+        self.bounds = np.cumsum(np.array(weights, dtype=np.float64) / sum(weights))[:-1]
+        settings = [{**asdict(source.config), "path": "", "loss": ""} for source in sources]
+        of = [seq_len, seed, self.bounds.tolist(), sizes, settings]
         self.order = hashlib.sha256(repr(of).encode()).hexdigest()[:16]  # equal where rows of one number are
-        self._start_blocks(0, [0] * len(sets))
+        self._start_blocks(0, [0] * len(self.sets))
         self._block: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __getitem__(self, r: int) -> list[Piece]:

@@ -4,10 +4,12 @@ import dataclasses
 
 import numpy as np
 
-from megadual.data.packing import PackedRows
+from megadual.data.dataset import PackedDataset
 from megadual.model.dual_lm import Vocabulary
 from megadual.model.flops import work
 from megadual.train.config import PretrainConfig
+
+ROWS_MEASURED = 64  # of each set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,17 +22,17 @@ class Traffic:
     attended: float  # positions of its document, weighted by length: attention's work per position
 
     @classmethod
-    def of(cls, rows: PackedRows, draw_probability: float) -> "Traffic":
-        """The average over the documents that are read, each set by its share of the rows."""
-        shares = np.diff(rows.bounds, prepend=0, append=1)
-        sets = []
-        for packed in rows.sets:
-            whole = packed.full[packed.kept].astype(np.float64)
-            images, total = packed.lengths.positions[packed.kept].sum(dtype=np.float64), whole.sum()
-            text = total - images - len(whole)  # a document's last position predicts nothing
-            sets.append([text / total, images / total, (whole**2).sum() / total])
-        text, image, attended = (shares @ sets).tolist()
-        return cls(text, draw_probability * image, image, attended)
+    def of(cls, data: PackedDataset) -> "Traffic":
+        """The average over the first rows of each set, by its share of the rows."""
+        total = np.zeros(4)
+        for index, share in enumerate(np.diff(data.rows.bounds, prepend=0, append=1)):
+            counts = np.zeros(5)
+            for k in range(ROWS_MEASURED):
+                batch = data.row_of(index, k)
+                asked = [len(at) for at in (batch.predicts_text_at, batch.predicts_codes_at, batch.image_at)]
+                counts += [*asked, sum(length**2 for length in batch.lengths), batch.filled]
+            total += share * counts[:-1] / counts[-1]
+        return cls(*total.tolist())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megadual.errors import command
-from megadual.streams import END_OF_TEXT, SPECIAL_TOKENS, SpecialIds
+from megadual.streams import END_OF_TEXT, SPECIAL_TOKENS, Marks
 from megadual.testing.shards import random_documents, write_shard_set
 from megadual.text import fingerprint, save_text_tokenizer
 from megadual.vision import CodebookSet, read_codebooks
@@ -72,7 +72,7 @@ def main() -> None:
         streams=codebooks.streams,
         vocabulary=args.text_vocabulary,
         caption=tuple(args.caption),
-        special=SpecialIds.of(tokenizer),
+        special=Marks.of(tokenizer),
     )
     write_shard_set(
         args.output / "shards",
@@ -80,6 +80,7 @@ def main() -> None:
         dualtoken={"fingerprint": codebooks.fingerprint},
         text_tokenizer={"fingerprint": fingerprint(tokenizer)},
         shard_bytes=1 << 26,
+        marks=Marks.of(tokenizer),
     )
     print(f"{args.documents} documents and their tokenizers in {args.output}")
 

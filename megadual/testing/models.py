@@ -7,7 +7,7 @@ import torch
 from megadual.config import load_config
 from megadual.hf import export
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
-from megadual.streams import SpecialIds
+from megadual.streams import Marks
 from megadual.testing.shards import random_documents, write_shard_set
 from megadual.testing.vision import tiny_dualtoken
 from megadual.text import fingerprint, load_text_tokenizer, save_text_tokenizer, train_text_tokenizer
@@ -35,13 +35,14 @@ def write_run(folder: Path, *overrides: str) -> PretrainConfig:
         grid=dualtoken.config.grid,
         streams=dualtoken.config.code_streams,
         vocabulary=len(tokenizer),
-        special=SpecialIds.of(tokenizer),
+        special=Marks.of(tokenizer),
     )
     write_shard_set(
         folder / "shards",
         documents,
         dualtoken={"fingerprint": dualtoken.fingerprint(), "path": str(folder / "dualtoken")},
         text_tokenizer={"fingerprint": fingerprint(tokenizer), "path": str(folder / "text_tokenizer")},
+        marks=Marks.of(tokenizer),
     )
     return sized_run(
         f"model.dualtoken={folder}/dualtoken", f"model.text_tokenizer={folder}/text_tokenizer",

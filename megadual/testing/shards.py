@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megadual.streams import SPEAKERS, Document, Marks, Role, SpecialIds, Stream, TurnBit
+from megadual.streams import SPEAKERS, Document, ImageUse, Marks, Role, SpecialIds, Stream, TurnBit
 
 SPECIAL = Marks(
     end_of_text=0, image=1, image_start=2, image_end=3, image_gen_start=4, image_gen_end=5, im_start=248, im_end=249,
@@ -47,6 +47,48 @@ def random_documents(
                 meta={"source": f"random-{seed}"},
             )
         )
+    return documents
+
+
+def random_conversations(
+    count: int, seed: int = 0, grid: tuple[int, int] = (2, 3), streams: Iterable[Stream] = STREAMS,
+    vocabulary: int = 240, special: SpecialIds = SPECIAL,
+) -> list[Document]:  # fmt: skip
+    """`count` documents of what `random_documents` has none of, in turn: a question about an image and one more, an edit,
+    a drawing that is talked about, a pair of three captions.
+    """
+    random = np.random.default_rng(seed)
+    system, user, assistant = Role.SYSTEM, Role.USER, Role.ASSISTANT
+    look, draw, droppable = ImageUse.LOOKED_AT, ImageUse.DRAWN, ImageUse.DROPPABLE
+    says, may_drop, asks = TurnBit.LOSS, TurnBit.DROPPABLE, TurnBit(0)
+    # Of each turn the role, its bits and its parts: an image's use, or None for some text.
+    kinds = [
+        [(system, asks, [None]), (user, asks, [look, None]), (assistant, says, [None]),
+         (user, asks, [None]), (assistant, says, [None])],
+        [(user, may_drop, [look | droppable, None]), (assistant, says, [draw])],
+        [(user, may_drop, [None]), (assistant, says, [None, draw]), (user, asks, [None]), (assistant, says, [None])],
+        [(Role.CAPTION, says, [ImageUse.EITHER, None]), (Role.CAPTION, says, [None]), (Role.CAPTION, says, [None])],
+    ]  # fmt: skip
+    documents = []
+    for i in range(count):
+        text_ids, turns, uses = [], [], []
+        for role, bits, parts in kinds[i % len(kinds)]:
+            for use in parts:
+                text_ids += [special.image] if use else random.integers(6, vocabulary, random.integers(1, 5)).tolist()
+                uses += [use] if use else []
+            turns.append((len(text_ids), role, bits))
+        positions = len(uses) * grid[0] * grid[1]
+        codes = {
+            stream.name: random.integers(0, stream.codebook_size, (positions, stream.depth), dtype=np.uint16)
+            for stream in streams
+        }
+        grids = np.array([grid] * len(uses), dtype=np.uint16)
+        documents.append(
+            Document(
+                f"conversation-{seed}/{i:06d}", np.array(text_ids, dtype=np.uint32), codes, grids, {},
+                np.array(turns, dtype=np.uint32), np.array(uses, dtype=np.uint8),
+            )
+        )  # fmt: skip
     return documents
 
 

@@ -1,5 +1,6 @@
 """A tiny run for tests: a random shard set on disk, its vocabulary, and a config that trains on it."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -11,11 +12,12 @@ cpu.install()
 
 from megadual.config import load_config  # noqa: E402
 from megadual.data.dataset import PackedDataset  # noqa: E402
+from megadual.data.source import Source  # noqa: E402
 from megadual.engine.protocol import Engine  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
 from megadual.model.dual_lm import Vocabulary  # noqa: E402
 from megadual.streams import Stream  # noqa: E402
-from megadual.testing.shards import SPECIAL, random_documents, write_shard_set  # noqa: E402
+from megadual.testing.shards import SPECIAL, random_conversations, random_documents, write_shard_set  # noqa: E402
 from megadual.train import setup  # noqa: E402
 from megadual.train.config import PretrainConfig  # noqa: E402
 from megadual.train.metrics import numbers_of  # noqa: E402
@@ -25,10 +27,15 @@ STREAMS = [Stream(name, depth=3, codebook_size=64, code_dim=8) for name in ("sem
 
 
 def write_tiny_set(
-    root: Path, count: int = 200, images: tuple[int, int] = (0, 2), streams: list[Stream] = STREAMS
+    root: Path,
+    count: int = 200,
+    images: tuple[int, int] = (0, 2),
+    streams: list[Stream] = STREAMS,
+    conversations: int = 0,
 ) -> Path:
-    """A shard set of random documents with between images[0] and images[1] images."""
+    """A shard set of random documents with between images[0] and images[1] images, and of conversations."""
     documents = random_documents(count, grid=GRID, streams=streams, vocabulary=TEXT_VOCABULARY, images=images)
+    documents += random_conversations(conversations, grid=GRID, streams=streams)
     return write_shard_set(root, documents)
 
 
@@ -41,12 +48,14 @@ def vocabulary(streams: list[Stream] = STREAMS, seed: int = 0) -> Vocabulary:
     return Vocabulary(TEXT_VOCABULARY, streams, codebooks)
 
 
-def tiny_run(folder: Path, shards: Path, *overrides: str) -> PretrainConfig:
-    """A resolved config of a 4-layer model on `shards`, 5 steps of 8 rows; `overrides` are dotted."""
+def tiny_run(folder: Path, shards: Path, *overrides: str, **settings) -> PretrainConfig:
+    """A resolved config of a 4-layer model on `shards`, 5 steps of 8 rows; `overrides` are dotted, `settings` the
+    set's.
+    """
     defaults = [
         "model.preset=tiny", "model.hidden=64", "model.ffn=128", "model.heads=4", "model.kv_heads=2",
         "model.head.width=32", "model.head.layers=2", "model.head.heads=2", "model.head.ffn=64",
-        "model.dualtoken=unused", "model.text_tokenizer=unused", f"data.sets=[{shards}]",
+        "model.dualtoken=unused", "model.text_tokenizer=unused", f"data.sets={json.dumps([{'path': str(shards), **settings}])}",
         "train.steps=5", "train.seq_len=64", "train.global_batch_tokens=512", "train.lr=1e-3",
         f"run.dir={folder}",
     ]  # fmt: skip
@@ -69,7 +78,7 @@ def golden_run(folder: Path, shards: Path, engine: str, steps: int) -> PretrainC
 def inputs_of(run: PretrainConfig, streams: list[Stream] = STREAMS) -> setup.Inputs:
     """What `setup.read_inputs` returns where the run's DualToken has `streams`; resolves the run's stages."""
     streams = setup.choose_streams(streams, run.model.streams)
-    sets, held_out = setup.open_sets(run, [stream.name for stream in streams])
+    sets, held_out = setup.open_sets(run, None, [stream.name for stream in streams])
     inputs = setup.Inputs(sets, SPECIAL, vocabulary(streams), held_out)
     setup.resolve_stages(run, inputs)
     return inputs
@@ -80,6 +89,11 @@ def build(run: PretrainConfig, streams: list[Stream] = STREAMS) -> tuple[Engine,
     layout, inputs = topology(run, dist.get_world_size()), inputs_of(run, streams)
     engine = setup.engine(run, layout, inputs.vocabulary)
     return engine, setup.dataset(run, inputs.sets, SPECIAL, layout, engine.data_rank)
+
+
+def sources(run: PretrainConfig) -> list[Source]:
+    """The run's shard sets, of training, with all their streams."""
+    return [Source.open(config, None) for config in run.data.sets]
 
 
 def losses(run: PretrainConfig, streams: list[Stream] = STREAMS) -> list[dict]:

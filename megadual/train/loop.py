@@ -38,7 +38,7 @@ class Loop:
             self.log.message(f"resumed from {latest}", sys.stdout)
             if not same_rows:
                 self.log.message(
-                    "warning: data.sets, data.weights or what else orders documents (train.seq_len, train.seed, ...) "
+                    "warning: data.sets or what else orders documents (train.seq_len, train.seed, ...) "
                     f"is not as in {latest}; training goes on at row {data.rows_before(self.start):,} of the new order"
                 )
 

@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megadual.data.dataset import PackedDataset
-from megadual.data.mds_reader import ShardSet
-from megadual.data.packing import PackedRows
+from megadual.data.source import Source
 from megadual.engine.estimate import estimate, table
 from megadual.engine.protocol import Engine
 from megadual.engine.stages import Traffic, costs, split_layers
@@ -15,7 +14,7 @@ from megadual.errors import UserError
 from megadual.model.dual_lm import Vocabulary
 from megadual.run.hooks import Hook
 from megadual.run.profiler import Profiler
-from megadual.streams import TEXT, SpecialIds, Stream
+from megadual.streams import TEXT, Marks, Stream
 from megadual.text import fingerprint, load_text_tokenizer
 from megadual.train.checkpoint import resolve_checkpoint, starting_weights
 from megadual.train.config import PretrainConfig
@@ -29,10 +28,10 @@ from megadual.vision import read_codebooks
 class Inputs:
     """What a run reads: the shard sets, and what its tokenizers give the model."""
 
-    sets: list[ShardSet]
-    special: SpecialIds
+    sets: list[Source]
+    marks: Marks
     vocabulary: Vocabulary
-    validation: list[ShardSet] = dataclasses.field(default_factory=list)
+    validation: list[Source] = dataclasses.field(default_factory=list)
     traffic: Traffic | None = None  # set by `resolve_stages`
 
 
@@ -48,18 +47,23 @@ def read_inputs(run: PretrainConfig) -> Inputs:
     check_losses(run, names)
     if run.checkpoint.start:
         resolve_checkpoint(run.checkpoint.start)
-    sets, held_out = open_sets(run, names)
-    for shard_set in sets + held_out:
-        shard_set.check(codebooks.fingerprint, run.model.dualtoken, fingerprint(tokenizer), run.model.text_tokenizer)
+    sets, held_out = open_sets(run, tokenizer, names)
+    for source in sets + held_out:
+        source.documents.check(
+            codebooks.fingerprint, run.model.dualtoken, fingerprint(tokenizer), run.model.text_tokenizer
+        )
     vocabulary = Vocabulary(len(tokenizer), streams, {name: codebooks.vectors[name] for name in names})
-    inputs = Inputs(sets, SpecialIds.of(tokenizer), vocabulary, held_out)
+    inputs = Inputs(sets, Marks.of(tokenizer), vocabulary, held_out)
     resolve_stages(run, inputs)
     return inputs
 
 
-def open_sets(run: PretrainConfig, streams: list[str]) -> tuple[list[ShardSet], list[ShardSet]]:
+def open_sets(run: PretrainConfig, tokenizer, streams: list[str]) -> tuple[list[Source], list[Source]]:
     """The run's shard sets, of training and held out, with the codes of `streams`."""
-    train, held_out = ([ShardSet(root, streams) for root in sets] for sets in (run.data.sets, run.data.validation))
+    data = run.data
+    train, held_out = (
+        [Source.open(each, tokenizer, streams) for each in sets] for sets in (data.sets, data.validation)
+    )
     return train, held_out
 
 
@@ -85,11 +89,8 @@ def check_losses(run: PretrainConfig, streams: list[str]) -> None:
 
 def resolve_stages(run: PretrainConfig, inputs: Inputs) -> None:
     """Measure what the data asks of the model; by that set `run.parallel.stage_layers`, where it is null."""
-    parallel, data = run.parallel, run.data
-    rows = PackedRows(
-        inputs.sets, data.weights, run.train.seq_len, run.train.seed, data.draw_probability, data.caption_dropout
-    )
-    inputs.traffic = Traffic.of(rows, data.draw_probability)
+    parallel, train = run.parallel, run.train
+    inputs.traffic = Traffic.of(PackedDataset(inputs.sets, inputs.marks, train.seq_len, 1, 1, train.seed))
     if parallel.stage_layers is None:
         cost = costs(run, inputs.vocabulary, inputs.traffic)
         parallel.stage_layers = split_layers(run.model.layers, parallel.pipeline * parallel.virtual_pipeline, cost)
@@ -110,7 +111,7 @@ def engine(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary) -> Eng
 
 def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
     """What the run is about to do, for people."""
-    documents = sum(len(shard_set) for shard_set in inputs.sets)
+    documents = sum(len(source.documents) for source in inputs.sets)
     vocabulary, streams = inputs.vocabulary, inputs.vocabulary.streams
     about = (
         f"pretrain: {run.train.steps} steps of {run.train.global_batch_tokens:,} positions "
@@ -121,21 +122,21 @@ def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
         + ", ".join(f"{stream.name}: {stream.depth} codes among {stream.codebook_size:,}" for stream in streams)
     )
     if inputs.validation:
-        held_out, every = sum(map(len, inputs.validation)), run.data.validation_every or run.train.steps
+        held_out, every = (
+            sum(len(source.documents) for source in inputs.validation),
+            run.data.validation_every or run.train.steps,
+        )
         about += f"\nheld out: {run.data.validation_rows} rows of {held_out:,} documents, every {every} steps"
     stages = estimate(run, layout, vocabulary, inputs.traffic)
     return about + "\n" + table(stages, run.parallel.gpu_memory_gib)
 
 
-def dataset(
-    run: PretrainConfig, sets: list[ShardSet], special: SpecialIds, layout: Topology, data_rank: int
-) -> PackedDataset:
+def dataset(run: PretrainConfig, sets: list[Source], marks: Marks, layout: Topology, data_rank: int) -> PackedDataset:
     """The batches of one data-parallel rank."""
     train = run.train
     return PackedDataset(
-        sets, run.data, train.seq_len, train.micro_batch_size, layout.rows_per_step, train.seed, special,
-        data_rank, layout.data,
-    )  # fmt: skip
+        sets, marks, train.seq_len, train.micro_batch_size, layout.rows_per_step, train.seed, data_rank, layout.data
+    )
 
 
 def hooks(run: PretrainConfig, engine: Engine, inputs: Inputs, layout: Topology, log: MetricsLog | None) -> list[Hook]:
@@ -150,9 +151,9 @@ def hooks(run: PretrainConfig, engine: Engine, inputs: Inputs, layout: Topology,
 
 def validation(run: PretrainConfig, engine: Engine, inputs: Inputs, layout: Topology) -> Validation:
     """What measures the losses on the held-out sets. On every rank."""
-    train, config = run.train, dataclasses.replace(run.data, sets=run.data.validation, weights=None)
+    train, rows_each_time = run.train, run.data.validation_rows
     rows = PackedDataset(
-        inputs.validation, config, train.seq_len, train.micro_batch_size, run.data.validation_rows, SEED,
-        inputs.special, engine.data_rank, layout.data,
+        inputs.validation, inputs.marks, train.seq_len, train.micro_batch_size, rows_each_time, SEED,
+        engine.data_rank, layout.data,
     )  # fmt: skip
     return Validation(run, engine, rows, inputs.vocabulary)

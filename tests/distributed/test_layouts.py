@@ -5,7 +5,7 @@ import functools
 import pytest
 
 from megadual.data.mds_reader import ShardSet
-from megadual.streams import Stream, sequence_length
+from megadual.streams import Stream
 from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
 from megadual.testing.layouts import LAYOUTS, TOLERANCE, differences
@@ -21,8 +21,8 @@ TESTED = (
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Documents with no, one and two images."""
-    return tiny.write_tiny_set(tmp_path_factory.mktemp("layouts") / "set")
+    """Documents with no, one and two images, questions, edits and pairs of several captions."""
+    return tiny.write_tiny_set(tmp_path_factory.mktemp("layouts") / "set", conversations=100)
 
 
 @pytest.fixture(scope="module")
@@ -124,17 +124,19 @@ def test_broken_layout_is_noticed(train, shards, tmp_path):
 
 @pytest.mark.parametrize("layout", ["TP2+SP", "CP2"])
 @pytest.mark.parametrize(
-    "images, overrides",
-    [((0, 0), []), ((1, 1), ["data.draw_probability=1", "data.caption_dropout=1"])],
+    "images, settings",
+    [((0, 0), {}), ((1, 1), {"draw": 1, "caption_dropout": 1})],
     ids=["no image", "only images"],
 )
-def test_batches_of_one_kind(tmp_path, images, overrides, layout):
+def test_batches_of_one_kind(tmp_path, images, settings, layout):
     """Every rank runs every branch: batches of one kind neither hang nor change the normalisation."""
     shards = tiny.write_tiny_set(tmp_path / "set", images=images)
-    overrides = ["train.steps=2", *overrides]
-    (expected,) = run_distributed(tiny.losses, 1, tiny.tiny_run(tmp_path, shards, *overrides))
     processes, parallel = LAYOUTS[layout]
-    got = run_distributed(tiny.losses, processes, tiny.tiny_run(tmp_path, shards, *overrides, *parallel))[0]
+    alone, spread = (
+        tiny.tiny_run(tmp_path, shards, "train.steps=2", *overrides, **settings) for overrides in ([], parallel)
+    )
+    (expected,) = run_distributed(tiny.losses, 1, alone)
+    got = run_distributed(tiny.losses, processes, spread)[0]
     assert_equal_runs(got, expected, TOLERANCE["fp32"])
     for stream in tiny.STREAMS:
         assert (expected[0][f"loss_{stream.name}"] == 0) == (images == (0, 0))
@@ -145,8 +147,8 @@ def losses_with_empty_rows(run):
     from megatron.core import parallel_state
 
     from megadual.data.dataset import collate
+    from megadual.data.layout import Sequence
     from megadual.engine.topology import Topology
-    from megadual.streams import Sequence
     from megadual.train import setup
 
     engine, _ = tiny.build(run)
@@ -154,7 +156,7 @@ def losses_with_empty_rows(run):
     depths = {stream.name: stream.depth for stream in tiny.STREAMS}
     padding = Sequence.padding(run.train.seq_len, depths, tiny.SPECIAL)
     one_rank = Topology(world=1, data=1, rows_per_step=rows, microbatches=rows)
-    data = setup.dataset(run, [ShardSet(root) for root in run.data.sets], tiny.SPECIAL, one_rank, 0)
+    data = setup.dataset(run, tiny.sources(run), tiny.SPECIAL, one_rank, 0)
     empty = [collate([padding], tiny.SPECIAL, [""])] * rows
     results = []
     for step in range(run.train.steps):
@@ -181,7 +183,7 @@ def test_documents_longer_than_a_row(shards, tmp_path):
     (expected,) = run_distributed(tiny.losses, 1, tiny.tiny_run(tmp_path, shards, *overrides))
     got = run_distributed(tiny.losses, 2, tiny.tiny_run(tmp_path, shards, *overrides, "parallel.context=2"))[0]
     assert_equal_runs(got, expected, TOLERANCE["fp32"])
-    assert sequence_length(*ShardSet(shards).lengths).max() > 32
+    assert ShardSet(shards).lengths.sequence_length().max() > 32
 
 
 def test_a_rank_without_images(tmp_path):

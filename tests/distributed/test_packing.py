@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megadual.data.dataset import collate
-from megadual.streams import to_sequence
+from megadual.data.layout import to_sequence
 from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
 from megadual.testing.shards import SPECIAL
@@ -26,7 +26,7 @@ def row_and_documents(model, data, row: int):
     hidden, start, difference, alone = model.hidden_states(packed), 0, 0.0, torch.zeros(1 + len(tiny.STREAMS))
     for piece in pieces:
         document = data.sets[piece.set][piece.document]
-        sequence = to_sequence(document, SPECIAL, list(piece.draw_images), piece.drop_caption)
+        sequence = to_sequence(document, SPECIAL, piece.reading)
         batch = collate([sequence], SPECIAL, [document.key])
         alone += sums(model, batch)
         part = hidden[start : start + len(sequence)]

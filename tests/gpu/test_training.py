@@ -17,9 +17,9 @@ def losses(precision: str) -> list[dict]:
     import torch.distributed as dist
 
     from megadual.data.dataset import collate
+    from megadual.data.layout import Reading, to_sequence
     from megadual.engine.megatron import MegatronEngine
     from megadual.engine.topology import topology
-    from megadual.streams import to_sequence
     from megadual.testing.shards import random_documents
     from megadual.train.metrics import numbers_of
 
@@ -29,7 +29,9 @@ def losses(precision: str) -> list[dict]:
     batches = []
     for first in range(0, len(documents), 4):
         some = documents[first : first + 4]
-        sequences = [to_sequence(d, tiny.SPECIAL, [i % 2 == 0 for i in range(len(d.grids))]) for d in some]
+        sequences = [
+            to_sequence(d, tiny.SPECIAL, Reading(tuple(i % 2 == 0 for i in range(len(d.grids))))) for d in some
+        ]
         batches.append(collate(sequences, tiny.SPECIAL, [d.key for d in some]))
     run = tiny.tiny_run("unused", "unused", f"train.precision={precision}", "parallel.stage_layers=[4]")
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

@@ -11,6 +11,7 @@ from transformers import Qwen2Config
 from megadual.data.dataset import MicroBatch
 from megadual.hf.mapping import Sizes, to_hf
 from megadual.model.dual_lm import Vocabulary
+from megadual.streams import Role
 from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
 from megadual.testing.shards import SPECIAL
@@ -22,13 +23,14 @@ STEPS, STEPS_TO_SHOW, TOLERANCE = 20, 10, 1e-5
 SETTINGS = [
     f"train.steps={STEPS}", "train.lr=2e-3", "train.min_lr=2e-4", "train.warmup_steps=5", "train.weight_decay=0.2",
     "train.beta1=0.8", "train.beta2=0.9", "train.clip_grad=1.5", "train.loss.text=0.5", "train.loss.semantic=1.5",
-    "train.loss.pixel=0.75", "train.micro_batch_size=2", "data.caption_dropout=0.5",
+    "train.loss.pixel=0.75", "train.micro_batch_size=2",
 ]  # fmt: skip
 CASES = {
     "megatron": [],
     "deepspeed": ["engine=deepspeed"],
     "tied": ["model.tie_embeddings=true"],
     "frozen": ["train.parts=[projector,heads]"],
+    "conversations": [],
 }
 
 
@@ -42,7 +44,10 @@ def losses_of(result: dict) -> dict[str, float]:
 
 
 PARTS = {"projector": ("projector.",), "llm": ("model.", "lm_head."), "heads": ("heads.",)}
-MARKS = Marks(SPECIAL.end_of_text, SPECIAL.image, look_at=SPECIAL.image_start, draw=SPECIAL.image_gen_start)
+MARKS = Marks(
+    SPECIAL.end_of_text, SPECIAL.image, SPECIAL.image_start, SPECIAL.image_gen_start, SPECIAL.im_start, SPECIAL.im_end,
+    assistant=SPECIAL.headers[Role.ASSISTANT].item(1),
+)  # fmt: skip
 
 
 def documents_of(batch: MicroBatch) -> list[Document]:
@@ -75,8 +80,12 @@ def trained_by_megadual(runs: list[PretrainConfig]) -> list[tuple]:
 def trainings(tmp_path_factory):
     """Of each case the run, its initial weights, its steps' documents, and its results in the reference's words."""
     folder = tmp_path_factory.mktemp("runs")
-    shards = tiny.write_tiny_set(folder / "shards", images=(0, 2))
-    runs = [tiny.tiny_run(folder / name, shards, *SETTINGS, *overrides) for name, overrides in CASES.items()]
+    shards = dict.fromkeys(CASES, tiny.write_tiny_set(folder / "shards", images=(0, 2)))
+    shards["conversations"] = tiny.write_tiny_set(folder / "conversations", images=(0, 2), conversations=200)
+    runs = [
+        tiny.tiny_run(folder / name, shards[name], *SETTINGS, *overrides, caption_dropout=0.5, text_dropout=0.2)
+        for name, overrides in CASES.items()
+    ]
     (found,) = run_distributed(trained_by_megadual, 1, runs)
     trainings = {}
     for name, run, (weights, batches, results) in zip(CASES, runs, found, strict=True):
@@ -130,6 +139,7 @@ def test_a_run_trains_as_the_reference_does(trainings, case):
     documents = sum(steps, [])
     kinds = {(d.tokens.count(MARKS.draw), d.tokens.count(MARKS.look_at)) for d in documents}
     assert kinds == {(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2)}
+    assert any(MARKS.im_start in d.tokens for d in documents) == (case == "conversations")
     assert any(d.tokens[0] == MARKS.draw and d.tokens[-2] != MARKS.image for d in documents)  # no caption
     assert {r["grad_norm"] > recipe.clip for r in reference} == {True, False}
 
@@ -155,6 +165,8 @@ WRONG = {
     "second moment": ("megatron", but(betas=(0.8, 0.91))),
     "targets shifted": ("megatron", but(shift=2)),
     "targets not shifted": ("megatron", but(shift=0)),
+    "what the user says is learned": ("conversations", but(mask_shift=-1)),
+    "the assistant's last token is not": ("conversations", but(mask_shift=1)),
     "heads frozen": ("megatron", but(trained=PARTS["projector"] + PARTS["llm"])),
     "final norm frozen": ("megatron", but(trained=("projector.", "heads.", "model.embed", "model.layers", "lm_head."))),
     "nothing frozen": ("frozen", but(trained=PARTS["projector"] + PARTS["llm"] + PARTS["heads"])),

@@ -40,6 +40,9 @@ class Marks:
     image: int  # stands at every position of an image
     look_at: int  # begins an image that is only looked at
     draw: int  # begins an image that is drawn
+    im_start: int  # begins what somebody says: it, the speaker, a newline
+    im_end: int  # ends it; a newline follows
+    assistant: int  # the speaker that the model is
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,17 @@ class Document:
 
     tokens: list[int]
     codes: dict[str, Tensor]
+
+    def learned(self, marks: Marks) -> list[bool]:
+        """Of each token, whether the model is to say it: everything, or in a conversation what the assistant says."""
+        if marks.im_start not in self.tokens:
+            return [True] * len(self.tokens)
+        said, speaking = [], False
+        for i, token in enumerate(self.tokens):
+            speaking = speaking or self.tokens[max(i - 3, 0) : i - 1] == [marks.im_start, marks.assistant]
+            said.append(speaking)
+            speaking = speaking and token != marks.im_end
+        return said
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,7 @@ class Recipe:
     trained: tuple[str, ...]  # beginnings of the names of the parameters that are
     decay_vectors: bool = False  # biases and norms too
     shift: int = 1  # how many positions on the target of a position is
+    mask_shift: int = 0  # how many positions too early a target has a loss
 
 
 class DepthLayer(nn.Module):
@@ -127,7 +142,7 @@ class Model(Qwen2ForCausalLM):
         self.projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
         self.heads = nn.ModuleDict({stream.name: DepthHead(hidden, sizes, stream) for stream in streams})
 
-    def losses(self, documents: list[Document], marks: Marks, shift: int = 1) -> dict[str, Tensor]:
+    def losses(self, documents: list[Document], marks: Marks, shift: int, mask_shift: int) -> dict[str, Tensor]:
         """Each mean cross-entropy of a step's documents: text's over tokens, a stream's over codes."""
         longest = max(len(document.tokens) for document in documents)
         # Nothing sees the padding: it stands behind the document, and attention is causal.
@@ -139,11 +154,12 @@ class Model(Qwen2ForCausalLM):
             if image.any():
                 summed = [stream.codebook[document.codes[stream.name][image]].sum(1) for stream in self.streams]
                 inputs_BLH[b, : len(document.tokens)][image] = self.projector(torch.cat(summed, dim=1))
-            drawing = False
+            drawing, learned = False, document.learned(marks)
+            learned = learned[mask_shift:] + learned[:mask_shift]
             for i, token in enumerate(document.tokens):
                 drawing = (drawing or token == marks.draw) and token != marks.look_at
                 target = i + shift
-                if target >= len(document.tokens):
+                if target >= len(document.tokens) or not learned[target]:
                     continue
                 if document.tokens[target] != marks.image:
                     text.append((b, i, document.tokens[target]))
@@ -182,7 +198,7 @@ def train(model: Model, steps: list[list[Document]], marks: Marks, recipe: Recip
     results = []
     for step, documents in enumerate(steps):
         lr = learning_rate(recipe, step)
-        losses = model.losses(documents, marks, recipe.shift)
+        losses = model.losses(documents, marks, recipe.shift, recipe.mask_shift)
         total = sum(recipe.weights[name] * loss for name, loss in losses.items())
         optimizer.zero_grad()
         total.backward()

@@ -106,7 +106,7 @@ def test_a_later_yaml_adds_to_the_ones_before(tmp_path):
 
 
 def test_yaml_round_trip(tmp_path):
-    run = config("model.layers=6", "data.weights=[1.0]")
+    run = config("model.layers=6", "data.sets=[{path: a, weight: 1, prompts: [What is this?]}, {path: b, weight: 2}]")
     (tmp_path / "c.yaml").write_text(to_yaml(run))
     assert load_config(PretrainConfig, tmp_path / "c.yaml") == run
 
@@ -147,7 +147,10 @@ def test_presets_fill_only_what_is_null():
     (1, ["train.warmup_steps=-1"], "train.warmup_steps=-1 must be 0 or more"),
     (1, ["train.loss.pixel=-1"], "train.loss.pixel=-1.0 must be 0 or more"),
     (1, ["train.lr=1e-5"], "train.min_lr=3e-05 must not be over train.lr=1e-05"),
-    (1, ["data.draw_probability=50"], "data.draw_probability=50.0 must be between 0 and 1"),
+    (1, ["data.sets=[{path: a, draw: 50}]"], r"data.sets\[0\].draw=50.0 must be between 0 and 1"),
+    (1, ["data.sets=[{path: a, weight: 1}, b]"], "'b' has no weight, 'a' has"),
+    (1, ["data.sets=[{path: a, image_dropout: 0.9, both_dropout: 0.2}]"], "together 1.15; at most 1"),
+    (1, ["data.sets=a"], "is a list: give it whole"),
     (1, ["train.beta2=1"], "train.beta2=1.0 must be 0 or more and below 1"),
     (1, ["run.device=gpu"], "run.device 'gpu' is unknown; known: cuda, cpu"),
     (1, ["run.wandb=on"], "run.wandb '.*' is unknown"),

@@ -5,12 +5,10 @@ import pytest
 import torch
 
 from megadual.data.dataset import collate
+from megadual.data.layout import Reading, to_sequence
 from megadual.model.attention import PackedDocuments, attend_each
 from megadual.model.context import context_share
-from megadual.streams import SpecialIds, to_sequence
-from megadual.testing.shards import random_documents
-
-SPECIAL = SpecialIds(end_of_text=0, image=1, image_start=2, image_end=3, image_gen_start=4, image_gen_end=5)
+from megadual.testing.shards import SPECIAL, random_documents
 
 
 @pytest.fixture
@@ -19,11 +17,11 @@ def batch():
     documents = random_documents(12, grid=(3, 4), images=(0, 2), caption=(5, 20))
     sequences, total = [], 0
     for document in documents:
-        sequence = to_sequence(document, SPECIAL, [True] * len(document.grids))
+        sequence = to_sequence(document, SPECIAL, Reading((True,) * len(document.grids)))
         if total + len(sequence) <= 96:
             sequences.append(sequence)
             total += len(sequence)
-    rest = to_sequence(random_documents(1, images=(0, 0), caption=(95 - total, 95 - total))[0], SPECIAL, [])
+    rest = to_sequence(random_documents(1, images=(0, 0), caption=(95 - total, 95 - total))[0], SPECIAL, Reading(()))
     return collate([*sequences, rest], SPECIAL, [str(i) for i in range(len(sequences) + 1)])
 
 
@@ -64,7 +62,7 @@ def test_attention_of_the_shares_is_that_of_the_batch(batch, size):
 
 def test_one_long_document_costs_every_rank_the_same():
     document = random_documents(1, images=(0, 0), caption=(127, 127))[0]
-    batch = collate([to_sequence(document, SPECIAL, [])], SPECIAL, ["long"])
+    batch = collate([to_sequence(document, SPECIAL, Reading(()))], SPECIAL, ["long"])
     work = []
     for rank in range(4):
         share = context_share(batch, rank, 4)

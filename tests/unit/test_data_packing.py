@@ -10,12 +10,14 @@ import torch
 
 from megadual.data import packing
 from megadual.data.dataset import PackedDataset
+from megadual.data.layout import IGNORE, to_sequence
 from megadual.data.mds_reader import ShardSet
 from megadual.data.packing import PackedRows, fill_rows
+from megadual.data.source import Source
 from megadual.errors import UserError
-from megadual.streams import IGNORE, Stream, to_sequence
+from megadual.streams import Stream
 from megadual.testing.shards import SPECIAL, random_documents, write_shard_set
-from megadual.train.config import DataConfig
+from megadual.train.config import SetConfig
 
 SEQ = 128
 
@@ -30,13 +32,18 @@ def small_root(tmp_path_factory):
     return write_shard_set(tmp_path_factory.mktemp("data") / "small", random_documents(60, seed=9, images=(1, 2)))
 
 
-def rows_of(*roots, weights=None, seed=0, seq_len=SEQ, draw=0.5, dropout=0.1):
-    return PackedRows([ShardSet(root) for root in roots], weights, seq_len, seed, draw, dropout)
+def source(root, streams=None, prompts=(), **settings):
+    return Source(ShardSet(root, streams), SetConfig(str(root), **settings), list(prompts))
 
 
-def dataset(root, micro=1, rows=4, rank=0, ranks=1, seed=0, **config):
-    config = DataConfig(sets=[str(root)], **config)
-    return PackedDataset([ShardSet(root)], config, SEQ, micro, rows, seed, SPECIAL, rank, ranks)
+def rows_of(*roots, weights=None, seed=0, seq_len=SEQ, **settings):
+    weights = weights or [None] * len(roots)
+    sources = [source(root, weight=weight, **settings) for root, weight in zip(roots, weights, strict=True)]
+    return PackedRows(sources, SPECIAL, seq_len, seed)
+
+
+def dataset(root, micro=1, rows=4, rank=0, ranks=1, seed=0, **settings):
+    return PackedDataset([source(root, **settings)], SPECIAL, SEQ, micro, rows, seed, rank, ranks)
 
 
 def epoch(rows):
@@ -75,18 +82,18 @@ def test_fill_of_short_documents(root):
 
 
 def test_directions_follow_the_rule(root):
-    pieces = list(itertools.chain(*epoch(rows_of(root, draw=0.3, dropout=0.25))))
-    drawn = [piece for piece in pieces if piece.draw_images[0]]
+    pieces = list(itertools.chain(*epoch(rows_of(root, draw=0.3, caption_dropout=0.25))))
+    drawn = [piece for piece in pieces if piece.reading.draw[0]]
     assert 0.24 < len(drawn) / len(pieces) < 0.36
-    assert 0.15 < sum(piece.drop_caption for piece in drawn) / len(drawn) < 0.35
-    assert not any(piece.drop_caption for piece in pieces if not piece.draw_images[0])
-    assert all(not any(piece.draw_images) for piece in itertools.chain(*epoch(rows_of(root, draw=0.0))))
+    assert 0.15 < sum(piece.reading.drop_text for piece in drawn) / len(drawn) < 0.35
+    assert not any(piece.reading.drop_text for piece in pieces if not piece.reading.draw[0])
+    assert all(not any(piece.reading.draw) for piece in itertools.chain(*epoch(rows_of(root, draw=0.0))))
 
 
 def test_only_drawn_pairs_lose_their_caption(small_root):
-    pieces = list(itertools.chain(*epoch(rows_of(small_root, draw=1.0, dropout=1.0))))
-    assert {len(piece.draw_images) for piece in pieces} == {1, 2}
-    assert all(piece.drop_caption == (len(piece.draw_images) == 1) for piece in pieces)
+    pieces = list(itertools.chain(*epoch(rows_of(small_root, draw=1.0, caption_dropout=1.0))))
+    assert {len(piece.reading.draw) for piece in pieces} == {1, 2}
+    assert all(piece.reading.drop_text == (len(piece.reading.draw) == 1) for piece in pieces)
 
 
 def test_too_long_documents_are_left_out_and_counted(tmp_path):
@@ -132,13 +139,6 @@ def test_mixing_holds_the_shares(root, small_root):
     per_set = [row for r in range(1024) if (row := rows[r])[0].set == 1]
     counts = Counter(piece.document for row in per_set for piece in row)
     assert set(counts) == set(range(60)) and max(counts.values()) - min(counts.values()) <= 1 + len(per_set) // 100
-
-
-def test_wrong_weights_are_refused(root, small_root):
-    with pytest.raises(UserError, match="2 values for 1"):
-        rows_of(root, weights=[1.0, 1.0])
-    with pytest.raises(UserError, match="positive"):
-        rows_of(root, small_root, weights=[1.0, 0.0])
 
 
 @pytest.mark.parametrize("ranks, micro", [(1, 2), (2, 1), (2, 2), (4, 1)])
@@ -192,7 +192,7 @@ def test_a_batch_is_its_documents_laid_end_to_end(root):
             assert (batch.text_targets[part] == IGNORE).all() and not draw[part].any()
             continue
         piece = next(documents)
-        sequence = to_sequence(data.sets[0][piece.document], SPECIAL, list(piece.draw_images), piece.drop_caption)
+        sequence = to_sequence(data.sets[0][piece.document], SPECIAL, piece.reading)
         for name in ("tokens", "text_targets", "draw"):
             np.testing.assert_array_equal(found[name][part].numpy(), getattr(sequence, name))
         for stream, codes in sequence.codes.items():
@@ -203,8 +203,7 @@ def test_a_batch_is_its_documents_laid_end_to_end(root):
 
 def test_sets_of_other_depths_do_not_mix(root, tmp_path):
     deeper = write_shard_set(tmp_path / "deeper", random_documents(500, streams=[Stream("semantic", 3, 64, 8)]))
-    sets = [ShardSet(root, ["semantic"]), ShardSet(deeper)]
-    data = PackedDataset(sets, DataConfig(sets=[]), SEQ, 8, 8, 0, SPECIAL)
+    data = PackedDataset([source(root, ["semantic"]), source(deeper)], SPECIAL, SEQ, 8, 8, 0)
     with pytest.raises(UserError, match="'random-0/.*' has [23] semantic codes a position, not [23]"):
         data.step(0)
 
@@ -225,8 +224,7 @@ def test_targets_of_a_pair_in_every_direction(tmp_path):
     document.text_ids[1:] = (70, 71)
     root = write_shard_set(tmp_path / "set", [document])
     look, draw, dropped = (
-        dataset(root, rows=1, draw_probability=p, caption_dropout=d).step(0)[0]
-        for p, d in ((0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
+        dataset(root, rows=1, draw=p, caption_dropout=d).step(0)[0] for p, d in ((0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
     )
     n, s, no = 7, SPECIAL, IGNORE
     assert look.tokens[:n].tolist() == [s.image_start, s.image, s.image, s.image_end, 70, 71, s.end_of_text]

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from megadual.data.layout import Reading, to_sequence
 from megadual.data.mds_reader import ShardSet
 from megadual.errors import UserError
-from megadual.streams import LENGTHS, sequence_length, to_sequence
+from megadual.streams import LENGTHS
 from megadual.testing.shards import SPECIAL, random_documents, write_shard_set
 
 
@@ -48,8 +49,8 @@ def test_streams_that_are_not_asked_for_are_not_read(root, documents):
 
 
 def test_lengths_are_those_of_the_built_sequences(root, documents):
-    lengths = sequence_length(*ShardSet(root).lengths)
-    built = [len(to_sequence(document, SPECIAL, [True] * len(document.grids))) for document in documents]
+    lengths = ShardSet(root).lengths.sequence_length()
+    built = [len(to_sequence(document, SPECIAL, Reading((True,) * len(document.grids)))) for document in documents]
     assert lengths.tolist() == built
 
 
@@ -73,7 +74,7 @@ def test_a_damaged_array_is_named(root):
     shard = sorted(root.glob("part/*.mds"))[1]
     raw = bytearray(shard.read_bytes())
     record = int.from_bytes(raw[12:16], "little")  # of document 2
-    raw[record + 4 * 6] = 0xFF  # after the sizes of six columns: the first byte of the first, grids
+    raw[record + 4 * 8] = 0xFF  # after the sizes of eight columns: the first byte of the first, grids
     shard.write_bytes(raw)
     read = ShardSet(root).shards[1]
     read[1], read[3]
@@ -91,7 +92,7 @@ def test_missing_shard_is_named(root):
 def test_lengths_must_be_there_and_whole(root):
     file = root / "part" / LENGTHS
     np.save(file, np.load(file)[1:])
-    with pytest.raises(UserError, match="lengths.npy' holds 202 x 3 numbers for 203 documents"):
+    with pytest.raises(UserError, match="lengths.npy' holds 202 x 7 numbers where its documents need 203 x 7"):
         ShardSet(root)
     file.write_bytes(b"damaged")
     with pytest.raises(UserError, match="lengths.npy' is damaged"):

@@ -5,7 +5,7 @@ import torch
 
 from megadual.engine.topology import topology
 from megadual.errors import UserError
-from megadual.streams import SpecialIds, Stream
+from megadual.streams import Marks, Stream
 from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
 from megadual.testing.shards import random_documents, write_shard_set
@@ -24,12 +24,13 @@ def run_with(tmp_path_factory):
     save_text_tokenizer(train_text_tokenizer(["two red apples to the left of a cat, on blue"], 300), folder / "text")
     text = load_text_tokenizer(folder / "text")
     streams = [Stream(name, depth=3, codebook_size=32, code_dim=8) for name in ("semantic", "pixel")]  # the DualToken's
-    documents = random_documents(60, 0, dualtoken.config.grid, streams, len(text), special=SpecialIds.of(text))
+    documents = random_documents(60, 0, dualtoken.config.grid, streams, len(text), special=Marks.of(text))
     write_shard_set(
         folder / "set",
         documents,
         dualtoken={"fingerprint": dualtoken.fingerprint()},
         text_tokenizer={"fingerprint": fingerprint(text)},
+        marks=Marks.of(text),
     )
     model = f"model.dualtoken={folder}/dualtoken", f"model.text_tokenizer={folder}/text"
     return lambda *overrides: tiny.tiny_run(folder, folder / "set", *model, *overrides)
@@ -38,7 +39,7 @@ def run_with(tmp_path_factory):
 def a_step(run):
     inputs, layout = setup.read_inputs(run), topology(run, 1)
     engine = setup.engine(run, layout, inputs.vocabulary)
-    batches = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank).step(0)
+    batches = setup.dataset(run, inputs.sets, inputs.marks, layout, engine.data_rank).step(0)
     result = numbers_of(engine.train_step(batches))
     engine.shutdown()
     return {stream for batch in batches for stream in batch.codes}, result

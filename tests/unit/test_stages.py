@@ -1,18 +1,18 @@
 """Pipeline stages cut by cost, and the plan's numbers against a model that was built."""
 
-from types import SimpleNamespace
-
-import numpy as np
 import pytest
 
-from megadual.data.mds_reader import Lengths
-from megadual.data.packing import PackedRows
+from megadual.data.dataset import PackedDataset
+from megadual.data.mds_reader import ShardSet
+from megadual.data.source import Source
 from megadual.engine.estimate import estimate, table
 from megadual.engine.stages import Costs, Traffic, split_layers
 from megadual.engine.topology import topology
 from megadual.streams import Stream
 from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
+from megadual.testing.shards import SPECIAL, random_documents, write_shard_set
+from megadual.train.config import SetConfig
 
 
 @pytest.mark.parametrize("layers, chunks, heads, expected", [
@@ -37,20 +37,21 @@ def test_frozen_layers_of_the_first_chunk_cost_less():
     assert split_layers(12, 2, Costs(layer=2.0, embedding=0.0, heads=0.0, first=0.5)) == [8, 4]
 
 
-def test_traffic_is_that_of_the_rows_read():
+def test_traffic_is_that_of_the_rows_read(tmp_path):
     """Sets count by their share of the rows; a document that no row holds counts nothing."""
-
-    def stub(*documents):
-        return SimpleNamespace(root="", lengths=Lengths(*np.array(documents, np.uint32).T))
-
-    text = stub((9, 0, 0), (9, 0, 0), (500, 0, 0))  # documents of 10 positions, and one that is longer than a row
-    pairs = stub((10, 1, 9))  # 9 text tokens, the image's 9 positions, its two marks, the end
-    for weights, share in (None, 20 / 41), ([1, 3], 1 / 4):
-        traffic = Traffic.of(PackedRows([text, pairs], weights, 64, 0, 0.5, 0.0), draw_probability=0.5)
-        assert traffic.image == pytest.approx((1 - share) * 9 / 21)
-        assert traffic.drawn == traffic.image / 2
-        assert traffic.text == pytest.approx(share * 9 / 10 + (1 - share) * 11 / 21)
-        assert traffic.attended == pytest.approx(share * 10 + (1 - share) * 21)
+    texts = random_documents(20, images=(0, 0), caption=(9, 9)) + random_documents(1, images=(0, 0), caption=(300, 300))
+    pairs = random_documents(20, images=(1, 1), caption=(9, 9), grid=(3, 3))
+    roots = [write_shard_set(tmp_path / name, each) for name, each in (("texts", texts), ("pairs", pairs))]
+    for weights, share in ([20, 21], 20 / 41), ([1, 3], 1 / 4):
+        sources = [
+            Source(ShardSet(root), SetConfig(str(root), weight, caption_dropout=0.0))
+            for root, weight in zip(roots, weights, strict=True)
+        ]
+        traffic = Traffic.of(PackedDataset(sources, SPECIAL, 210, 1, 1, 0))  # rows of 21 or 10 documents
+        assert traffic.image == pytest.approx((1 - share) * 9 / 21, rel=0.02)
+        assert traffic.drawn == pytest.approx(traffic.image / 2, rel=0.1)
+        assert traffic.text == pytest.approx(share * 9 / 10 + (1 - share) * 11 / 21, rel=0.02)
+        assert traffic.attended == pytest.approx(share * 10 + (1 - share) * 21, rel=0.02)
 
 
 def planned(run, world: int, streams=tiny.STREAMS):

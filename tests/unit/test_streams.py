@@ -3,15 +3,8 @@
 import numpy as np
 import pytest
 
-from megadual.streams import (
-    IGNORE,
-    Document,
-    Stream,
-    check_stream_names,
-    mds_columns,
-    sequence_length,
-    to_sequence,
-)
+from megadual.data.layout import IGNORE, Reading, to_sequence
+from megadual.streams import Document, Role, Stream, TurnBit, check_stream_names, mds_columns
 from megadual.testing.shards import SPECIAL, random_documents
 
 EOS, IMG, START, END, GEN, GEN_END = (
@@ -24,11 +17,12 @@ def pair(caption=(20, 21)):
     """Two positions of a stream of two codes and of one of a single code."""
     codes = {"a": np.array([[1, 2], [3, 4]], dtype=np.uint16), "b": np.array([[11], [13]], dtype=np.uint16)}
     grids = np.array([[1, 2]], dtype=np.uint16)
-    return Document("k", np.array([IMG, *caption], dtype=np.uint32), codes, grids).check(SPECIAL)
+    turns = np.array([[1 + len(caption), Role.CAPTION, TurnBit.LOSS]], dtype=np.uint32)
+    return Document("k", np.array([IMG, *caption], dtype=np.uint32), codes, grids, turns=turns).check(SPECIAL)
 
 
 def test_describe():
-    sequence = to_sequence(pair(), SPECIAL, [False])
+    sequence = to_sequence(pair(), SPECIAL, Reading((False,)))
     assert sequence.tokens.tolist() == [START, IMG, IMG, END, 20, 21, EOS]
     assert sequence.text_targets.tolist() == [IGNORE, IGNORE, END, 20, 21, EOS, IGNORE]
     assert not sequence.draw.any()
@@ -37,7 +31,7 @@ def test_describe():
 
 
 def test_draw():
-    sequence = to_sequence(pair(), SPECIAL, [True])
+    sequence = to_sequence(pair(), SPECIAL, Reading((True,)))
     assert sequence.tokens.tolist() == [20, 21, GEN, IMG, IMG, GEN_END, EOS]
     assert sequence.text_targets.tolist() == [21, GEN, IGNORE, IGNORE, GEN_END, EOS, IGNORE]
     # the start token predicts the first image position, the last image position predicts the end token
@@ -45,9 +39,9 @@ def test_draw():
 
 
 def test_caption_dropout_leaves_the_image_alone():
-    sequence = to_sequence(pair(), SPECIAL, [True], drop_caption=True)
+    sequence = to_sequence(pair(), SPECIAL, Reading((True,), drop_text=True))
     assert sequence.tokens.tolist() == [GEN, IMG, IMG, GEN_END, EOS]
-    looked_at = to_sequence(pair(), SPECIAL, [False], drop_caption=True)
+    looked_at = to_sequence(pair(), SPECIAL, Reading((False,), drop_text=True))
     assert 20 in looked_at.tokens  # only a drawn pair can lose its caption
 
 
@@ -56,7 +50,7 @@ def test_interleaved_documents_keep_their_order():
     document = Document(
         "k", np.array([30, IMG, 31, IMG], dtype=np.uint32), codes, np.array([[1, 1], [2, 1]], dtype=np.uint16)
     )
-    sequence = to_sequence(document.check(SPECIAL), SPECIAL, [False, True])
+    sequence = to_sequence(document.check(SPECIAL), SPECIAL, Reading((False, True)))
     assert sequence.tokens.tolist() == [30, START, IMG, END, 31, GEN, IMG, IMG, GEN_END, EOS]
     assert np.flatnonzero(sequence.draw).tolist() == [5, 6]
 
@@ -64,11 +58,8 @@ def test_interleaved_documents_keep_their_order():
 @pytest.mark.parametrize("document", random_documents(20, images=(0, 3)), ids=lambda d: d.key)
 @pytest.mark.parametrize("draw", [False, True])
 def test_length_is_known_before_building(document, draw):
-    directions = [draw] * len(document.grids)
-    lengths = len(document.text_ids), len(document.grids), document.positions
-    assert len(to_sequence(document, SPECIAL, directions)) == sequence_length(*lengths)
-    dropped = document.is_pair and draw
-    assert len(to_sequence(document, SPECIAL, directions, drop_caption=True)) == sequence_length(*lengths, dropped)
+    reading = Reading((draw,) * len(document.grids))
+    assert len(to_sequence(document, SPECIAL, reading)) == document.lengths(SPECIAL).sequence_length()
 
 
 def test_row_round_trip():
@@ -78,7 +69,7 @@ def test_row_round_trip():
         assert again.codes.keys() == document.codes.keys()
         for stream, codes in document.codes.items():
             assert np.array_equal(again.codes[stream], codes)
-        for name in ("key", "text_ids", "grids", "meta"):
+        for name in ("key", "text_ids", "turns", "grids", "image_use", "meta"):
             assert np.array_equal(getattr(again, name), getattr(document, name)), name
 
 
