@@ -54,8 +54,8 @@ def random_conversations(
     count: int, seed: int = 0, grid: tuple[int, int] = (2, 3), streams: Iterable[Stream] = STREAMS,
     vocabulary: int = 240, special: SpecialIds = SPECIAL,
 ) -> list[Document]:  # fmt: skip
-    """`count` documents of what `random_documents` has none of, in turn: a question about an image and one more, an edit,
-    a drawing that is talked about, a pair of three captions.
+    """`count` documents of what `random_documents` has none of, in turn: questions about an image, an edit, a drawing
+    that is talked about, a pair of three captions.
     """
     random = np.random.default_rng(seed)
     system, user, assistant = Role.SYSTEM, Role.USER, Role.ASSISTANT

@@ -52,10 +52,11 @@ def tiny_run(folder: Path, shards: Path, *overrides: str, **settings) -> Pretrai
     """A resolved config of a 4-layer model on `shards`, 5 steps of 8 rows; `overrides` are dotted, `settings` the
     set's.
     """
+    data = json.dumps([{"path": str(shards), **settings}])
     defaults = [
         "model.preset=tiny", "model.hidden=64", "model.ffn=128", "model.heads=4", "model.kv_heads=2",
         "model.head.width=32", "model.head.layers=2", "model.head.heads=2", "model.head.ffn=64",
-        "model.dualtoken=unused", "model.text_tokenizer=unused", f"data.sets={json.dumps([{'path': str(shards), **settings}])}",
+        "model.dualtoken=unused", "model.text_tokenizer=unused", f"data.sets={data}",
         "train.steps=5", "train.seq_len=64", "train.global_batch_tokens=512", "train.lr=1e-3",
         f"run.dir={folder}",
     ]  # fmt: skip

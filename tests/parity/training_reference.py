@@ -40,9 +40,8 @@ class Marks:
     image: int  # stands at every position of an image
     look_at: int  # begins an image that is only looked at
     draw: int  # begins an image that is drawn
-    im_start: int  # begins what somebody says: it, the speaker, a newline
-    im_end: int  # ends it; a newline follows
-    assistant: int  # the speaker that the model is
+    answer: list[int]  # begins what the assistant says: <|im_start|>, assistant, newline
+    im_end: int  # ends what somebody says; a newline follows
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,12 @@ class Document:
 
     def learned(self, marks: Marks) -> list[bool]:
         """Of each token, whether the model is to say it: everything, or in a conversation what the assistant says."""
-        if marks.im_start not in self.tokens:
+        begins = [self.tokens[max(i - 3, 0) : i] == marks.answer for i in range(len(self.tokens))]
+        if not any(begins):
             return [True] * len(self.tokens)
         said, speaking = [], False
-        for i, token in enumerate(self.tokens):
-            speaking = speaking or self.tokens[max(i - 3, 0) : i - 1] == [marks.im_start, marks.assistant]
-            said.append(speaking)
+        for token, begin in zip(self.tokens, begins, strict=True):
+            said.append(speaking := speaking or begin)
             speaking = speaking and token != marks.im_end
         return said
 
