@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-BATCH = 8  # images drawn at once
+BATCH = 8  # images at once
 
 
 def open_image(data: bytes, what: str) -> Image.Image:
@@ -95,23 +95,29 @@ class Trial:
                 yield {"key": key, "file": file, "caption": caption, "seed": self.seed + i}
 
     def answer(self, conversations: list) -> Iterator[dict]:
-        for i, (key, image, described) in enumerate(conversations):
-            file, conversation = self._save(image, f"asked-{i:03d}"), json.loads(described)
-            turns = [turn["value"].replace("<image>", "").strip() for turn in conversation["conversations"]]
-            questions, answers = turns[::2], turns[1::2]
-            kinds = conversation.get("kinds", ["question"] * len(questions))
-            for kind, question, answer in zip(kinds, questions, answers, strict=True):
-                said = self.model.ask([image], question).strip()
-                right = said.casefold() == answer.casefold()
-                about = {"kind": kind, "question": question, "answer": answer, "said": said, "right": right}
-                yield {"key": key, "file": file, **about}
+        for start in range(0, len(conversations), BATCH):
+            images, asked = [], []
+            for i, (key, image, described) in enumerate(conversations[start : start + BATCH], start):
+                file, conversation = self._save(image, f"asked-{i:03d}"), json.loads(described)
+                turns = [turn["value"].replace("<image>", "").strip() for turn in conversation["conversations"]]
+                kinds = conversation.get("kinds", ["question"] * (len(turns) // 2))
+                for kind, question, answer in zip(kinds, turns[::2], turns[1::2], strict=True):
+                    images.append(image)
+                    asked.append({"key": key, "file": file, "kind": kind, "question": question, "answer": answer})
+            for about, said in zip(asked, self.model.ask(images, [each["question"] for each in asked]), strict=True):
+                said = said.strip()
+                yield {**about, "said": said, "right": said.casefold() == about["answer"].casefold()}
 
     def edit(self, rows: list) -> Iterator[dict]:
-        for i, (key, source, instruction, true) in enumerate(rows):
-            (drawn,) = self.model.edit(source, instruction, seed=self.seed + i)
-            pictures = {"source": source, "drawn": drawn, "true": true}
-            files = {name: self._save(image, f"edit-{i:03d}-{name}") for name, image in pictures.items()}
-            yield {"key": key, "instruction": instruction, **files, "seed": self.seed + i}
+        for start in range(0, len(rows), BATCH):
+            keys, sources, instructions, trues = zip(*rows[start : start + BATCH], strict=True)
+            drawn = self.model.edit(list(sources), list(instructions), cfg_scale=self.cfg_scale, seed=self.seed + start)
+            for i, (key, instruction, *images) in enumerate(
+                zip(keys, instructions, sources, drawn, trues, strict=True), start
+            ):
+                pictures = zip(("source", "drawn", "true"), images, strict=True)
+                files = {name: self._save(image, f"edit-{i:03d}-{name}") for name, image in pictures}
+                yield {"key": key, "instruction": instruction, **files, "seed": self.seed + i}
 
     def _save(self, image: Image.Image, name: str) -> str:
         image.save(self.output / f"{name}.png")
@@ -129,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--draw", type=int, default=8, help="captions to draw")
     parser.add_argument("--answer", type=int, default=100, help="conversations whose questions are asked")
     parser.add_argument("--edit", type=int, default=8, help="edits to make")
-    parser.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of drawings")
+    parser.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of drawings and edits")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 

@@ -61,7 +61,8 @@ def _tar_writer(members: Callable[[str, Any, int], Members]) -> Callable[[Path, 
 def _write_edits(path: Path, samples: list[tuple[str, Any]], size: int) -> None:
     write_image_table(path, [edit_row(edit, size) for _, edit in samples])
     if "heldout" in path.name:
-        lines = [json_bytes({"key": key, **edit_record(edit)}) + b"\n" for key, edit in samples]
+        records = [{"key": f"{path.stem}-{row:06d}", **edit_record(edit)} for row, (_, edit) in enumerate(samples)]
+        lines = [json_bytes(record) + b"\n" for record in records]
         path.with_suffix(".jsonl").write_bytes(b"".join(lines))
 
 
