@@ -9,9 +9,9 @@
 | `edits-train-*.parquet` | add, remove, move, recolour the ground | InstructPix2Pix's columns |
 | `stories-train-*.tar` | two to four sentences, each with a picture | interleaved webdataset |
 
-Each has a held-out part (`heldout-*.tar`, ...), of which no picture's caption is among the training's; beside held-out
-edits, the scenes before and after are in `edits-heldout-*.jsonl`. `broken-00000.tar` mixes good pairs with unusable
-samples. The same arguments give the same bytes, and a part does not depend on how many samples others have.
+Each has a held-out part (`heldout-*.tar`, ...) of 400 samples or `--heldout`, of which no picture's caption is among the
+training's. The scenes that a sample shows are in its KEY.json, those of parquet rows in the `.jsonl` beside the file.
+`broken-00000.tar` mixes good pairs with unusable samples. The same arguments give the same bytes.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Kind:
     draw: Callable[[random.Random], Any]
     scenes: Callable[[Any], list[Scene]]
     identity: Callable[[Any], Any]  # no two samples of a part have the same
-    parts: Callable[[Any], Iterable[str]]  # what the summary counts
+    kinds: Callable[[Any], Iterable[str]]  # what the summary counts
     write: Callable[[Path, list[tuple[str, Any]], int], None]  # samples with their keys, the pictures' size
 
 
@@ -60,10 +60,8 @@ def _tar_writer(members: Callable[[str, Any, int], Members]) -> Callable[[Path, 
 
 def _write_edits(path: Path, samples: list[tuple[str, Any]], size: int) -> None:
     write_image_table(path, [edit_row(edit, size) for _, edit in samples])
-    if "heldout" in path.name:
-        records = [{"key": f"{path.stem}-{row:06d}", **edit_record(edit)} for row, (_, edit) in enumerate(samples)]
-        lines = [json_bytes(record) + b"\n" for record in records]
-        path.with_suffix(".jsonl").write_bytes(b"".join(lines))
+    records = [{"key": f"{path.stem}-{row:06d}", **edit_record(edit)} for row, (_, edit) in enumerate(samples)]
+    path.with_suffix(".jsonl").write_bytes(b"".join(json_bytes(record) + b"\n" for record in records))
 
 
 KINDS = {
@@ -143,9 +141,9 @@ def make_corpus(
                     files.append(f"{kind.prefix}{part}-{number:05d}{kind.suffix}")
                     kind.write(output / files[-1], keyed[start : start + SAMPLES_PER_FILE], size)
                     bar.update(len(keyed[start : start + SAMPLES_PER_FILE]))
-            of_train = Counter(each for sample in of["train"] for each in kind.parts(sample))
+            kinds = Counter(each for sample in of["train"] for each in kind.kinds(sample))
             lengths = {part: len(samples) for part, samples in sorted(of.items(), reverse=True)}
-            summary[name] = {**lengths, "of": dict(sorted(of_train.items())), "files": files}
+            summary[name] = {**lengths, "files": files, "kinds": dict(sorted(kinds.items()))}  # of the training part
     (output / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 

@@ -49,7 +49,7 @@ def test_same_seed_same_bytes(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         make_corpus(tmp_path / name, **few, size=32, seed=seed)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(files) == 2 * 4 + 3  # the scenes of held-out edits, the broken samples and the summary beside
+    assert len(files) == 2 * 5 + 2  # each part of each kind, the edits' scenes; the broken samples and the summary
     for file in files:
         first, same, other = ((tmp_path / name / file).read_bytes() for name in "abc")
         assert first == same
