@@ -9,7 +9,7 @@
 | `edits-train-*.parquet` | add, remove, move, recolour the ground | InstructPix2Pix's columns |
 | `stories-train-*.tar` | two to four sentences, each with a picture | interleaved webdataset |
 
-Each has a held-out part (`heldout-*.tar`, ...) of 400 samples or `--heldout`, of which no picture's caption is among the
+Each has a held-out part (`heldout-*.tar`, ...) of `--heldout` samples, of which no picture's caption is among the
 training's. The scenes that a sample shows are in its KEY.json, those of parquet rows in the `.jsonl` beside the file.
 `broken-00000.tar` mixes good pairs with unusable samples. The same arguments give the same bytes.
 """
