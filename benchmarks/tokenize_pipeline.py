@@ -110,7 +110,7 @@ def plain_loop(folder: Path, output: Path) -> float:
                             text_ids=np.array([image_id, *ids[i]], dtype=np.uint32),
                             codes={name: c[i].flatten(0, 1).numpy().astype(np.uint16) for name, c in codes.items()},
                             grids=grid,
-                            meta={"source": str(path), "layout": "pair", "field": "txt", "sizes": [size]},
+                            meta={"source": str(path), "field": "txt", "format": "pair", "sizes": [size]},
                         ).row()
                     )
                 batch.clear()
