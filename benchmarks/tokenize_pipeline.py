@@ -33,7 +33,7 @@ from data_pipeline.run import tokenize
 from megadual.config import load_config
 from megadual.data.mds import document_writer
 from megadual.streams import Document, SpecialIds
-from megadual.synthetic.corpus import write_tar
+from megadual.synthetic.files import write_tar
 from megadual.text import load_text_tokenizer, save_text_tokenizer, train_text_tokenizer
 from megadual.vision import DualToken, DualTokenConfig, StreamConfig
 

@@ -12,7 +12,9 @@ import megadual
 
 AUTO_MAP = {
     "AutoConfig": "configuration_megadual.MegaDualConfig",
+    "AutoModel": "modeling_megadual.MegaDualForCausalLM",
     "AutoModelForCausalLM": "modeling_megadual.MegaDualForCausalLM",
+    "AutoModelForImageTextToText": "modeling_megadual.MegaDualForCausalLM",
     "AutoProcessor": "processing_megadual.MegaDualProcessor",
 }
 

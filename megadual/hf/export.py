@@ -27,11 +27,11 @@ from megadual.hf.model_card import model_card  # noqa: E402
 from megadual.hf.modeling_megadual import MegaDualForCausalLM  # noqa: E402
 from megadual.hf.processing_megadual import MegaDualProcessor  # noqa: E402
 from megadual.hf.tensors import CheckpointTensors, FolderTensors, write_folder  # noqa: E402
-from megadual.streams import SPECIAL_TOKENS, SpecialIds  # noqa: E402
+from megadual.streams import SpecialIds  # noqa: E402
 from megadual.text import load_text_tokenizer, save_text_tokenizer  # noqa: E402
 from megadual.train.config import PretrainConfig  # noqa: E402
 from megadual.train.setup import choose_streams  # noqa: E402
-from megadual.vision import DualTokenConfig  # noqa: E402
+from megadual.vision import DualTokenConfig, read_codebooks  # noqa: E402
 
 
 def read_dualtoken(run: PretrainConfig) -> DualTokenConfig:
@@ -133,15 +133,24 @@ def export(run: PretrainConfig, checkpoint: Path, output: Path, max_shard_size: 
         write_folder(partial, meta, bar, max_shard_size)
     config.save_pretrained(partial)
     write_code(partial)
+    special = config.special
+    ends = [special.end_of_text, special.im_end]
     generation = GenerationConfig(
-        eos_token_id=config.special.end_of_text,
-        pad_token_id=config.special.end_of_text,
-        suppress_tokens=tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS[1:])),  # images are drawn, not spelled
+        eos_token_id=ends,
+        pad_token_id=special.end_of_text,
+        suppress_tokens=sorted(set(vars(special).values()) - set(ends)),  # images are drawn, not spelled
     )
     generation.save_pretrained(partial)
     rows, columns = dualtoken.grid
-    processor = MegaDualProcessor(tokenizer, image_size=dualtoken.image_size, image_positions=rows * columns)
-    save_text_tokenizer(processor.tokenizer, partial)
+    processor = MegaDualProcessor(
+        tokenizer,
+        image_size=dualtoken.image_size,
+        image_positions=rows * columns,
+        dualtoken=read_codebooks(run.model.dualtoken).fingerprint,
+        streams=config.streams,
+    )
+    tokenizer.chat_template = processor.chat_template  # in the place of one that the tokenizer came with
+    save_text_tokenizer(tokenizer, partial)
     described = processor.to_dict() | {"processor_class": "MegaDualProcessor", "auto_map": AUTO_MAP}
     (partial / "processor_config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
     (partial / "README.md").write_text(model_card(run, checkpoint, meta))

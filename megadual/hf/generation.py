@@ -1,11 +1,12 @@
-"""What an exported model is for: describing images, drawing them, and answering in text and images.
+"""What an exported model is for: describing images, drawing and editing them, and answering in text and images.
 
-Shape suffixes: R rows (B images, then the same without captions where guided), S positions of a prompt, N positions
-of an image, D a stream's code depth, T streams, K a stream's codebook size.
+Shape suffixes: R rows (B images, then the same without what guides them), S positions of a prompt, N positions of an
+image, D a stream's code depth, T streams, K a stream's codebook size, H the LLM's width.
 """
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -14,7 +15,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from megadual.hf.decoding import whole_slots
-from megadual.hf.processing_megadual import IM_END, MegaDualProcessor
+from megadual.hf.drawn_codes import keep_codes
+from megadual.hf.processing_megadual import MegaDualProcessor, escaped
 from megadual.hf.rollout import Rollout
 from megadual.streams import IMAGE
 from megadual.vision.tokenizer import to_image
@@ -23,8 +25,33 @@ BATCH = 32  # images drawn at once; more are drawn in turn
 POSITIONS_AHEAD = 8  # where progress is shown, the host waits for the GPU every so many positions
 
 
+Content = str | list[str | Image.Image | dict]  # of a message: a text, or texts and images (see the processor)
+Choose = Callable[[int, str, int, Tensor], Tensor]
+
+
+class Guidance(NamedTuple):
+    """How images are guided: away from a prompt that lacks what is asked for."""
+
+    scale: float  # towards all of the prompt
+    image_scale: float | None = None  # towards the images of the last user's turn; None: they go with its text
+
+    @property
+    def without(self) -> list[tuple[bool, bool]]:
+        """The prompts that are read beside the whole one: whether without the turn's text, without its images.
+
+        Those that would weigh nothing are left out.
+        """
+        if self.image_scale is None or self.image_scale == self.scale:
+            return [] if self.scale == 1 else [(True, True)]
+        return [(True, False)] if self.image_scale == 1 else [(True, False), (True, True)]
+
+
 class Generation:
-    """`describe`, `draw` and `interleave` of MegaDualForCausalLM. All need the model on one device."""
+    """`describe`, `ask`, `draw`, `edit` and `interleave` of MegaDualForCausalLM. All need the model on one device.
+
+    Images that are returned keep their codes (`drawn_codes.py`): as part of a later prompt they are read as these. One
+    that was changed, by its size or any pixel, is encoded like any other image.
+    """
 
     _kept: tuple[object, Rollout | None] = (None, None)  # the last rollout, whose captured graphs are worth keeping
 
@@ -37,9 +64,18 @@ class Generation:
     def processor(self) -> MegaDualProcessor:
         """Makes `input_ids` and `pixel_values` of texts, images and messages."""
         (rows, columns), size = self.dualtoken.config.grid, self.dualtoken.config.image_size
-        return MegaDualProcessor(self.tokenizer, image_size=size, image_positions=rows * columns)
+        return MegaDualProcessor(
+            self.tokenizer,
+            image_size=size,
+            image_positions=rows * columns,
+            dualtoken=self._code_fingerprint,
+            streams=list(self.streams),
+        )
 
-    @torch.no_grad()
+    @cached_property
+    def _code_fingerprint(self) -> str:
+        return self.dualtoken.fingerprint()
+
     def describe(
         self,
         images: list[Image.Image],
@@ -51,15 +87,55 @@ class Generation:
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> list[str]:
-        """A text for each image, going on from `prompt`. At temperature 0 the likeliest token is taken."""
-        inputs = self.processor(text=[IMAGE + prompt] * len(images), images=images).to(self.device)
-        slots = inputs["input_ids"].size(1) + max_new_tokens
-        rollout = self._rollout(len(images), 1, slots, text_top_k=top_k if temperature else 1, draws=False)
+        """A caption for each image, going on from `prompt`. At temperature 0 the likeliest token is taken."""
+        inputs = self.processor(text=[IMAGE + escaped(prompt)] * len(images), images=images)
+        return self._texts(inputs, max_new_tokens, min_new_tokens, temperature, top_k, top_p, seed)
+
+    def ask(
+        self,
+        images: list[Image.Image | list[Image.Image]],
+        question: str | list[str],
+        max_new_tokens: int = 64,
+        min_new_tokens: int = 0,
+        temperature: float = 0.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> list[str]:
+        """An answer for each image, or each list of images, to one question or to its own: a conversation of one turn.
+
+        At temperature 0 the likeliest token is taken.
+        """
+        questions = [question] * len(images) if isinstance(question, str) else question
+        inputs = self.processor.prompt([self._asked(*asked) for asked in zip(images, questions, strict=True)])
+        return self._texts(inputs, max_new_tokens, min_new_tokens, temperature, top_k, top_p, seed)
+
+    @staticmethod
+    def _asked(images: Image.Image | list[Image.Image], text: str) -> list[dict]:
+        """A conversation that begins with images and a text."""
+        shown = list(images) if isinstance(images, (list, tuple)) else [images]
+        return [{"role": "user", "content": [*shown, text]}]
+
+    @torch.no_grad()
+    def _texts(
+        self,
+        inputs,
+        max_new_tokens: int,
+        min_new_tokens: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int | None,
+    ) -> list[str]:
+        """What the processor's inputs go on with, row by row."""
+        embeds_BSH, kept_BS, _ = self._read(inputs)
+        count, length = kept_BS.shape
+        rollout = self._rollout(count, 1, length + max_new_tokens, text_top_k=top_k if temperature else 1, draws=False)
         self._set_text(rollout, temperature, top_p, seed)
-        rollout.start(self.embed(inputs["input_ids"], inputs["pixel_values"]), inputs["attention_mask"].bool())
-        stops, texts = self._stops, [[] for _ in images]
+        rollout.start(embeds_BSH, kept_BS)
+        stops, texts = self._stops, [[] for _ in range(count)]
         rollout.bias_V[list(stops)] = -torch.inf
-        unfinished = set(range(len(images)))
+        unfinished = set(range(count))
         for step in range(max_new_tokens):
             if step == min_new_tokens:
                 rollout.bias_V[list(stops)] = 0.0
@@ -90,16 +166,12 @@ class Generation:
         Image i comes from `seed` + i and its prompt alone: whatever else is drawn with it changes it by rounding
         only, which in bf16 may tip a code. `progress` shows the positions drawn.
         """
-        self._check_draws()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        captions = [self._ids(text) for text in prompts for _ in range(n)]
-        seed = int(torch.randint(2**31, ())) if seed is None else seed
-        images = []
-        for start in range(0, len(captions), BATCH):
-            batch = captions[start : start + BATCH]
-            codes = self.draw_codes(batch, cfg_scale, temperature, top_k, top_p, seed + start, progress=progress)
-            images += self._images(codes)
-        return images
+        captions = [self._ids(text.strip()) for text in prompts for _ in range(n)]
+        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, progress=progress)
+        return self._in_turn(
+            len(captions), seed, lambda rows, seed: self.draw_codes(captions[rows], cfg_scale, seed=seed, **sampling)
+        )
 
     @torch.no_grad()
     def draw_codes(
@@ -110,7 +182,7 @@ class Generation:
         top_k: int = 900,
         top_p: float = 0.96,
         seed: int = 0,
-        choose: Callable[[int, str, int, Tensor], Tensor] | None = None,
+        choose: Choose | None = None,
         progress: bool = False,
     ) -> dict[str, Tensor]:
         """Codes (B, N, D) of an image for each caption (token ids), by stream.
@@ -118,21 +190,82 @@ class Generation:
         With `cfg_scale` s != 1 the logits are u + s (c - u) at every depth, u those of the same image without its
         caption. `choose(position, stream, d, logits (B, K))`, where given, chooses the codes (B,) of a depth.
         """
-        special, branches = self.config.special, 2 if cfg_scale != 1 else 1
-        prompts = [[*caption, special.image_gen_start] for caption in captions]
-        prompts += [[special.image_gen_start]] * (len(captions) * (branches - 1))
-        longest = max(map(len, prompts))
-        padding = [longest - len(prompt) for prompt in prompts]
-        ids_RS = torch.tensor(
-            [[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)], device=self.device
+        special, guidance = self.config.special, Guidance(cfg_scale)
+        longest = max(map(len, captions)) + 1
+        padding = [longest - 1 - len(caption) for caption in captions]
+        ids_BS = torch.tensor(
+            [[0] * pad + [*caption, special.image_gen_start] for pad, caption in zip(padding, captions, strict=True)],
+            device=self.device,
         )
-        kept_RS = torch.arange(longest, device=self.device) >= torch.tensor(padding, device=self.device)[:, None]
-        rows, columns = self.dualtoken.config.grid
-        slots = longest + rows * columns
-        rollout = self._rollout(len(captions), branches, slots, code_top_k=top_k, writes=False, choose=choose)
-        self._set_codes(rollout, cfg_scale, temperature, top_p, seed)
-        rollout.start(self.model.embed_tokens(ids_RS), kept_RS)
-        return self._draw_positions(rollout, progress)
+        places_S, padding_B = torch.arange(longest, device=self.device), torch.tensor(padding, device=self.device)
+        kept = [places_S >= padding_B[:, None]]
+        kept += [(places_S == longest - 1).expand_as(ids_BS)] * len(guidance.without)
+        embeds_BSH = self.model.embed_tokens(ids_BS)
+        return self._codes(embeds_BSH, kept, guidance, temperature, top_k, top_p, seed, choose, progress)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        image: Image.Image | list[Image.Image | list[Image.Image]],
+        instruction: str | list[str],
+        n: int = 1,
+        cfg_scale: float = 3.0,
+        image_scale: float = 1.5,
+        temperature: float = 1.0,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        seed: int | None = None,
+        progress: bool = False,
+    ) -> list[Image.Image]:
+        """`n` images of each image (or list of images) changed as one instruction says, or its own of several.
+
+        `cfg_scale` guides towards the instruction, `image_scale` towards the source: with more of it less is changed.
+        The seed is as in `draw`.
+        """
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        instructions = [instruction] * len(images) if isinstance(instruction, str) else list(instruction)
+        edits = list(zip(images, instructions, strict=True))
+        options = dict(temperature=temperature, top_k=top_k, top_p=top_p, progress=progress)
+
+        def codes(rows: slice, seed: int) -> dict[str, Tensor]:
+            each = range(len(edits) * n)[rows]
+            first = each[0] // n
+            several = edits[first : each[-1] // n + 1]
+            repeats = [i // n - first for i in each]
+            return self.edit_codes(several, cfg_scale, image_scale, seed=seed, repeats=repeats, **options)
+
+        return self._in_turn(len(edits) * n, seed, codes)
+
+    @torch.no_grad()
+    def edit_codes(
+        self,
+        edits: list[tuple[Image.Image | list[Image.Image], str]],
+        cfg_scale: float = 3.0,
+        image_scale: float = 1.5,
+        temperature: float = 1.0,
+        top_k: int = 900,
+        top_p: float = 0.96,
+        seed: int = 0,
+        repeats: list[int] | None = None,
+        choose: Choose | None = None,
+        progress: bool = False,
+    ) -> dict[str, Tensor]:
+        """Codes (B, N, D), by stream, of the images that edits (source, instruction) lead to; B are the indices in
+        `repeats`, None: each once.
+
+        The logits are u + image_scale (i - u) + cfg_scale (c - i) at every depth: c those of the whole prompt, i
+        without the instruction, u without the source image as well (InstructPix2Pix). `choose` is as in `draw_codes`.
+        """
+        inputs = self.processor.prompt([self._asked(*edit) for edit in edits])
+        start = torch.full((len(edits), 1), self.config.special.image_gen_start)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], start], dim=1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(start)], dim=1)
+        embeds_BSH, kept_BS, ids_BS = self._read(inputs)
+        guidance = Guidance(cfg_scale, image_scale)
+        kept = [kept_BS, *(kept_BS & ~self._dropped(ids_BS, *without) for without in guidance.without)]
+        if repeats is not None:
+            embeds_BSH, kept = embeds_BSH[repeats], [kept_BS[repeats] for kept_BS in kept]
+        return self._codes(embeds_BSH, kept, guidance, temperature, top_k, top_p, seed, choose, progress)
 
     @torch.no_grad()
     def interleave(
@@ -145,6 +278,7 @@ class Generation:
         text_top_k: int = 50,
         text_top_p: float = 1.0,
         cfg_scale: float = 3.0,
+        image_scale: float | None = None,
         temperature: float = 1.0,
         top_k: int = 900,
         top_p: float = 0.96,
@@ -153,25 +287,35 @@ class Generation:
     ) -> list[str | Image.Image]:
         """An answer of texts and images in the order written; an image begins where the model says so.
 
-        `prompt` is a text with `<image>` for each of `images`, or chat messages (see the processor's
-        `apply_chat_template`). Guidance is towards all that stands before an image, from nothing before it.
-        At most `max_images` images: by default 4 of a model that draws, none of one that does not.
+        `prompt` is a text with `<image>` for each of `images`, or a conversation so far (see the processor's `prompt`).
+        With the answer it goes on: `[*prompt, {"role": "assistant", "content": answer}, {"role": "user", ...}]`.
+
+        Images are guided to all that stands before them: in a conversation from the same one with nothing in the
+        last user's turn; where `image_scale` is given, with its images alone and from nothing, as in `edit`; in a text
+        from nothing before them. At most `max_images` images: by default 4 of a model that draws, none of another.
         """
         if max_images is None:
             max_images = 4 if self.draws else 0
         if max_images:
             self._check_draws()
-        inputs = self.processor.prompt(prompt, images).to(self.device)
-        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        if isinstance(prompt, str):
+            guidance = Guidance(cfg_scale)
+            inputs = self.processor(text=IMAGE.join(map(escaped, prompt.split(IMAGE))), images=images)
+        else:
+            guidance = Guidance(cfg_scale, image_scale)
+            inputs = self.processor.prompt(prompt, images)
+        embeds_BSH, kept_BS, ids_BS = self._read(inputs)
+        kept = [kept_BS]
+        for without in guidance.without if max_images else []:
+            kept.append(kept_BS if isinstance(prompt, str) else kept_BS & ~self._dropped(ids_BS, *without))
+        seed = self._seed(seed)
         special, (rows, columns) = self.config.special, self.dualtoken.config.grid
-        branches = 2 if cfg_scale != 1 else 1
-        slots = inputs["input_ids"].size(1) + max_new_tokens + max_images * (rows * columns + 2)
+        slots = ids_BS.size(1) + max_new_tokens + max_images * (rows * columns + 2)
         text_top_k = text_top_k if text_temperature else 1
-        rollout = self._rollout(1, branches, slots, text_top_k=text_top_k, code_top_k=top_k, draws=max_images > 0)
+        rollout = self._rollout(1, len(kept), slots, text_top_k=text_top_k, code_top_k=top_k, draws=max_images > 0)
         self._set_text(rollout, text_temperature, text_top_p, seed)
         rollout.bias_V[special.image_gen_start] = 0.0 if max_images else -torch.inf
-        embeds_BSH = self.embed(inputs["input_ids"], inputs.get("pixel_values"))
-        rollout.start(embeds_BSH.expand(branches, -1, -1), inputs["attention_mask"].bool().expand(branches, -1))
+        rollout.start(embeds_BSH.expand(len(kept), -1, -1), torch.cat(kept))
 
         answer, text, drawn = [], [], 0
         for _ in range(max_new_tokens):
@@ -183,8 +327,9 @@ class Generation:
                 text.append(token)
                 continue
             answer += [self.tokenizer.decode(text, skip_special_tokens=True)] if text else []
-            self._set_codes(rollout, cfg_scale, temperature, top_p, seed + drawn)
-            rollout.llm.forget(slice(1, None))
+            self._set_codes(rollout, guidance, temperature, top_p, seed + drawn)
+            if isinstance(prompt, str):
+                rollout.llm.forget(slice(1, None))
             answer += self._images(self._draw_positions(rollout, progress))
             rollout.write()  # the last position is read as well
             rollout.feed(special.image_gen_end)
@@ -192,6 +337,64 @@ class Generation:
             if drawn == max_images:
                 rollout.bias_V[special.image_gen_start] = -torch.inf
         return answer + ([self.tokenizer.decode(text, skip_special_tokens=True)] if text else [])
+
+    def _read(self, inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The processor's inputs embedded (B, S, H), which positions are no padding (B, S), and their ids (B, S)."""
+        inputs = inputs.to(self.device)
+        codes = self.codes_of(inputs.get("pixel_values"), inputs.get("image_codes"))
+        ids_BS = inputs["input_ids"]
+        return self.embed(ids_BS, codes), inputs["attention_mask"].bool(), ids_BS
+
+    def _dropped(self, ids_BS: Tensor, text: bool, images: bool) -> Tensor:
+        """(B, S) the positions of the last user's turn that are left out for guidance, as training leaves them out:
+        its text, its images with the tokens around them, or both. The marks of the chat stay."""
+        special, header = self.config.special, self.processor.user_header
+        dropped_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
+        for dropped_S, ids in zip(dropped_BS, ids_BS.tolist(), strict=True):
+            begins = [i + len(header) for i in range(len(ids)) if ids[i : i + len(header)] == header]
+            if not begins:
+                continue
+            end = ids.index(special.im_end, begins[-1])
+            turn_S = torch.tensor(ids[begins[-1] : end], dtype=torch.int64)
+            ends = turn_S == special.image_end
+            in_image = (turn_S == special.image_start).cumsum(0) > ends.cumsum(0) - ends.long()
+            dropped_S[begins[-1] : end] = (in_image & images) | (~in_image & text)
+        return dropped_BS
+
+    def _codes(
+        self,
+        embeds_BSH: Tensor,
+        kept: list[Tensor],
+        guidance: Guidance,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        seed: int,
+        choose: Choose | None,
+        progress: bool,
+    ) -> dict[str, Tensor]:
+        """Codes (B, N, D) by stream of images that begin behind prompts; of each branch `kept` are the positions that
+        it reads, (B, S)."""
+        (count, length), (rows, columns) = kept[0].shape, self.dualtoken.config.grid
+        options = dict(code_top_k=top_k, writes=False, choose=choose)
+        rollout = self._rollout(count, len(kept), length + rows * columns, **options)
+        self._set_codes(rollout, guidance, temperature, top_p, seed)
+        rollout.start(embeds_BSH.repeat(len(kept), 1, 1), torch.cat(kept))
+        return self._draw_positions(rollout, progress)
+
+    def _in_turn(
+        self, count: int, seed: int | None, codes: Callable[[slice, int], dict[str, Tensor]]
+    ) -> list[Image.Image]:
+        """`count` images, at most BATCH at once: `codes(rows, seed)` of each."""
+        self._check_draws()
+        seed, images = self._seed(seed), []
+        for start in range(0, count, BATCH):
+            images += self._images(codes(slice(start, min(start + BATCH, count)), seed + start))
+        return images
+
+    @staticmethod
+    def _seed(seed: int | None) -> int:
+        return int(torch.randint(2**31, ())) if seed is None else seed
 
     def _draw_positions(self, rollout: Rollout, progress: bool) -> dict[str, Tensor]:
         rollout.position.zero_()
@@ -203,9 +406,16 @@ class Generation:
         return {stream: codes_NBD.transpose(0, 1).clone() for stream, codes_NBD in rollout.codes_NBD.items()}
 
     def _images(self, codes_BND: dict[str, Tensor]) -> list[Image.Image]:
+        """The pictures of codes, which they keep."""
         grid = self.dualtoken.config.grid
-        codes = {stream: codes.unflatten(1, grid) for stream, codes in codes_BND.items()}
-        return [to_image(image) for image in self.dualtoken.decode(codes)]
+        pictures = self.dualtoken.decode({stream: codes.unflatten(1, grid) for stream, codes in codes_BND.items()})
+        on_host = {stream: codes.cpu() for stream, codes in codes_BND.items()}
+        return [
+            keep_codes(
+                to_image(picture), self._code_fingerprint, {stream: codes[i] for stream, codes in on_host.items()}
+            )
+            for i, picture in enumerate(pictures)
+        ]
 
     @property
     def draws(self) -> bool:
@@ -221,15 +431,15 @@ class Generation:
             )
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        """Special tokens spelled in a text are text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     @property
     def _stops(self) -> set[int]:
         """Tokens that end a text."""
         configured = self.generation_config.eos_token_id
         configured = configured if isinstance(configured, list) else [configured]
-        ends = {self.config.special.end_of_text, self.tokenizer.get_vocab().get(IM_END), *configured}
-        return ends - {None}
+        return {self.config.special.end_of_text, self.config.special.im_end, *configured} - {None}
 
     def _rollout(self, images: int, branches: int, slots: int, **options) -> Rollout:
         """A rollout, the last one where it fits."""
@@ -246,22 +456,23 @@ class Generation:
     def _set_text(self, rollout: Rollout, temperature: float, top_p: float, seed: int | None) -> None:
         special = self.config.special
         rollout.bias_V.zero_()  # images are drawn, not spelled
-        rollout.bias_V[list(set(vars(special).values()) - {special.end_of_text})] = -torch.inf
+        rollout.bias_V[list(set(vars(special).values()) - {special.end_of_text, special.im_end})] = -torch.inf
         rollout.text_sampler.temperature.fill_(temperature or 1.0)
         rollout.text_sampler.top_p.fill_(top_p)
         if temperature:
-            seed = int(torch.randint(2**31, ())) if seed is None else seed
+            seed = self._seed(seed)
             length, texts = rollout.text_uniform_LB.shape
             numbers = [torch.rand(length, generator=torch.Generator().manual_seed(seed + i)) for i in range(texts)]
             rollout.text_uniform_LB.copy_(torch.stack(numbers, dim=1))
 
-    def _set_codes(self, rollout: Rollout, scale: float, temperature: float, top_p: float, seed: int) -> None:
+    def _set_codes(self, rollout: Rollout, guidance: Guidance, temperature: float, top_p: float, seed: int) -> None:
         positions, depth, streams, images = rollout.code_uniform_NDTB.shape
         numbers = [
             torch.rand(positions, streams, depth, generator=torch.Generator().manual_seed(seed + i))
             for i in range(images)
         ]
         rollout.code_uniform_NDTB.copy_(torch.stack(numbers).permute(1, 3, 2, 0))
-        rollout.scale.fill_(scale)
+        rollout.scale.fill_(guidance.scale)
+        rollout.image_scale.fill_(guidance.scale if guidance.image_scale is None else guidance.image_scale)
         rollout.code_sampler.temperature.fill_(temperature)
         rollout.code_sampler.top_p.fill_(top_p)

@@ -49,7 +49,7 @@ model.draw(["two red apples to the left of a cat, on blue"], cfg_scale=3.0, seed
 def _training(run: PretrainConfig, step: int) -> str:
     config = dataclasses.asdict(run)
     config = OmegaConf.to_yaml({name: config[name] for name in _TRAINED_BY})
-    sets = "\n".join(f"| `{shard_set}` | {_counts(shard_set)} |" for shard_set in run.data.sets)
+    sets = "\n".join(f"| `{each.path}` | {_counts(each.path)} |" for each in run.data.sets)
     return f"""{step:,} steps of {run.train.steps:,}, each of {run.train.global_batch_tokens:,} positions.
 
 | data (its `manifest.json` names the input files and the filters) | documents | images | positions |

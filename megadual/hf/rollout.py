@@ -18,9 +18,10 @@ class Rollout:
 
     `start` reads the prompts; then each `write()` adds a token to every text, each `draw()` a position to every image.
 
-    With two branches the second half of the rows is the same without its captions, for guidance. `choose(position,
-    stream, d, logits (B, K))`, where given, takes the place of sampling codes; it may use the host, so nothing is
-    captured.
+    `branches` is for guidance. With two, the second half of the rows is the same without what images are guided to:
+    their logits become u + s (c - u), c those of the first half, u of the second. With three, rows with the source
+    image alone stand between (InstructPix2Pix): u + s_image (i - u) + s (c - i). `choose(position, stream, d, logits
+    (B, K))`, where given, takes the place of sampling codes; it may use the host, so nothing is captured.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Rollout:
         self.places = {name: t for t, name in enumerate(streams)}
         self.code_sampler = Sampler(code_top_k, device)
         self.code_uniform_NDTB = torch.zeros(positions, self.depth, len(streams), images, device=device)
-        self.scale = torch.ones((), device=device)
+        self.scale, self.image_scale = (torch.ones((), device=device) for _ in range(2))
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.codes_NBD = {
             name: torch.zeros(positions, images, stream.depth, dtype=torch.int64, device=device)
@@ -114,10 +115,7 @@ class Rollout:
             names = [name for name in alike if name in logits_RK]
             if not names:
                 continue
-            logits_TBK = torch.stack([logits_RK[name] for name in names]).float()
-            if self.branches == 2:
-                captioned_TBK, bare_TBK = logits_TBK.chunk(2, dim=1)
-                logits_TBK = torch.lerp(bare_TBK, captioned_TBK, self.scale)
+            logits_TBK = self._guided(torch.stack([logits_RK[name] for name in names]).float())
             if self.choose:
                 position = int(self.position)
                 codes = [self.choose(position, name, d, logits) for name, logits in zip(names, logits_TBK, strict=True)]
@@ -128,3 +126,13 @@ class Rollout:
                 codes = self.code_sampler(logits_TBK, uniform_TB)
             chosen |= dict(zip(names, codes, strict=True))
         return chosen
+
+    def _guided(self, logits_TRK: Tensor) -> Tensor:
+        """(T, B, K) of all branches together."""
+        whole_TBK, *others = logits_TRK.chunk(self.branches, dim=1)
+        if not others:
+            return whole_TBK
+        if len(others) == 1:
+            return torch.lerp(others[0], whole_TBK, self.scale)
+        image_TBK, none_TBK = others
+        return torch.lerp(none_TBK, image_TBK, self.image_scale).addcmul_(self.scale, whole_TBK - image_TBK)

@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -24,20 +26,23 @@ cpu.install()
 from megatron.core import parallel_state  # noqa: E402
 
 from megadual.data.dataset import MicroBatch, collate  # noqa: E402
+from megadual.data.layout import Reading, Sequence, to_sequence  # noqa: E402
+from megadual.data.source import Source  # noqa: E402
 from megadual.engine.groups import initialize_groups  # noqa: E402
 from megadual.engine.megatron import build_chunks  # noqa: E402
 from megadual.errors import UserError  # noqa: E402
 from megadual.hf.export import Exported  # noqa: E402
 from megadual.hf.mapping import origins, to_hf  # noqa: E402
 from megadual.hf.tensors import CheckpointTensors, FolderTensors  # noqa: E402
-from megadual.streams import Sequence, sequence_length, to_sequence  # noqa: E402
+from megadual.streams import Lengths, Marks  # noqa: E402
 from megadual.text import load_text_tokenizer  # noqa: E402
 from megadual.train.checkpoint import load_run_config  # noqa: E402
-from megadual.train.config import ParallelConfig, PretrainConfig  # noqa: E402
+from megadual.train.config import ParallelConfig, PretrainConfig, SetConfig  # noqa: E402
 from megadual.train.setup import Inputs, read_inputs  # noqa: E402
 
 TOLERANCE = 1e-4
-DIRECTIONS = ((True, False), (False, False), (True, True))  # (drawn, without caption): samples take them in turn
+# Drawn where that is open, without the text and without the images that may be left out: documents take them in turn.
+READINGS = ((True, False, False), (False, False, False), (True, True, False), (True, True, True))
 
 
 def same(left: Tensor, right: Tensor) -> bool:
@@ -68,16 +73,41 @@ def compare_tensors(expected: Exported, folder: FolderTensors) -> list[str]:
     return different
 
 
-def read_samples(inputs: Inputs, run: PretrainConfig, count: int) -> list[Sequence]:
-    """The first `count` documents with images that fit, each read in the next of DIRECTIONS."""
-    shard_set, samples = inputs.sets[0], []
-    usable = (sequence_length(*shard_set.lengths) <= run.train.seq_len) & (shard_set.lengths.images > 0)
-    for i in usable.nonzero()[0][:count].tolist():
-        document, (draw, drop_caption) = shard_set[i], DIRECTIONS[len(samples) % len(DIRECTIONS)]
-        samples.append(to_sequence(document, inputs.special, [draw] * len(document.grids), drop_caption))
+def kinds_of(lengths: Lengths) -> dict[str, np.ndarray]:
+    """Which documents are of which kind, each of one."""
+    pairs, edits, chats = lengths.captions > 0, lengths.droppable_image > 0, lengths.marks > 0
+    conversations = chats & ~edits & ~pairs
+    kinds = {"pairs": pairs, "edits": edits & ~pairs, "conversations": conversations}
+    return kinds | {"documents": ~pairs & ~edits & ~conversations}
+
+
+def read_samples(sources: list[Source], marks: Marks, seq_len: int, count: int) -> tuple[list[Sequence], dict]:
+    """`count` documents with images that fit, as many of each kind of each set as there are, read in turn as READINGS
+    say; and how many there are of each kind."""
+    waiting = []  # of each kind of each set, the documents
+    for source in sources:
+        lengths = source.documents.lengths
+        usable = (lengths.sequence_length() <= seq_len) & (lengths.images > 0)
+        for kind, of_kind in kinds_of(lengths).items():
+            if len(found := (usable & of_kind).nonzero()[0][:count]):
+                waiting.append((kind, source, found.tolist()))
+    samples, kinds = [], Counter()
+    for turn in range(count):
+        draw, *dropped = READINGS[turn % len(READINGS)]
+        for kind, source, found in waiting:
+            if turn < len(found) and len(samples) < count:
+                document = source.documents[found[turn]]
+                asked = source.prompts[turn % len(source.prompts)] if source.prompts and kind == "pairs" else None
+                reading = Reading((draw,) * len(document.grids), *dropped, prompt=asked)
+                samples.append(to_sequence(document, marks, reading))
+                kinds[kind] += 1
     if not samples:
-        raise UserError(f"--samples {count}: shard set '{shard_set.root}' gives no document with images to compare on")
-    return samples
+        roots = ", ".join(f"'{source.documents.root}'" for source in sources)
+        raise UserError(
+            f"--samples {count}: no document with images of {roots} fits in train.seq_len {seq_len}; give another set "
+            "with --data, or --samples 0"
+        )
+    return samples, dict(kinds)
 
 
 @torch.no_grad()
@@ -129,14 +159,15 @@ def compare_logits(
 ) -> dict:
     """The report's part on logits."""
     inputs = read_inputs(run)
-    samples = read_samples(inputs, run, count)
-    batch = collate(samples, inputs.special, keys=[str(i) for i in range(len(samples))])
+    samples, kinds = read_samples(inputs.sets, inputs.marks, run.train.seq_len, count)
+    batch = collate(samples, inputs.marks, keys=[str(i) for i in range(len(samples))])
     ours = trainer_logits(run, trainer, inputs, batch)
     ours["text"] = ours["text"][:, :text_size]
-    theirs = exported_logits(folder, samples, inputs.special.image, python)
+    theirs = exported_logits(folder, samples, inputs.marks.image, python)
     differences = {stream: (ours[stream] - theirs[stream]).abs().max().item() for stream in ours}
     return {
         "samples": len(samples),
+        "kinds": kinds,
         "logits_compared": {stream: logits.numel() for stream, logits in ours.items()},
         "logit_std": {stream: logits.std().item() for stream, logits in ours.items()},
         "max_abs_logit_diff_per_stream": differences,
@@ -152,7 +183,7 @@ def verify(checkpoint: Path, folder: Path, count: int, data: str | None, python:
     """
     run = load_run_config(checkpoint)
     if data:
-        run.data.sets, run.data.weights = [data], None
+        run.data.sets = [SetConfig(data)]
     if count and not run.data.sets:
         raise UserError(f"checkpoint '{checkpoint}' was made without data; give --data SET, or --samples 0")
     text_size = len(load_text_tokenizer(run.model.text_tokenizer))

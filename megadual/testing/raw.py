@@ -9,7 +9,7 @@ import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet
 
-from megadual.synthetic.corpus import png_bytes, write_tar
+from megadual.synthetic.files import png_bytes, write_tar
 
 
 def plain_image(i: int, size: tuple[int, int] = (32, 32)) -> bytes:

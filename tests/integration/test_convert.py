@@ -19,9 +19,13 @@ from megadual.errors import UserError
 from megadual.hf.export import Exported
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.tensors import CheckpointTensors, FolderTensors
-from megadual.synthetic.corpus import make_corpus, png_bytes, write_tar
+from megadual.streams import Marks, SpecialIds
+from megadual.synthetic.corpus import make_corpus
+from megadual.synthetic.files import png_bytes, write_tar
 from megadual.testing.distributed import run_distributed
 from megadual.testing.models import write_dualtoken, write_run
+from megadual.testing.shards import random_conversations, write_shard_set
+from megadual.text import fingerprint, load_text_tokenizer
 from megadual.train import setup
 from megadual.train.checkpoint import Checkpointer, resolve_checkpoint
 from megadual.vision import DualToken
@@ -29,7 +33,7 @@ from megadual.vision import DualToken
 ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("MEGADUAL_EXPORT_PYTHON", sys.executable)  # `make test-transformers`: with transformers 4
 LAYOUTS = {
-    "one": (1, []),
+    "one": (1, ["train.seq_len=128"]),
     "TP2": (2, ["parallel.tensor=2"]),
     "PP2": (2, ["parallel.pipeline=2"]),
     "TP2xPP2+SP": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
@@ -45,7 +49,7 @@ LAYOUTS = {
 def train_and_save(run):
     layout, inputs = topology(run, dist.get_world_size()), setup.read_inputs(run)
     engine = setup.engine(run, layout, inputs.vocabulary)
-    data = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank)
+    data = setup.dataset(run, inputs.sets, inputs.marks, layout, engine.data_rank)
     for step in range(run.train.steps):
         engine.train_step(data.step(step))
     checkpointer = Checkpointer(run)
@@ -97,6 +101,24 @@ def test_the_export_is_the_checkpoint(name, exported, tmp_path, capsys):
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert set(report["max_abs_logit_diff_per_stream"]) == {"text", "semantic", "pixel"}
     assert min(report["logits_compared"].values()) > 1000 and min(report["logit_std"].values()) > 0.01
+
+
+def test_the_export_is_the_checkpoint_on_conversations_and_edits_too(exported, tmp_path, capsys):
+    run, folder = exported("one")
+    tokenizer, dualtoken = load_text_tokenizer(run.model.text_tokenizer), DualToken.from_pretrained(run.model.dualtoken)
+    documents = random_conversations(
+        12, grid=dualtoken.config.grid, streams=dualtoken.config.code_streams, special=Marks.of(tokenizer)
+    )
+    write_shard_set(
+        tmp_path / "set",
+        documents,
+        dualtoken={"fingerprint": dualtoken.fingerprint()},
+        text_tokenizer={"fingerprint": fingerprint(tokenizer)},
+        marks=Marks.of(tokenizer),
+    )
+    code, report = run_verify(run, folder, capsys, "--data", tmp_path / "set", "--samples", 10)
+    assert code == 0 and report["equal"] and report["logits_compared"]["pixel"] > 1000
+    assert report["kinds"] == {"pairs": 3, "edits": 3, "conversations": 4}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -156,7 +178,8 @@ class NoMegadual:
 sys.meta_path.insert(0, NoMegadual)
 import json, torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
 
 folder = sys.argv[1]
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -167,6 +190,25 @@ inputs = processor(text=["a <image>"], images=[image])
 generated = model.generate(**inputs, max_new_tokens=4)
 buffers = {name: tensor.double().sum().item() for name, tensor in model.named_buffers()}
 first = model.draw(["two cats"], seed=3)[0]
+for name in ("AutoModel", "AutoModelForImageTextToText"):
+    other = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(other.lm_head.weight.float(), model.lm_head.weight.float()), name
+
+question = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "two"}]}]
+pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+piped = pipe(text=question, max_new_tokens=3, return_full_text=False)[0]["generated_text"]
+inputs_of_chat = processor.apply_chat_template(
+    question, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+chatted = model.generate(**inputs_of_chat, max_new_tokens=3, do_sample=True, num_return_sequences=2)
+edited = model.edit(image, "two", seed=3)[0]
+history = [*question, {"role": "assistant", "content": ["a", edited]}, {"role": "user", "content": "and"}]
+again = processor.prompt(history)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+trained = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).train()
+trained.gradient_checkpointing_enable()
+loss = trained(**again, labels=again["input_ids"]).loss
+loss.backward()
 print(json.dumps({
     "modules": sorted(name for name in sys.modules if name.partition(".")[0] == "megadual"),
     "described": model.describe([image], max_new_tokens=3, min_new_tokens=3),
@@ -177,6 +219,13 @@ print(json.dumps({
     "codes": model.dualtoken.encode(inputs["pixel_values"]).codes["semantic"].flatten().tolist(),
     "rope": config.text_config.to_dict()["rope_parameters"]["rope_theta"],
     "buffers": buffers,
+    "piped": piped == model.ask([image], "two", max_new_tokens=3)[0],
+    "sampled": len(chatted),
+    "shown as codes": list(again["image_codes"].shape),
+    "answer": [type(part).__name__ for part in model.interleave(history, max_new_tokens=3, max_images=1)],
+    "loss": loss.item(),
+    "template": tokenizer.chat_template == processor.chat_template,
+    "ends": model.generation_config.eos_token_id,
 }))
 """
 
@@ -192,6 +241,10 @@ def test_the_folder_works_without_megadual(name, exported, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["modules"] == [] and found["repeats"] and found["size"] == [16, 16] and 1 <= found["generated"] <= 4
+    assert found["piped"] and found["sampled"] == 2 and found["shown as codes"] == [2, 16, 6] and found["template"]
+    assert set(found["answer"]) <= {"str", "Image"} and 5 < found["loss"] < 20
+    special = SpecialIds.of(load_text_tokenizer(run.model.text_tokenizer))
+    assert found["ends"] == [special.end_of_text, special.im_end]
     assert found["described"][0] and found["rope"] == run.model.rope_base
     assert found["dtypes"] == ["torch.bfloat16" if run.train.precision == "bf16" else "torch.float32", "torch.float32"]
     dualtoken = DualToken.from_pretrained(run.model.dualtoken)
@@ -205,21 +258,31 @@ def test_the_folder_works_without_megadual(name, exported, tmp_path):
     assert found["buffers"]["model.rotary_emb.inv_freq"] == pytest.approx(inverse.double().sum().item(), abs=1e-6)
 
 
-def test_try_export_describes_and_draws(layout_4, tmp_path):
+def test_try_export_describes_draws_answers_and_edits(layout_4, tmp_path):
     _, folder = layout_4
-    make_corpus(tmp_path / "corpus", train=4, heldout=6, size=16)
+    make_corpus(tmp_path / "corpus", train=4, questions=1, edits=1, heldout=6, size=16)
     script = ROOT / "checkpoints_tools" / "try_export.py"
-    arguments = ["--model", folder, "--output", "use", "--data", "corpus/heldout-*.tar", "--describe", 2, "--draw", 3]
+    arguments = [
+        "--model", folder, "--output", "use", "--data", "corpus/heldout-*.tar", "--describe", 2, "--draw", 3,
+        "--questions", "corpus/questions-heldout-*.tar", "--answer", 4, "--edits", "corpus/edits-heldout-*.parquet",
+        "--edit", 2,
+    ]  # fmt: skip
     command = [PYTHON, "-I", str(script), *map(str, arguments)]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    names = ("descriptions", "drawings")
-    descriptions, drawings = (json.loads((tmp_path / "use" / f"{name}.json").read_text()) for name in names)
-    assert len(descriptions) == 2 and len(drawings) == 3
+    names = ("descriptions", "drawings", "answers", "edits")
+    descriptions, drawings, answers, edits = (
+        json.loads((tmp_path / "use" / f"{name}.json").read_text()) for name in names
+    )
+    assert len(descriptions) == 2 and len(drawings) == 3 and len(edits) == 2
     both = descriptions + drawings
-    assert all((tmp_path / "use" / record["file"]).is_file() for record in both)
+    assert all((tmp_path / "use" / record["file"]).is_file() for record in both + answers)
     assert len({record["caption"] for record in both}) == 5
+    assert len({record["file"] for record in answers}) == 4 <= len(answers)
+    assert all(record["right"] == (record["said"].lower() == record["answer"]) for record in answers)
+    pictures = [(tmp_path / "use" / edit[name]).read_bytes() for edit in edits for name in ("source", "drawn", "true")]
+    assert len(set(pictures)) == 6
 
 
 @pytest.mark.parametrize("image", [b"no image", png_bytes(Image.new("RGB", (32, 32)))[:60]], ids=["none", "cut"])

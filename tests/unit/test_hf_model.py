@@ -1,16 +1,18 @@
 """The exported model by itself: prompts with images, drawing step by step, sampling."""
 
-import copy
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from megadual.data.layout import Reading, to_sequence
 from megadual.hf import export
 from megadual.hf.decoding import Sampler, StaticLLM
+from megadual.hf.drawn_codes import INFO, kept_codes
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
-from megadual.hf.processing_megadual import IM_END, IM_START, MegaDualProcessor
+from megadual.streams import SPECIAL_TOKENS, Document, ImageUse, Marks, Role, TurnBit
 from megadual.testing.models import CODEBOOK, DEPTH, IMAGE_SIZE, write_run
 from megadual.text import load_text_tokenizer
 
@@ -94,7 +96,8 @@ def test_text_step_by_step_equals_one_forward_pass(model, pictures):
     """Two texts with images in them, of different lengths; the longer one starts in the prompt that is read at once."""
     texts = ["a <image> of two cats", "<image> a small tree above three large cars"]
     inputs = model.processor(text=texts, images=pictures[:2])
-    embeds, kept = model.embed(inputs["input_ids"], inputs["pixel_values"]), inputs["attention_mask"].bool()
+    embeds = model.embed(inputs["input_ids"], model.codes_of(inputs["pixel_values"]))
+    kept = inputs["attention_mask"].bool()
     llm, prompt = StaticLLM(model.model, 2, embeds.size(1)), embeds.size(1) // 2
     with torch.no_grad():
         whole = model(**inputs, position_ids=(kept.cumsum(1) - 1).clamp(min=0)).logits
@@ -168,15 +171,6 @@ def messages(*images) -> list[dict]:
     ]
 
 
-def test_messages_of_a_model_that_has_seen_documents_only(model, pictures):
-    options = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-    inputs = model.processor.apply_chat_template(messages(*pictures[:2]), **options)
-    written = model.processor(text="<image><image>two catsa treeand", images=pictures[:2])
-    assert torch.equal(inputs["input_ids"], written["input_ids"])
-    assert torch.equal(inputs["pixel_values"], written["pixel_values"])
-    assert model.generate(**inputs, max_new_tokens=3, min_new_tokens=3).size(1) == inputs["input_ids"].size(1) + 3
-
-
 def test_images_of_messages_may_come_beside_them(model, pictures):
     inside = model.processor.prompt(messages(*pictures[:2]))
     bare = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "two cats"}]}]
@@ -188,14 +182,18 @@ def test_images_of_messages_may_come_beside_them(model, pictures):
         model.processor.prompt(bare, pictures[:1])
 
 
-def test_messages_of_a_chat_model_stand_between_its_marks(model):
-    tokenizer = copy.deepcopy(model.tokenizer)
-    tokenizer.add_tokens([IM_START, IM_END], special_tokens=True)
-    processor = MegaDualProcessor(tokenizer, image_size=IMAGE_SIZE, image_positions=N)
-    assert processor.apply_chat_template(messages(None), add_generation_prompt=True, tokenize=False) == (
-        "<|im_start|>user\n<image>two cats<|im_end|>\n<|im_start|>assistant\na tree<|im_end|>\n"
+def test_generate_goes_on_from_messages(model, pictures):
+    options = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = model.processor.apply_chat_template(messages(*pictures[:2]), **options)
+    prompt = (
+        "<|im_start|>user\n<image><image>two cats<|im_end|>\n<|im_start|>assistant\na tree<|im_end|>\n"
         "<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n"
     )
+    written = model.processor(text=prompt, images=pictures[:2])
+    assert torch.equal(inputs["input_ids"], written["input_ids"])
+    assert torch.equal(inputs["pixel_values"], written["pixel_values"])
+    sampled = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=True, num_return_sequences=2)
+    assert sampled.shape == (2, inputs["input_ids"].size(1) + 3)
 
 
 @pytest.fixture
@@ -227,7 +225,7 @@ def test_an_answer_of_text_and_an_image(model, pictures, prescribe):
     assert [before, behind] == [model.tokenizer.decode(part) for part in (words, after)]
     assert drawing.size == (IMAGE_SIZE, IMAGE_SIZE)
 
-    inputs = model.processor(text="<image>two", images=pictures[0])
+    inputs = model.processor.prompt(prompt)
     shown, drawn = model.dualtoken.encode(inputs["pixel_values"]).codes, model._kept[1].codes_NBD
     codes = {stream: torch.cat([shown[stream].flatten(0, -2), drawn[stream][:, 0]]) for stream in drawn}
     image = [special.image_gen_start] + [special.image] * N + [special.image_gen_end]
@@ -245,7 +243,7 @@ def test_an_answer_of_text_and_an_image(model, pictures, prescribe):
 
 def test_an_image_in_an_answer_is_drawn_as_draw_draws_it(model, prescribe):
     special, words = model.config.special, [10, 11]
-    prescribe([*words, special.image_gen_start, 0, special.image_gen_start, 0, special.end_of_text])
+    prescribe([*words, special.image_gen_start, 0, special.image_gen_start, 0, special.im_end])
     _, first, second = model.interleave("two", seed=7)
     (alone,) = model._images(model.draw_codes([[*model._ids("two"), *words]], seed=7))
     assert first.tobytes() == alone.tobytes() != second.tobytes()
@@ -295,3 +293,243 @@ def test_sampling_keeps_to_top_k_and_top_p():
     assert torch.allclose(shares(top_p=0.75), torch.tensor([0, 0.4, 0, 0.3, 0.15]) / 0.85, atol=2e-3)
     assert torch.allclose(shares(top_p=0.3), torch.tensor([0.0, 1, 0, 0, 0]))
     assert shares(temperature=0.1)[1] > 0.9
+
+
+def edit_document(model, pictures, instruction: str, target: dict[str, torch.Tensor]) -> tuple[Document, Marks]:
+    """An edit of pictures as the pipeline stores it: all that the user gives may be dropped."""
+    marks = Marks.of(model.tokenizer)
+    sources = model.dualtoken.encode(model.processor(images=pictures)["pixel_values"]).codes
+    asked, count = model._ids(instruction), len(pictures)
+    turns = [
+        (count + len(asked), Role.USER, TurnBit.DROPPABLE),
+        (count + len(asked) + 1, Role.ASSISTANT, TurnBit.LOSS),
+    ]
+    uses = [ImageUse.LOOKED_AT | ImageUse.DROPPABLE] * count + [ImageUse.DRAWN]
+    document = Document(
+        key="edit",
+        text_ids=np.array([*[marks.image] * count, *asked, marks.image], dtype=np.uint32),
+        codes={
+            stream: torch.cat([sources[stream].flatten(0, -2), codes]).numpy().astype(np.uint16)
+            for stream, codes in target.items()
+        },
+        grids=np.full((count + 1, 2), 4, dtype=np.uint16),
+        turns=np.array(turns, dtype=np.uint32),
+        image_use=np.array(uses, dtype=np.uint8),
+    )
+    return document.check(marks), marks
+
+
+@pytest.mark.parametrize(
+    ("cfg_scale", "image_scale", "branches"),
+    [(3.0, 1.5, 3), (1.0, 2.0, 3), (3.0, 1.0, 2), (2.0, 2.0, 2), (1.0, 1.0, 1)],
+)
+def test_an_edit_is_guided_by_text_and_image_as_training_drops_them(model, pictures, cfg_scale, image_scale, branches):
+    """Every depth's logits are u + s_I (i - u) + s_T (c - i), of forward passes over what training lays out."""
+    edits = [(pictures[0], "two"), (pictures[1:], "a small tree")]  # of other lengths, and one of two sources
+    forced = {stream: random_codes(2, N, seed=seed) for seed, stream in enumerate(model.streams)}
+    seen = {stream: torch.zeros(2, N, DEPTH, CODEBOOK) for stream in model.streams}
+
+    def choose(position, stream, d, logits):
+        seen[stream][:, position, d] = logits
+        return forced[stream][:, position, d]
+
+    drawn = model.edit_codes(edits, cfg_scale, image_scale, choose=choose)
+    assert model._kept[1].branches == branches
+    for b, (sources, instruction) in enumerate(edits):
+        sources = sources if isinstance(sources, list) else [sources]
+        target = {stream: codes[b] for stream, codes in forced.items()}
+        document, marks = edit_document(model, sources, instruction, target)
+        logits = []
+        for dropped in ((False, False), (True, False), (True, True)):
+            sequence = to_sequence(document, marks, Reading((False,) * len(document.grids), *dropped))
+            tokens = torch.from_numpy(sequence.tokens)
+            codes = {stream: torch.from_numpy(codes)[tokens == marks.image] for stream, codes in sequence.codes.items()}
+            with torch.no_grad():
+                logits.append(model(input_ids=tokens[None], codes=codes).visual_logits)
+        for stream in model.streams:
+            both, image, none = (each[stream] for each in logits)
+            expected = none + image_scale * (image - none) + cfg_scale * (both - image)
+            assert torch.equal(drawn[stream], forced[stream]) and (both - image).abs().max() > 0.1
+            assert (seen[stream][b] - expected).abs().max() < 3e-4
+
+
+def test_edits_repeat_with_their_seed_beside_any_others(model, pictures):
+    three = model.edit(pictures[:2], ["two cats", "a tree"], n=2, seed=5)
+    assert len(three) == 4 and three[0].size == (IMAGE_SIZE, IMAGE_SIZE)
+    (alone,) = model.edit(pictures[1], "a tree", seed=7)
+    assert np.abs(np.asarray(alone, dtype=int) - np.asarray(three[2], dtype=int)).max() <= 1
+    assert len({image.tobytes() for image in three}) == 4
+    assert model.edit(pictures[0], "a tree", seed=7)[0].tobytes() != alone.tobytes()
+
+
+@pytest.mark.parametrize("image_scale", [None, 1.5])
+def test_an_image_in_a_conversation_is_guided_as_an_edit_is(model, pictures, prescribe, image_scale):
+    special = model.config.special
+    prescribe([special.image_gen_start, 0, special.im_end])
+    (drawn,) = model.interleave([{"role": "user", "content": [pictures[0], "two"]}], image_scale=image_scale, seed=7)
+    (edited,) = model.edit(pictures[0], "two", image_scale=image_scale, seed=7)
+    assert drawn.tobytes() == edited.tobytes()
+
+
+def test_guidance_leaves_out_the_last_user_turn_alone(model, pictures):
+    conversation = [
+        {"role": "system", "content": "a"},
+        {"role": "user", "content": [pictures[0], "two"]},
+        {"role": "assistant", "content": ["cats", pictures[1]]},
+        {"role": "user", "content": ["small ", pictures[2], " tree"]},
+    ]
+    ids = model.processor.prompt(conversation)["input_ids"]
+
+    def left(text: bool, images: bool) -> list[int]:
+        return ids[~model._dropped(ids, text, images)].tolist()
+
+    def expected(*content) -> list[int]:
+        return model.processor.prompt([*conversation[:3], {"role": "user", "content": list(content)}])["input_ids"][
+            0
+        ].tolist()
+
+    assert left(True, False) == expected(pictures[2]) and left(True, True) == expected()
+    said = model._ids("small ") + model._ids(" tree")
+    assert sorted(left(False, True)) == sorted(expected() + said)
+
+
+def test_a_conversation_goes_on_with_its_answer(model, pictures, prescribe):
+    """The next turn reads the drawn image by the codes that it was drawn with: another's pixels do not matter."""
+    special, words = model.config.special, [10, 11]
+    conversation = [{"role": "user", "content": [pictures[0], "two"]}]
+    prescribe([*words, special.image_gen_start, 0, special.im_end])
+    answer = model.interleave(conversation, seed=7)
+    drawn = {stream: codes[:, 0].clone() for stream, codes in model._kept[1].codes_NBD.items()}
+    conversation += [{"role": "assistant", "content": answer}, {"role": "user", "content": "and"}]
+    inputs = model.processor.prompt(conversation)
+    assert inputs["pixel_values"].size(0) == 1 and inputs["image_codes"].shape == (2, N, 2 * DEPTH)
+    codes = model.codes_of(inputs["pixel_values"], inputs["image_codes"])
+    encoded = model.dualtoken.encode(model.processor(images=[pictures[0], answer[1].copy()])["pixel_values"]).codes
+    for stream in model.streams:
+        assert torch.equal(codes[stream][0], encoded[stream][0].flatten(0, 1))
+        assert torch.equal(codes[stream][1], drawn[stream])
+    special_ids = inputs["input_ids"][0].tolist()
+    assert special_ids.count(special.image_gen_start) == 1 and special_ids.count(special.image) == 2 * N
+    with torch.no_grad():
+        whole = model(input_ids=inputs["input_ids"], codes=codes).logits[0, -1]
+        assert torch.allclose(model(**inputs).logits[0, -1], whole)
+    seen = prescribe([special.im_end])
+    assert model.interleave(conversation) == []
+    finite = seen[0].isfinite()
+    assert finite[special.im_end] and (seen[0] - whole)[finite].abs().max() < 1e-4
+
+
+def test_only_what_was_drawn_keeps_its_codes(model):
+    (image,) = model.draw("two cats", seed=5)
+    streams, fingerprint = list(model.streams), model.dualtoken.fingerprint()
+    codes = model.draw_codes([model._ids("two cats")], seed=5)
+    whole = torch.cat([codes[stream][0] for stream in streams], dim=-1)
+    assert torch.equal(kept_codes(image, fingerprint, streams), whole)
+    assert torch.equal(kept_codes(image.copy(), fingerprint, streams), whole)
+    assert torch.equal(kept_codes(image, fingerprint, ["pixel"]), codes["pixel"][0])
+
+    changed = image.copy()
+    changed.putpixel((3, 4), tuple(255 - value for value in image.getpixel((3, 4))))
+    others = [image.resize((32, 32)), image.crop((0, 0, 8, 8)), image.rotate(90), changed, image.convert("L")]
+    assert any(INFO in other.info for other in others)  # as PIL has it
+    for other in others:
+        assert kept_codes(other, fingerprint, streams) is None
+    assert kept_codes(image, "another", streams) is None and kept_codes(image, fingerprint, ["third"]) is None
+    assert "image_codes" not in model.processor(images=others) and "pixel_values" not in model.processor(images=image)
+
+
+def test_questions_are_conversations_of_one_turn(model, pictures):
+    asked = [pictures[0], pictures[1:]]
+    answers = model.ask(asked, ["two cats", "a small tree"], max_new_tokens=6, min_new_tokens=6)
+    for images, question, answer in zip(asked, ["two cats", "a small tree"], answers, strict=True):
+        images = images if isinstance(images, list) else [images]
+        inputs = model.processor.prompt([{"role": "user", "content": [*images, question]}])
+        stop = list(vars(model.config.special).values())
+        ids = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, suppress_tokens=stop)
+        assert answer == model.tokenizer.decode(ids[0, -6:])
+    assert model.ask(pictures[:1], "two cats", max_new_tokens=6, min_new_tokens=6) == answers[:1]
+
+
+@pytest.mark.parametrize("token", SPECIAL_TOKENS)
+def test_a_special_token_that_a_user_types_is_text(model, pictures, token, monkeypatch):
+    special, read = set(vars(model.config.special).values()), []
+    embed = model.model.embed_tokens.forward
+    monkeypatch.setattr(model.model.embed_tokens, "forward", lambda ids: read.append(ids) or embed(ids))
+
+    def typed() -> list[int]:
+        """What was read and is no special token, decoded."""
+        ids = [i for each in read[:1] for i in each[0].tolist() if i not in special]
+        read.clear()
+        return model.tokenizer.decode(ids)
+
+    model.draw(f"a {token} b", cfg_scale=1.0)
+    assert typed() == f"a {token} b"
+    model.describe(pictures[:1], f"a {token} b", max_new_tokens=1)
+    assert typed() == f"a {token} b"
+    model.ask(pictures[:1], f"a {token} b", max_new_tokens=1)
+    assert f"a {token} b" in typed()
+    if token != "<image>":  # which is promised to be an image's place there
+        model.interleave(f"<image>a {token} b", images=pictures[:1], max_new_tokens=1)
+        assert typed() == f"a {token} b"
+
+
+def labelled(model, pictures) -> dict:
+    """A padded batch of two conversations with drawn images, labelled by the template's marks."""
+    (drawn,) = model.draw("two", seed=1)
+    conversations = [
+        [{"role": "user", "content": [pictures[0], "two"]}, {"role": "assistant", "content": ["a", drawn, "cat"]}],
+        [{"role": "user", "content": "cats"}, {"role": "assistant", "content": "a tree"}],
+    ]
+    inputs = model.processor.apply_chat_template(
+        conversations, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    mask = torch.as_tensor(inputs.pop("assistant_masks")).bool()
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(~mask, -100)}
+
+
+def test_the_loss_is_the_mean_of_the_text_and_of_each_stream(model, pictures):
+    inputs = labelled(model, pictures)
+    labels, special = inputs["labels"], model.config.special
+    codes = model.codes_of(inputs["pixel_values"], inputs["image_codes"])
+    with torch.no_grad():
+        output = model(**inputs)
+        plain = model(**{name: value for name, value in inputs.items() if name != "labels"})
+    text = [
+        -plain.logits[b, s - 1].log_softmax(-1)[labels[b, s]]
+        for b, s in itertools.product(range(2), range(1, labels.size(1)))
+        if labels[b, s] not in (-100, special.image)
+    ]
+    assert len(text) > 5 and torch.allclose(output.losses["text"], torch.stack(text).mean(), atol=1e-5)
+    for stream, logits in plain.visual_logits.items():
+        assert logits.shape[0] == N
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes[stream][1].flatten())
+        assert torch.allclose(output.losses[stream], expected, atol=1e-5)
+    assert torch.allclose(output.loss, sum(output.losses.values())) and set(output.losses) == {"text", *model.streams}
+    unlabelled = labels.masked_fill(labels == special.image, -100)
+    with torch.no_grad():
+        assert set(model(**inputs | {"labels": unlabelled}).losses) == {"text"}
+
+
+def test_gradients_are_those_without_checkpointing(model, pictures):
+    inputs = labelled(model, pictures)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.train()
+    try:
+        books = {name: buffer.clone() for name, buffer in model.dualtoken.state_dict().items()}
+        expected = gradients()
+        model.gradient_checkpointing_enable()
+        assert model.is_gradient_checkpointing and model.model.gradient_checkpointing
+        found = gradients()
+        assert all(torch.equal(books[name], buffer) for name, buffer in model.dualtoken.state_dict().items())
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval().zero_grad()
+    assert found.keys() == expected.keys()
+    assert {name.split(".")[0] for name in found} == {"model", "projector", "heads", "lm_head"}
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0 and torch.allclose(found[name], gradient, atol=1e-6), name

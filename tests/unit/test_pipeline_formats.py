@@ -27,7 +27,7 @@ from data_pipeline.writer import quarantine_line
 from megadual.config import load_config
 from megadual.errors import UserError
 from megadual.streams import SPECIAL_TOKENS, Document, ImageUse, Role, SpecialIds, TurnBit
-from megadual.synthetic.corpus import write_tar
+from megadual.synthetic.files import write_tar
 from megadual.testing.models import CAPTIONS, write_dualtoken
 from megadual.testing.raw import (
     image_structs,

@@ -24,7 +24,8 @@ from data_pipeline.formats import to_document
 from data_pipeline.readers import RawSample, list_inputs, read_samples
 from megadual.errors import UserError
 from megadual.streams import ImageUse, Role, TurnBit
-from megadual.synthetic.corpus import make_corpus, png_bytes, write_tar
+from megadual.synthetic.corpus import make_corpus
+from megadual.synthetic.files import png_bytes, write_tar
 from megadual.testing.raw import (
     plain_image,
     write_img2dataset_parquet,
