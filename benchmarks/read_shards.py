@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from megadual.data.dataset import PackedDataset
-from megadual.data.mds_reader import ShardSet
 from megadual.data.source import Source
 from megadual.errors import command
 from megadual.streams import Marks, Stream
@@ -27,7 +26,7 @@ from megadual.train.config import SetConfig
 def measure(roots: list[str], marks: Marks, seq_len: int, seconds: float) -> str:
     """One line of figures of the sets at `roots`."""
     opened = time.process_time()
-    sources = [Source(ShardSet(root), SetConfig(root)) for root in roots]
+    sources = [Source.open(SetConfig(root), None) for root in roots]
     opened = time.process_time() - opened
     data = PackedDataset(sources, marks, seq_len, 1, 1, 0)
     packed = time.process_time()

@@ -33,7 +33,7 @@ from data_pipeline.run import tokenize
 from megadual.config import load_config
 from megadual.data.mds import document_writer
 from megadual.streams import Document, SpecialIds
-from megadual.synthetic.corpus import write_tar
+from megadual.synthetic.files import write_tar
 from megadual.text import load_text_tokenizer, save_text_tokenizer, train_text_tokenizer
 from megadual.vision import DualToken, DualTokenConfig, StreamConfig
 
@@ -110,7 +110,7 @@ def plain_loop(folder: Path, output: Path) -> float:
                             text_ids=np.array([image_id, *ids[i]], dtype=np.uint32),
                             codes={name: c[i].flatten(0, 1).numpy().astype(np.uint16) for name, c in codes.items()},
                             grids=grid,
-                            meta={"source": str(path), "layout": "pair", "field": "txt", "sizes": [size]},
+                            meta={"source": str(path), "field": "txt", "format": "pair", "sizes": [size]},
                         ).row()
                     )
                 batch.clear()

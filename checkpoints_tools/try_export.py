@@ -1,32 +1,43 @@
-"""Use an exported folder: describe held-out images, and draw from held-out captions. Needs nothing of megadual.
+"""Use an exported folder on held-out data: describe, draw, answer, edit. Needs nothing of megadual.
 
 `python checkpoints_tools/try_export.py --model DIR --data 'runs/demo/corpus/heldout-*.tar' --output runs/demo/use`
 
-Writes described-NNN.png and descriptions.json (key, file, caption, description), drawing-NNN.png and
-drawings.json (key, file, caption, seed). The images described and the captions drawn are different pairs.
+Writes pictures, and what belongs to them:
+- descriptions.json (key, file, caption, description) and drawings.json (key, file, caption, seed), of different pairs;
+- with `--questions` (webdataset tars in LLaVA's format) answers.json (key, file, kind, question, answer, said, right);
+  each question is asked by itself, and an answer is right that equals the one in the file;
+- with `--edits` (parquet in InstructPix2Pix's columns) edits.json (key, instruction, source, drawn, true, seed).
 """
 
 import argparse
 import glob
 import io
+import itertools
 import json
 import sys
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-BATCH = 8  # drawings made at once
+BATCH = 8  # images at once
 
 
-def read_pairs(pattern: str, count: int) -> list[tuple[str, Image.Image, str]]:
-    """(key, image, caption) of the first `count` samples of the webdataset tars that match.
+def open_image(data: bytes, what: str) -> Image.Image:
+    """The decoded image; ends the program where it can't be read."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return image
+    except Exception as error:  # of PIL's decoders: whatever unpacking wrong bytes leads to
+        sys.exit(f"error: {what} can't be read: {error}")
 
-    Ends the program where one can't be read.
-    """
-    pairs = []
+
+def samples(option: str, pattern: str, wanted: str) -> Iterator[tuple[str, Image.Image, bytes]]:
+    """(key, image, the member KEY.`wanted`) of the webdataset tars that match a glob."""
     for path in sorted(glob.glob(pattern)):
         with tarfile.open(path) as tar:
             found: dict[str, dict[str, bytes]] = {}
@@ -34,56 +45,120 @@ def read_pairs(pattern: str, count: int) -> list[tuple[str, Image.Image, str]]:
                 key, _, extension = member.name.partition(".")
                 sample = found.setdefault(key, {})
                 sample["image" if extension in ("png", "jpg", "jpeg") else extension] = tar.extractfile(member).read()
-                if "image" in sample and "txt" in sample:
-                    try:
-                        image = Image.open(io.BytesIO(sample["image"]))
-                        image.load()
-                        pairs.append((key, image, sample["txt"].decode().strip()))
-                    except Exception as error:  # of PIL's decoders: whatever unpacking wrong bytes leads to
-                        sys.exit(f"error: --data: sample '{key}' of '{path}' can't be read: {error}")
+                if "image" in sample and wanted in sample:
+                    yield key, open_image(sample["image"], f"{option}: sample '{key}' of '{path}'"), sample[wanted]
                     del found[key]
-                    if len(pairs) == count:
-                        return pairs
-    return pairs
+
+
+def edits(pattern: str) -> Iterator[tuple[str, Image.Image, str, Image.Image]]:
+    """(key, source, instruction, true result) of the parquet files that match a glob."""
+    from pyarrow import parquet
+
+    for path in sorted(glob.glob(pattern)):
+        for i, row in enumerate(parquet.read_table(path).to_pylist()):
+            source, true = (
+                open_image(row[column]["bytes"], f"--edits: {column} of row {i} of '{path}'")
+                for column in ("original_image", "edited_image")
+            )
+            yield f"{Path(path).stem}-{i:06d}", source, row["edit_prompt"], true
+
+
+def first(option: str, pattern: str, found: Iterator, count: int) -> list:
+    """The first `count` of what was found; ends the program where there are fewer."""
+    taken = list(itertools.islice(found, count))
+    if len(taken) < count:
+        sys.exit(f"error: {option} '{pattern}' has {len(taken)} samples, {count} are asked for")
+    return taken
+
+
+class Trial:
+    """The model at work; each method saves pictures in `output` and returns records of them."""
+
+    def __init__(self, model, output: Path, cfg_scale: float, seed: int):
+        self.model, self.output, self.cfg_scale, self.seed = model, output, cfg_scale, seed
+
+    def describe(self, pairs: list) -> Iterator[dict]:
+        for i, (key, image, caption) in enumerate(pairs):
+            (description,) = self.model.describe([image])
+            caption = caption.decode().strip()
+            file = self._save(image, f"described-{i:03d}")
+            yield {"key": key, "file": file, "caption": caption, "description": description.strip()}
+
+    def draw(self, pairs: list) -> Iterator[dict]:
+        """Image i depends on seed + i and its caption, not on its batch; so below."""
+        for start in range(0, len(pairs), BATCH):
+            batch = pairs[start : start + BATCH]
+            captions = [caption.decode().strip() for *_, caption in batch]
+            images = self.model.draw(captions, cfg_scale=self.cfg_scale, seed=self.seed + start)
+            for i, ((key, *_), caption, image) in enumerate(zip(batch, captions, images, strict=True), start):
+                file = self._save(image, f"drawing-{i:03d}")
+                yield {"key": key, "file": file, "caption": caption, "seed": self.seed + i}
+
+    def answer(self, conversations: list) -> Iterator[dict]:
+        for start in range(0, len(conversations), BATCH):
+            images, asked = [], []
+            for i, (key, image, described) in enumerate(conversations[start : start + BATCH], start):
+                file, conversation = self._save(image, f"asked-{i:03d}"), json.loads(described)
+                turns = [turn["value"].replace("<image>", "").strip() for turn in conversation["conversations"]]
+                kinds = conversation.get("kinds", ["question"] * (len(turns) // 2))
+                for kind, question, answer in zip(kinds, turns[::2], turns[1::2], strict=True):
+                    images.append(image)
+                    asked.append({"key": key, "file": file, "kind": kind, "question": question, "answer": answer})
+            for about, said in zip(asked, self.model.ask(images, [each["question"] for each in asked]), strict=True):
+                said = said.strip()
+                yield {**about, "said": said, "right": said.casefold() == about["answer"].casefold()}
+
+    def edit(self, rows: list) -> Iterator[dict]:
+        for start in range(0, len(rows), BATCH):
+            keys, sources, instructions, trues = zip(*rows[start : start + BATCH], strict=True)
+            drawn = self.model.edit(list(sources), list(instructions), cfg_scale=self.cfg_scale, seed=self.seed + start)
+            for i, (key, instruction, *images) in enumerate(
+                zip(keys, instructions, sources, drawn, trues, strict=True), start
+            ):
+                pictures = zip(("source", "drawn", "true"), images, strict=True)
+                files = {name: self._save(image, f"edit-{i:03d}-{name}") for name, image in pictures}
+                yield {"key": key, "instruction": instruction, **files, "seed": self.seed + i}
+
+    def _save(self, image: Image.Image, name: str) -> str:
+        image.save(self.output / f"{name}.png")
+        return f"{name}.png"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Describe and draw with an exported folder.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="exported folder")
-    parser.add_argument("--data", required=True, help="glob of webdataset .tar files")
+    parser.add_argument("--data", required=True, help="glob of webdataset .tar files of pairs")
+    parser.add_argument("--questions", help="glob of webdataset .tar files of conversations")
+    parser.add_argument("--edits", help="glob of .parquet files of edits")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--describe", type=int, default=8, help="images to describe")
     parser.add_argument("--draw", type=int, default=8, help="captions to draw")
-    parser.add_argument("--cfg-scale", type=float, default=3.0)
+    parser.add_argument("--answer", type=int, default=100, help="conversations whose questions are asked")
+    parser.add_argument("--edit", type=int, default=8, help="edits to make")
+    parser.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of drawings and edits")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
-    pairs = read_pairs(args.data, args.describe + args.draw)
-    if len(pairs) < args.describe + args.draw:
-        sys.exit(f"error: --data '{args.data}' has {len(pairs)} pairs, {args.describe} + {args.draw} are asked for")
+    pairs = first("--data", args.data, samples("--data", args.data, "txt"), args.describe + args.draw)
+    work: dict[str, tuple[Callable, list]] = {
+        "descriptions": (Trial.describe, pairs[: args.describe]),
+        "drawings": (Trial.draw, pairs[args.describe :]),
+    }
+    if args.questions:
+        found = samples("--questions", args.questions, "json")
+        work["answers"] = (Trial.answer, first("--questions", args.questions, found, args.answer))
+    if args.edits:
+        work["edits"] = (Trial.edit, first("--edits", args.edits, edits(args.edits), args.edit))
+
     args.output.mkdir(parents=True, exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).eval()
-
-    descriptions, drawings = [], []
-    described, drawn = pairs[: args.describe], pairs[args.describe :]
-    with tqdm(total=len(pairs), unit="image", mininterval=1 if sys.stderr.isatty() else 10) as bar:
-        for i, (key, image, caption) in enumerate(described):
-            file = f"described-{i:03d}.png"
-            image.save(args.output / file)
-            (description,) = model.describe([image])
-            descriptions.append({"key": key, "file": file, "caption": caption, "description": description.strip()})
-            bar.update()
-        for start in range(0, len(drawn), BATCH):  # image i depends on seed + i and its caption, not on its batch
-            batch = drawn[start : start + BATCH]
-            captions = [caption for _, _, caption in batch]
-            images = model.draw(captions, cfg_scale=args.cfg_scale, seed=args.seed + start)
-            for i, ((key, _, caption), image) in enumerate(zip(batch, images, strict=True), start):
-                image.save(args.output / f"drawing-{i:03d}.png")
-                drawings.append({"key": key, "file": f"drawing-{i:03d}.png", "caption": caption, "seed": args.seed + i})
-            bar.update(len(batch))
-    for name, records in (("descriptions", descriptions), ("drawings", drawings)):
+    trial = Trial(model, args.output, args.cfg_scale, args.seed)
+    done = []
+    for name, (use, given) in work.items():
+        records = list(tqdm(use(trial, given), desc=name, mininterval=1 if sys.stderr.isatty() else 10))
         (args.output / f"{name}.json").write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n")
-    print(f"{len(descriptions)} descriptions and {len(drawings)} drawings in {args.output}")
+        done.append(f"{len(records)} {name}")
+    print(f"{', '.join(done)} in {args.output}")
 
 
 if __name__ == "__main__":

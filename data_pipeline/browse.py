@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout go
 
 from megadual.data.mds_reader import ShardSet  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
-from megadual.streams import Document, SpecialIds  # noqa: E402
+from megadual.streams import Document, ImageUse, Role, SpecialIds, TurnBit  # noqa: E402
 from megadual.text import fingerprint, load_text_tokenizer  # noqa: E402
 from megadual.vision import DualToken  # noqa: E402
 from megadual.vision.tokenizer import to_image  # noqa: E402
@@ -38,9 +38,28 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .bar { background: #8884; width: 10rem; } .bar i { display: block; height: .7rem; background: #3a7bd5; }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
 article { border: 1px solid #8886; border-radius: 6px; padding: .7rem; overflow-wrap: anywhere; }
-article img { width: 100%; image-rendering: pixelated; border-radius: 3px; display: block; margin: .3rem 0; }
-small { opacity: .7; }
+article img { width: 100%; image-rendering: pixelated; border-radius: 3px; display: block; }
+.turn { border-left: 3px solid #8886; padding-left: .6rem; margin-bottom: .6rem; }
+.turn.loss { border-color: #2a9d5c; } .loss > div, .key .loss { background: #2a9d5c33; }
+.turn.droppable > div, .key .droppable, figure.droppable { border: 1px dashed #c77d0a; }
+.turn > div { white-space: pre-wrap; padding: 0 .2rem; }
+figure { margin: .3rem 0; padding: 4px; border: 1px solid #8886; border-radius: 5px; }
+figure.drawn { border: 3px solid #2a9d5c; } figure.drawn.droppable { border-style: dashed; }
+.key span { padding: 0 .3rem; border-radius: 3px; } .key .drawn { border: 3px solid #2a9d5c; }
+small, figcaption, .turn > b { opacity: .7; font-size: .8rem; }
 """
+
+
+# How the bits of a turn and the uses of an image are shown.
+KEY = (
+    "<p class=key><span class=loss>Has a loss</span> <span class=droppable>may be dropped, for guidance</span> "
+    "<span class=drawn>is drawn</span></p>"
+)
+USES = {
+    ImageUse.LOOKED_AT: ("looked", "looked at"),
+    ImageUse.DRAWN: ("drawn", "drawn"),
+    ImageUse.EITHER: ("either", "drawn or looked at"),
+}
 
 
 def choose(total: int, count: int, seed: int) -> list[int]:
@@ -83,27 +102,41 @@ def decode_images(document: Document, dualtoken: DualToken) -> list[Image.Image]
     return images
 
 
-def _article(document: Document, dualtoken: DualToken, tokenizer, image_id: int) -> str:
-    images = iter(decode_images(document, dualtoken))
-    parts, text = [], []
-
-    def flush() -> None:
-        if text:
-            parts.append(f"<div>{escape(tokenizer.decode(text))}</div>")
-            text.clear()
-
-    for token in document.text_ids.tolist():
-        if token != image_id:
-            text.append(token)
-            continue
-        flush()
-        buffer = io.BytesIO()
-        next(images).save(buffer, "PNG")
-        parts.append(f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
-    flush()
+def _figure(image: Image.Image, use: int) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    name, words = USES[ImageUse(use & ImageUse.EITHER)]
+    droppable = bool(use & ImageUse.DROPPABLE)
     return (
-        f"<article>{''.join(parts)}<small>{escape(document.key)} {escape(json.dumps(document.meta))}</small></article>"
+        f'<figure class="{name}{" droppable" * droppable}">'
+        f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+        f"<figcaption>{words}{', may be dropped' * droppable}</figcaption></figure>"
     )
+
+
+def turns_as_html(document: Document, images: list[Image.Image], tokenizer, image_id: int) -> str:
+    """Who speaks, in order; green what has a loss, dashed what may be dropped."""
+    figures = map(_figure, images, document.image_use.tolist())
+    turns, begin, shown = document.turns.tolist(), 0, []
+    for number, (end, role, bits) in enumerate(turns, 1):
+        ids, name = document.text_ids[begin:end], Role(role).name.lower()
+        parts = []
+        for piece in np.split(ids, np.sort(np.concatenate([at := np.flatnonzero(ids == image_id), at + 1]))):
+            if len(piece) and piece[0] == image_id:
+                parts.append(next(figures))
+            elif len(piece):
+                parts.append(f"<div>{escape(tokenizer.decode(piece))}</div>")
+        if role == Role.CAPTION and len(turns) > 1:
+            name += f" {number} of {len(turns)}"
+        marks = [bit.name.lower() for bit in TurnBit if bits & bit]
+        shown.append(f'<section class="{" ".join(["turn", *marks])}"><b>{name}</b>{"".join(parts)}</section>')
+        begin = end
+    return "".join(shown)
+
+
+def _article(document: Document, dualtoken: DualToken, tokenizer, image_id: int) -> str:
+    turns = turns_as_html(document, decode_images(document, dualtoken), tokenizer, image_id)
+    return f"<article>{turns}<small>{escape(document.key)} {escape(json.dumps(document.meta))}</small></article>"
 
 
 def _table(rows: list[tuple], head: tuple = ()) -> str:
@@ -130,7 +163,9 @@ def facts(manifest: dict) -> list[tuple[str, str]]:
     """The manifest in a few lines."""
     dualtoken, text_tokenizer = manifest["dualtoken"], manifest["text_tokenizer"]
     (rows, columns), streams = dualtoken["grid"], dualtoken["streams"]
-    reasons = {**manifest["left_out"], **{f"image: {k}": n for k, n in manifest["left_out_images"].items()}}
+    reasons = dict(manifest["left_out"])
+    for part in ("image", "caption"):
+        reasons |= {f"{part}: {reason}": count for reason, count in manifest[f"left_out_{part}s"].items()}
     return [
         *((name, f"{manifest[name]:,}") for name in ("samples", "documents", "images", "positions", "text_ids")),
         ("quarantined", f"{manifest['quarantined']:,}"),
@@ -164,7 +199,7 @@ def make_page(shards: ShardSet, dualtoken: DualToken, tokenizer, count: int, see
         f"<title>{title}</title><style>{STYLE}</style><h1>Shard set {title}</h1>{_table(facts(manifest))}"
         f"<h2>Codes of {len(measured):,} documents</h2>"
         f"{_table(statistics, ('stream', 'depth', 'codes', 'codebook used', '', 'perplexity'))}"
-        f"<h2>Samples, images decoded from their codes</h2><div class=samples>{samples}</div>"
+        f"<h2>Samples, images decoded from their codes</h2>{KEY}<div class=samples>{samples}</div>"
         f"<h2>Quarantine: the most frequent reasons</h2>{quarantine if reasons else 'empty'}"
         f"<h2>Config</h2><pre>{config}</pre>"
     )

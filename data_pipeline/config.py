@@ -4,16 +4,29 @@ from dataclasses import asdict, dataclass, field
 
 from megadual.keys import key
 
+FORMATS = ("auto", "conversations", "messages", "cauldron", "interleaved", "mmc4", "edit", "edit_list", "pair", "text")
+
 
 @dataclass
 class ReadConfig:
     """Names of what is read: a tar's member suffixes, a parquet file's columns, a JSON line's fields."""
 
+    format: str = key(
+        "auto",
+        "of the samples, as docs/pre-tokenization.md lists them; auto: each as it is recognised",
+        choices=FORMATS,
+    )
+    image_root: str | None = key(
+        None,
+        "where images are that are only named: a folder, a URL or a .tar; `{shard}` in it is the input file's name",
+    )
     images: list[str] = key(
         ["png", "jpg", "jpeg", "webp", "image"],
         "names of an image among a tar's member suffixes or a row's columns; the first there is counts",
     )
-    captions: list[str] = key(["txt", "caption"], "names of its caption, likewise; `json:NAME` for a JSON field")
+    captions: list[str] = key(
+        ["txt", "caption", "captions"], "names of its captions, likewise; `json:NAME` for a field of a tar's JSON"
+    )
     text: str = key("text", "name of the text of documents without images")
 
 
@@ -21,7 +34,8 @@ class ReadConfig:
 class FilterConfig:
     """Usable samples that are left out; each reason is counted.
 
-    An image that fails takes its caption with it; out of an interleaved document only the image is left out.
+    An image that fails takes its pair, conversation or edit with it; out of a page only the image is left out, and out
+    of several captions only the one that fails.
     """
 
     min_side: int = key(16, "least pixels of an image's shorter side", least=0)
@@ -67,7 +81,7 @@ class WorkersConfig:
 
 @dataclass
 class PipelineConfig:
-    inputs: list[str] = key(about=".tar, .parquet, .jsonl: paths, globs, brace ranges, URLs")
+    inputs: list[str] = key(about=".tar, .parquet, .json, .jsonl: paths, globs, brace ranges, URLs")
     output: str = key(about="folder of the shard set, or its URL (s3://...)")
     dualtoken: str = key(about="folder of the image tokenizer")
     text_tokenizer: str = key(about="folder (or hub id) of the text tokenizer")
@@ -81,5 +95,7 @@ class PipelineConfig:
 
     def recipe(self) -> dict:
         """The settings that decide a shard's bytes; a set holds shards of one recipe only."""
-        sections = {"read": asdict(self.read), "filters": asdict(self.filters), "encode": asdict(self.encode)}
+        read = asdict(self.read)
+        del read["image_root"]  # a place, as `inputs` are
+        sections = {"read": read, "filters": asdict(self.filters), "encode": asdict(self.encode)}
         return {**sections, "precision": "bf16" if self.workers.gpus else "fp32"}

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.config import EncodeConfig, FilterConfig
-from data_pipeline.documents import LeftOut, RawDocument, RawImage, Unusable
+from data_pipeline.documents import LeftOut, RawDocument, RawImage, Unusable, join
 from megadual.streams import ImageUse, Role, TurnBit
 from megadual.vision.tokenizer import to_rgb
 
@@ -38,6 +38,7 @@ class Decoded:
     turns: list[DecodedTurn]
     meta: dict
     left_out_images: Counter = field(default_factory=Counter)
+    left_out_captions: Counter = field(default_factory=Counter)
 
     @property
     def texts(self) -> list[str]:
@@ -80,25 +81,40 @@ def _filter_image(image: Image.Image, filters: FilterConfig) -> None:
         raise LeftOut("max_aspect")
 
 
-def _filter_text(turns: list[DecodedTurn], filters: FilterConfig, layout: str) -> None:
-    length = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
-    kind = "caption" if layout == "pair" else "text"
+def _filter_length(length: int, kind: str, filters: FilterConfig) -> None:
     if length < getattr(filters, f"min_{kind}"):
         raise LeftOut(f"min_{kind}")
     if length > getattr(filters, f"max_{kind}"):
         raise LeftOut(f"max_{kind}")
 
 
+def _filter_captions(turns: list[DecodedTurn], filters: FilterConfig) -> tuple[list[DecodedTurn], Counter]:
+    """The pair with the captions that pass, and how many don't; LeftOut where none does."""
+    image, first = turns[0].parts
+    captions, left_out = [], Counter()
+    for caption in [first, *(turn.parts[0] for turn in turns[1:])]:
+        try:
+            _filter_length(len(caption), "caption", filters)
+            captions.append(caption)
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+    if not captions:
+        raise LeftOut(next(iter(left_out)))
+    parts = [[image, captions[0]], *([caption] for caption in captions[1:])]
+    return [DecodedTurn(Role.CAPTION, each, turns[0].bits) for each in parts], left_out
+
+
 def decode(document: RawDocument, filters: FilterConfig, encode: EncodeConfig) -> Decoded:
     """Decode and filter one document; Unusable or LeftOut say why there is none."""
-    sizes, left_out = [], Counter()
+    document.load()
+    sizes, left_out, captions = [], Counter(document.left_out_images), Counter()
 
     def decoded(part: RawImage) -> DecodedImage | None:
-        image = _image(part.data, encode.max_pixels)
+        image = _image(part.load(), encode.max_pixels)
         try:
             _filter_image(image, filters)
         except LeftOut as reason:
-            if document.layout != "interleaved":  # what is said of the image would not hold
+            if not document.is_page:  # what is said of the image would not hold
                 raise
             left_out[str(reason)] += 1
             return None
@@ -109,7 +125,11 @@ def decode(document: RawDocument, filters: FilterConfig, encode: EncodeConfig) -
     turns = []
     for turn in document.turns:
         parts = [part if isinstance(part, str) else decoded(part) for part in turn.parts]
-        turns.append(DecodedTurn(turn.role, [part for part in parts if part is not None], turn.bits))
-    _filter_text(turns, filters, document.layout)
-    meta = {"layout": document.layout, "field": document.field, "sizes": sizes}
-    return Decoded(document.key, turns, meta, left_out)
+        kept = join([part for part in parts if part is not None], turn.between)
+        turns.append(DecodedTurn(turn.role, kept, turn.bits))
+    if document.is_pair:
+        turns, captions = _filter_captions(turns, filters)
+    else:
+        length = sum(len(part) for turn in turns for part in turn.parts if isinstance(part, str))
+        _filter_length(length, "text", filters)
+    return Decoded(document.key, turns, {**document.meta, "sizes": sizes}, left_out, captions)

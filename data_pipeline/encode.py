@@ -3,7 +3,7 @@
 import resource
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,9 @@ import torch
 
 from data_pipeline.config import PipelineConfig
 from data_pipeline.decode import Decoded, decode
-from data_pipeline.documents import LeftOut, RawDocument, Unusable, to_document
+from data_pipeline.documents import LeftOut, RawDocument, Unusable
+from data_pipeline.formats import to_document
+from data_pipeline.image_root import open_image_root
 from data_pipeline.images import Codes, ImageEncoder
 from data_pipeline.readers import InputShard, read_samples
 from data_pipeline.store import open_store
@@ -86,7 +88,7 @@ class Encoder:
             elif isinstance(outcome, LeftOut):
                 writer.leave_out(str(outcome))
             else:
-                writer.write(next(documents), outcome.left_out_images)
+                writer.write(next(documents), outcome.left_out_images, outcome.left_out_captions)
         return self._progress(writer, position)
 
     def batches(self, shard: InputShard) -> Iterator[tuple[Batch, int]]:
@@ -110,35 +112,47 @@ class Encoder:
     def _decoded(self, shard: InputShard) -> Iterator[tuple[str, Outcome, int]]:
         """(key, outcome, bytes read) of each sample, decoded ahead by threads: two batches of images at most."""
         ahead, weight, seen = deque(), 0, set()
+        images = open_image_root(self.config.read.image_root, shard.name)
+
+        def first(outcome: Outcome | Future) -> Outcome:
+            """The outcome, unless an earlier sample was the same."""
+            if isinstance(outcome, Exception):
+                return outcome
+            digest, outcome = outcome.result()
+            if digest in seen:
+                return LeftOut("duplicate")
+            seen.update([digest] if digest else [])
+            return outcome
+
         for sample, position in read_samples(shard):
             try:
-                document = to_document(sample, self.config.read)
-                if self.config.filters.duplicates:
-                    digest = document.digest()
-                    if digest in seen:
-                        raise LeftOut("duplicate")
-                    seen.add(digest)
-                entry = (sample.key, self.threads.submit(self._decode, document), position, max(1, document.images))
+                document = to_document(sample, self.config.read, images)
+                weighs = max(1, len(document.images))
+                entry = (sample.key, self.threads.submit(self._decode, document), position, weighs)
             except (Unusable, LeftOut) as reason:
                 entry = (sample.key, reason, position, 1)
             ahead.append(entry)
             weight += entry[-1]
             while weight > 2 * self.config.encode.batch_size:
-                key, outcome, position, images = ahead.popleft()
-                weight -= images
-                yield key, outcome if isinstance(outcome, Exception) else outcome.result(), position
+                key, outcome, position, weighs = ahead.popleft()
+                weight -= weighs
+                yield key, first(outcome), position
         for key, outcome, position, _ in ahead:
-            yield key, outcome if isinstance(outcome, Exception) else outcome.result(), position
+            yield key, first(outcome), position
 
-    def _decode(self, document: RawDocument) -> Outcome:
-        """With cropped pixels (h, w, 3) uint8 in the place of the images."""
+    def _decode(self, document: RawDocument) -> tuple[bytes | None, Outcome]:
+        """(digest, outcome): with cropped pixels (h, w, 3) uint8 in the place of the images."""
+        digest = None
         try:
+            document.load()
+            if self.config.filters.duplicates:
+                digest = document.digest()
             decoded = decode(document, self.config.filters, self.config.encode)
         except (Unusable, LeftOut) as reason:
-            return reason
+            return digest, reason
         for part in decoded.images:
             part.image = self.images.preprocess(part.image)
-        return decoded
+        return digest, decoded
 
     def encode(self, batch: list[Decoded]) -> Encoding:
         """Start encoding the batch's images, and tokenize its texts."""

@@ -4,6 +4,7 @@ The root's files are derived from the folders alone, so making them again change
 """
 
 import json
+import re
 from collections import Counter
 from dataclasses import asdict
 from itertools import chain
@@ -81,6 +82,24 @@ def write_quarantine(store: Store, markers: dict[str, dict], failed: dict[str, s
     store.replace("quarantine.jsonl", chain(lists, (quarantine_line(url, reason) for url, reason in failed.items())))
 
 
+def commonest_reason(store: Store, markers: dict[str, dict]) -> str:
+    """Why most of the unusable samples are so, in words: 58 times "no image: ...".
+
+    Reasons that differ in nothing but names and numbers are counted together, and the first of them is told.
+    """
+    counts: Counter = Counter()
+    first: dict[str, str] = {}
+    for name, marker in markers.items():
+        for line in store.read(f"{name}/{QUARANTINE}").splitlines() if marker["quarantined"] else []:
+            reason = json.loads(line)["reason"]
+            pattern = re.sub(r"'[^']*'|\d+", "_", reason)
+            counts[pattern] += 1
+            first.setdefault(pattern, reason)
+    pattern, count = counts.most_common(1)[0]
+    times = "once" if count == 1 else f"{count} times"
+    return f'{times} "{first[pattern]}"'
+
+
 def make_index(store: Store, markers: dict[str, dict]) -> str:
     """The root's index.json, with which a plain StreamingDataset opens the set."""
     files = []
@@ -94,7 +113,7 @@ def make_index(store: Store, markers: dict[str, dict]) -> str:
 def summarise(markers: dict[str, dict]) -> dict:
     """The manifest's counts and shards."""
     totals = {count: sum(marker[count] for marker in markers.values()) for count in COUNTS}
-    for reasons in ("left_out", "left_out_images"):
+    for reasons in ("left_out", "left_out_images", "left_out_captions"):
         totals[reasons] = dict(
             sorted(sum((Counter(marker[reasons]) for marker in markers.values()), Counter()).items())
         )

@@ -1,6 +1,8 @@
 """What a run will do: the input shards still to be done, and what they will take on the disk and in time."""
 
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -8,7 +10,10 @@ import torch
 
 from data_pipeline.config import PipelineConfig
 from data_pipeline.decode import Decoded
+from data_pipeline.documents import LeftOut, Unusable
 from data_pipeline.encode import Encoder
+from data_pipeline.formats import to_document
+from data_pipeline.image_root import check_image_root, open_image_root
 from data_pipeline.manifest import check_identity, identify
 from data_pipeline.readers import InputShard, list_inputs, read_samples
 from data_pipeline.store import Store, open_store
@@ -17,6 +22,7 @@ from megadual.errors import UserError
 
 SAMPLES_READ_TO_ESTIMATE = 200
 BATCHES_TO_ESTIMATE, BATCH_TO_ESTIMATE = 4, 8
+SAMPLES_TO_RECOGNISE, THREADS_TO_RECOGNISE = 8, 16
 
 
 @dataclass
@@ -44,6 +50,7 @@ def make_plan(config: PipelineConfig) -> Plan:
     ):
         if value < least:
             raise UserError(f"{name}: {value} must be at least {least}")
+    check_image_root(config.read.image_root)
     inputs = list_inputs(config.inputs)
     identity, description = identify(config)
     store = open_store(config.output)
@@ -60,13 +67,35 @@ def make_plan(config: PipelineConfig) -> Plan:
 
 def describe(config: PipelineConfig, plan: Plan) -> str:
     """The resolved config, the input shards and estimates, as `--dry-run` prints them."""
-    todo = {shard.name for shard in plan.todo}
+    todo = [shard.name for shard in plan.todo]
     lines = [to_yaml(config), f"{len(plan.inputs)} input shards, {len(todo)} to do:"]
+    if todo:
+        open_image_root(config.read.image_root, todo[0])  # once, and not in every thread
+    with ThreadPoolExecutor(THREADS_TO_RECOGNISE) as pool:  # inputs may be far away
+        formats = dict(zip(todo, pool.map(lambda shard: _formats(config, shard), plan.todo), strict=True))
     lines += [
-        f"  {shard.url}  {shard.size / 1e6:.1f} MB  {'to do' if shard.name in todo else 'done'}"
+        f"  {shard.url}  {shard.size / 1e6:.1f} MB  "
+        + (f"to do: {formats[shard.name]}" if shard.name in todo else "done")
         for shard in plan.inputs
     ]
     return "\n".join(lines + ([_estimate(config, plan)] if todo else []))
+
+
+def _formats(config: PipelineConfig, shard: InputShard) -> str:
+    """What the first samples are recognised as, or why they are unusable."""
+    found: Counter = Counter()
+    try:
+        images = open_image_root(config.read.image_root, shard.name)
+        for sample, _ in islice(read_samples(shard), SAMPLES_TO_RECOGNISE):
+            try:
+                found[to_document(sample, config.read, images).meta["format"]] += 1
+            except Unusable as reason:
+                found[f"unusable: {reason}"] += 1
+            except LeftOut as reason:
+                found[f"left out: {reason}"] += 1
+    except OSError as error:
+        return f"cannot be read now: {type(error).__name__}: {error}"
+    return ", ".join(f"{count} {what}" if len(found) > 1 else what for what, count in found.most_common()) or "empty"
 
 
 def _estimate(config: PipelineConfig, plan: Plan) -> str:
@@ -105,7 +134,7 @@ def _try_encoding(config: PipelineConfig, plan: Plan, probe: InputShard) -> tupl
         started.append(time.perf_counter())
     warm = 1 if len(done) > 1 else 0  # the first batch warms up
     seconds = (started[-1] - started[warm]) / sum(done[warm:])
-    arrays = [array for d in documents for array in (d.text_ids, d.grids, *d.codes.values())]
+    arrays = [array for d in documents for array in (d.text_ids, d.turns, d.grids, d.image_use, *d.codes.values())]
     row_bytes = sum(array.nbytes for array in arrays)
     row_bytes += sum(len(document.key) + len(str(document.meta)) + 60 for document in documents)  # sizes and offsets
     return row_bytes / sum(done), seconds if has_device else None

@@ -1,5 +1,6 @@
 """Input shards: which there are, and the raw samples in them."""
 
+import codecs
 import glob
 import gzip
 import json
@@ -20,7 +21,9 @@ from megadual.errors import UserError
 from megadual.tars import tar_members
 
 ROWS = 64  # of a parquet file, decoded at a time
-SUFFIXES = (".tar", ".parquet", ".jsonl", ".jsonl.gz")
+JSON_PIECE = 1 << 20  # characters of a JSON array, read at a time
+JSON_ENTRY = 1 << 28  # characters of one of its entries, at most
+SUFFIXES = (".tar", ".parquet", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,11 @@ def read_samples(shard: InputShard) -> Iterator[tuple[RawSample, int]]:
     raised, since trying again may help.
     """
     suffix = next(suffix for suffix in SUFFIXES if shard.url.endswith(suffix))
-    read = {".tar": _read_tar, ".parquet": _read_parquet}.get(suffix, _read_json_lines)
+    read = {".tar": _read_tar, ".parquet": _read_parquet, ".json": _read_json, ".json.gz": _read_json}
     with fsspec.open(shard.url, "rb") as stream:
         source = Source(stream)
         try:
-            yield from read(shard, source)
+            yield from read.get(suffix, _read_json_lines)(shard, source)
         except Damage as damage:
             if source.error:
                 raise source.error from None
@@ -196,9 +199,84 @@ def _read_json_lines(shard: InputShard, stream: Source) -> Iterator[tuple[RawSam
             except (ValueError, RecursionError) as error:  # also where it is not UTF-8
                 yield RawSample(key, damage=f"the line is not JSON: {error}"), stream.tell()
                 continue
-            if isinstance(members, dict):
-                yield RawSample(key, members), stream.tell()
-            else:
-                yield RawSample(key, damage="the line is not a JSON object"), stream.tell()
+            yield _json_object(key, members, "the line"), stream.tell()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise Damage(f"damaged gzip after {number + 1} lines: {error}") from error
+
+
+def _json_object(key: str, value: Any, what: str) -> RawSample:
+    return RawSample(key, value) if isinstance(value, dict) else RawSample(key, damage=f"{what} is not a JSON object")
+
+
+def _read_json(shard: InputShard, stream: Source) -> Iterator[tuple[RawSample, int]]:
+    """The objects of one array, named by their numbers; lines, where the file is none."""
+    plain = gzip.GzipFile(fileobj=stream) if shard.url.endswith(".gz") else stream
+    number = 0
+    try:
+        is_array = plain.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+        plain.seek(0)
+        if not is_array:
+            stream.seek(0)
+            yield from _read_json_lines(shard, stream)
+            return
+        for entry in _ArrayReader(plain):
+            yield _json_object(f"{shard.name}/{number:08d}", entry, "the entry"), stream.tell()
+            number += 1
+    except (ValueError, RecursionError) as error:  # also where it is not UTF-8
+        raise Damage(f"damaged JSON after {number} entries: {error}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Damage(f"damaged gzip after {number} entries: {error}") from error
+
+
+class _ArrayReader:
+    """The entries of a JSON array of any size, of which little more than one is held. ValueError where it is broken."""
+
+    def __init__(self, stream: Any):
+        self.stream, self.utf8 = stream, codecs.getincrementaldecoder("utf-8-sig")()
+        self.decoder, self.text, self.at = json.JSONDecoder(), "", 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._take("[")
+        if self._mark() == "]":
+            return
+        while True:
+            yield self._value()
+            if self._take(",]") == "]":
+                break
+        if self._mark():
+            raise ValueError("there is more behind the array")
+
+    def _more(self) -> bool:
+        # As much as there is, so that an entry of many pieces is not read again for each.
+        piece = self.stream.read(max(JSON_PIECE, len(self.text) - self.at))
+        self.text, self.at = self.text[self.at :] + self.utf8.decode(piece, final=not piece), 0
+        return bool(piece)
+
+    def _mark(self) -> str:
+        """The next character that is no space; empty at the end."""
+        while True:
+            rest = self.text[self.at : self.at + 1]
+            if rest and not rest.isspace():
+                return rest
+            if rest:
+                self.at += 1
+            elif not self._more():
+                return ""
+
+    def _take(self, marks: str) -> str:
+        mark = self._mark()
+        if not mark or mark not in marks:
+            found = f"'{mark}'" if mark else "the end"
+            raise ValueError(f"{found} where {' or '.join(marks)} must stand")
+        self.at += 1
+        return mark
+
+    def _value(self) -> Any:
+        self._mark()
+        while True:
+            try:
+                value, self.at = self.decoder.raw_decode(self.text, self.at)
+                return value
+            except json.JSONDecodeError as error:  # or is there more of it?
+                if len(self.text) - self.at > JSON_ENTRY or not self._more():
+                    raise ValueError(f"{error.msg}") from error

@@ -5,7 +5,7 @@ import ray
 from data_pipeline.board import Board
 from data_pipeline.cluster import connect, encode_all
 from data_pipeline.config import PipelineConfig
-from data_pipeline.manifest import write_manifest, write_quarantine
+from data_pipeline.manifest import commonest_reason, write_manifest, write_quarantine
 from data_pipeline.plan import Plan, describe, make_plan
 from megadual.config import parse_command_line
 from megadual.errors import UserError, command
@@ -46,8 +46,9 @@ def tokenize(config: PipelineConfig) -> dict:
     samples, quarantined = (sum(marker[name] for marker in markers.values()) for name in ("samples", "quarantined"))
     if quarantined > config.max_bad_fraction * samples:
         raise UserError(
-            f"{quarantined} of {samples} samples are unusable, more than max_bad_fraction={config.max_bad_fraction}; "
-            f"see {store.url}/quarantine.jsonl, then mend the inputs or raise max_bad_fraction"
+            f"{quarantined} of {samples} samples are unusable: {commonest_reason(store, markers)}. That is more than "
+            f"max_bad_fraction={config.max_bad_fraction}; see {store.url}/quarantine.jsonl, then mend the inputs or "
+            "raise max_bad_fraction"
         )
     if len(failed) > config.max_bad_fraction * len(plan.inputs):
         reasons = "".join(f"\n  {url}: {error}" for url, error in failed.items())
@@ -57,9 +58,10 @@ def tokenize(config: PipelineConfig) -> dict:
         )
     missing = [shard.name for shard in plan.inputs if shard.name not in markers and shard.url not in failed]
     if missing:
+        reason = f" ({commonest_reason(store, markers)})" if quarantined else ""
         raise UserError(
             f"stopped early, since more than max_bad_fraction={config.max_bad_fraction} of what this run finished is "
-            f"unusable: {len(missing)} of {len(plan.inputs)} input shards are not done; see {store.url}/"
+            f"unusable{reason}: {len(missing)} of {len(plan.inputs)} input shards are not done; see {store.url}/"
             "quarantine.jsonl, then mend the inputs or raise max_bad_fraction, and run again"
         )
     manifest = write_manifest(store, markers, failed, plan.description)

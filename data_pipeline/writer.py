@@ -39,6 +39,7 @@ class ShardWriter:
         self.lengths = NotedLengths(marks)
         self.left_out: Counter = Counter()
         self.left_out_images: Counter = Counter()  # of documents that were written without them
+        self.left_out_captions: Counter = Counter()  # likewise
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -47,9 +48,10 @@ class ShardWriter:
         self.bad.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def write(self, document: Document, left_out_images: Counter) -> None:
+    def write(self, document: Document, left_out_images: Counter, left_out_captions: Counter) -> None:
         self.mds.write(document.row())
         self.left_out_images.update(left_out_images)
+        self.left_out_captions.update(left_out_captions)
         text_ids, images, positions = len(document.text_ids), len(document.grids), document.positions
         self.lengths.add(document)
         self.counts.update(samples=1, documents=1, images=images, positions=positions, text_ids=text_ids)
@@ -80,6 +82,7 @@ class ShardWriter:
             **self.counts,
             "left_out": dict(sorted(self.left_out.items())),
             "left_out_images": dict(sorted(self.left_out_images.items())),
+            "left_out_captions": dict(sorted(self.left_out_captions.items())),
             "files": files,
             "identity": self.identity,
         }

@@ -56,6 +56,8 @@ class Role(IntEnum):
     CAPTION = 5  # of the one image of a pair, which is read in either direction
 
 
+# Plain numbers: comparing with members takes longer than the rest of a document's check.
+_ROLES, _CAPTION = len(Role), int(Role.CAPTION)
 SPEAKERS = (Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL)
 
 
@@ -70,6 +72,8 @@ class ImageUse(IntFlag):
     EITHER = 3  # as the reader likes
     DROPPABLE = 4  # may be left out, for classifier-free guidance
 
+
+_EITHER = int(ImageUse.EITHER)
 
 # One MDS row is one document; the encodings are mosaicml-streaming's names. Beside these columns each stream has one.
 COLUMNS = {
@@ -212,7 +216,7 @@ class Document:
     @property
     def is_pair(self) -> bool:
         """An image and its captions: read in either direction."""
-        return self.turns.item(0, 1) == Role.CAPTION
+        return self.turns.item(0, 1) == _CAPTION
 
     def captions(self) -> list[np.ndarray]:
         """A pair's captions, as text ids."""
@@ -257,14 +261,20 @@ class Document:
                 )
         if len(self.image_use) != images:
             raise ValueError(f"document '{self.key}': uses of {len(self.image_use)} images, there are {images}")
-        ends, roles = self.turns[:, 0].tolist(), self.turns[:, 1].tolist()
-        if ends[-1] != len(self.text_ids) or (len(ends) > 1 and ends != sorted(ends)):
+        turns, begin, captions = self.turns.tolist(), 0, 0
+        for end, role, _ in turns:
+            if end < begin:
+                break
+            if role >= _ROLES:
+                raise ValueError(f"document '{self.key}': a turn of the unknown role {role}")
+            begin = end
+            captions += role == _CAPTION
+        if begin != len(self.text_ids):
+            ends = [end for end, _, _ in turns]
             raise ValueError(f"document '{self.key}': turns end at {ends}, the text has {len(self.text_ids)} ids")
-        if max(roles) > max(Role):
-            raise ValueError(f"document '{self.key}': a turn of the unknown role {max(roles)}")
-        if Role.CAPTION in roles:
-            first = self.text_ids[0] == special.image
-            if images != 1 or not first or min(roles) != Role.CAPTION or self.image_use[0] != ImageUse.EITHER:
+        if captions:
+            image_first = images == 1 and self.text_ids.item(0) == special.image
+            if not image_first or captions < len(turns) or self.image_use.item(0) != _EITHER:
                 raise ValueError(
                     f"document '{self.key}': a pair is one image of either use, then nothing but its captions"
                 )
@@ -284,8 +294,11 @@ class Document:
 
     @classmethod
     def from_row(cls, row: dict) -> "Document":
-        """The document that `row()` stored, with those of its streams that `row` still holds."""
-        key, text_ids, turns, grids, image_use, meta = (row.pop(name) for name in COLUMNS)
+        """The document that `row()` stored, with its streams and meta as far as `row` still holds them."""
+        key, text_ids, turns, grids, image_use = (
+            row.pop(name) for name in ("key", "text_ids", "turns", "grids", "image_use")
+        )
+        meta = row.pop("meta", {})
         if grids.item(0):
             return cls(key, text_ids, row, grids, meta, turns, image_use)
         none = {stream: codes_ND[:0] for stream, codes_ND in row.items()}

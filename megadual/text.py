@@ -1,6 +1,6 @@
 """Text tokenizers: loading one with MegaDual's special tokens, training a small one, fingerprints.
 
-`python -m megadual.text --captions 'runs/demo/corpus/train-*.tar' --vocab-size 1024 --output DIR`
+`python -m megadual.text --captions 'runs/demo/corpus/*train-*.tar' --vocab-size 1024 --output DIR`
 """
 
 import argparse
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megadual.errors import UserError, command
-from megadual.streams import END_OF_TEXT, SPECIAL_TOKENS
+from megadual.streams import END_OF_TEXT, IMAGE, SPECIAL_TOKENS
 
 
 def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -87,7 +87,9 @@ def save_text_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) 
 
 
 def read_captions(pattern: str) -> Iterator[str]:
-    """The captions (KEY.txt) of the webdataset tars that match a glob, in order."""
+    """The texts of the webdataset tars that match a glob, in order: captions (KEY.txt), and what KEY.json holds of
+    conversations (LLaVA's) and of interleaved documents.
+    """
     tars = sorted(glob.glob(pattern))
     if not tars:
         raise UserError(f"--captions '{pattern}' matches no file")
@@ -96,11 +98,22 @@ def read_captions(pattern: str) -> Iterator[str]:
             for member in tar:
                 if member.name.endswith(".txt") and (file := tar.extractfile(member)):
                     yield file.read().decode("utf-8", errors="replace").strip()
+                elif member.name.endswith(".json") and (file := tar.extractfile(member)):
+                    try:
+                        yield from _texts(json.load(file))
+                    except ValueError as error:
+                        raise UserError(f"--captions: '{member.name}' of '{path}' is not JSON: {error}") from error
+
+
+def _texts(sample: dict) -> Iterator[str]:
+    """Of a conversation or an interleaved document, without what stands for its images."""
+    said = [turn["value"] for turn in sample.get("conversations", [])] + sample.get("texts", [])
+    yield from (text.replace(IMAGE, "").strip() for text in said if text)
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train a small text tokenizer on the captions of webdataset tars.")
+    parser = argparse.ArgumentParser(description="Train a small text tokenizer on the texts of webdataset tars.")
     parser.add_argument("--captions", required=True, help="glob of .tar files")
     parser.add_argument("--vocab-size", type=int, default=1024, help="ids, the special tokens included")
     parser.add_argument("--output", required=True, help="folder of the HF tokenizer")

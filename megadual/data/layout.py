@@ -12,6 +12,9 @@ import numpy as np
 from megadual.streams import Document, ImageUse, Marks, Role, SpecialIds, TurnBit
 
 IGNORE = -100  # text target of a position whose next position is not text
+# Plain numbers: arithmetic on flags takes longer than laying out a caption.
+_LOSS, _MAY_DROP = int(TurnBit.LOSS), int(TurnBit.DROPPABLE)
+_DRAWN, _EITHER, _IMAGE_MAY_DROP = int(ImageUse.DRAWN), int(ImageUse.EITHER), int(ImageUse.DROPPABLE)
 
 
 @dataclass
@@ -83,50 +86,43 @@ class _Piece(NamedTuple):
     draw_loss: bool
 
 
-def _pieces(doc: Document, marks: Marks, reading: Reading) -> list[_Piece]:
-    """The document in pieces that have a loss or not, up to its end-of-text token."""
+def _pieces(doc: Document, marks: Marks, reading: Reading) -> tuple[list[_Piece], bool]:
+    """The document in pieces that have a loss or not, and whether its end-of-text token has one."""
     full, text = reading.loss == "full", reading.loss != "none"
     if doc.is_pair:
         return _pair_pieces(doc, marks, reading, full, text)
     turns = doc.turns.tolist()
-    last = max((k for k, (_, _, bits) in enumerate(turns) if bits & TurnBit.LOSS), default=-1)
+    last = max((k for k, (_, _, bits) in enumerate(turns) if bits & _LOSS), default=-1)
     pieces, begin, newline = [], 0, False
     for k, (end, role, bits) in enumerate(turns):
         said, header = doc.text_ids[begin:end], marks.headers.get(role)
-        if reading.drop_text and bits & TurnBit.DROPPABLE:
+        if reading.drop_text and bits & _MAY_DROP:
             said = said[said == marks.image]
-        learned = bits & TurnBit.LOSS and (k == last or reading.loss != "last_turn")
+        learned = bool(bits & _LOSS) and (k == last or reading.loss != "last_turn")
         if header is not None:
             pieces.append(_Piece(np.concatenate([marks.newline, header]) if newline else header, full, False))
             said = np.append(said, marks.im_end)
         elif newline:
             pieces.append(_Piece(marks.newline, full, False))
-        pieces.append(_Piece(said, full or bool(learned and text), bool(learned)))
+        pieces.append(_Piece(said, full or learned and text, learned))
         begin, newline = end, header is not None
-    end = np.append(marks.newline, marks.end_of_text) if newline else np.array([marks.end_of_text])
-    return [*pieces, _Piece(end, full or (not newline and pieces[-1].text_loss), False)]
+    if newline:
+        return [*pieces, _Piece(marks.newline, full, False)], full
+    return pieces, pieces[-1].text_loss
 
 
-def _pair_pieces(doc: Document, marks: Marks, reading: Reading, full: bool, text: bool) -> list[_Piece]:
+def _pair_pieces(doc: Document, marks: Marks, reading: Reading, full: bool, text: bool) -> tuple[list[_Piece], bool]:
     """Image-first to describe, image-last to draw; asked for in chat form where there is a prompt."""
-    image, end = doc.text_ids[:1], [marks.end_of_text]
-    caption = doc.captions()[reading.caption] if len(doc.turns) > 1 else doc.text_ids[1:]
-    if reading.draw[0]:
-        parts = (image, end) if reading.drop_text else (caption, image, end)
-        return [_Piece(np.concatenate(parts), text, True)]
+    several, (draw,) = len(doc.turns) > 1, reading.draw
+    image, caption = doc.text_ids[:1], doc.captions()[reading.caption] if several else doc.text_ids[1:]
+    if draw:
+        return [_Piece(image if reading.drop_text else np.concatenate([caption, image]), text, True)], text
     if reading.prompt is None:
-        return [_Piece(np.concatenate([image, caption, end]), text, True)]
+        return [_Piece(np.concatenate([image, caption]) if several else doc.text_ids, text, True)], text
     user, assistant = marks.headers[Role.USER], marks.headers[Role.ASSISTANT]
     asked = np.concatenate([user, image, reading.prompt, [marks.im_end], marks.newline, assistant])
-    return [
-        _Piece(asked, full, False),
-        _Piece(np.append(caption, marks.im_end), text, True),
-        _Piece(np.concatenate([marks.newline, end]), full, False),
-    ]
-
-
-def _drawn(use: int, draw: bool) -> bool:
-    return bool(draw if use & ImageUse.EITHER == ImageUse.EITHER else use & ImageUse.DRAWN)
+    answer = _Piece(np.append(caption, marks.im_end), text, True)
+    return [_Piece(asked, full, False), answer, _Piece(marks.newline, full, False)], full
 
 
 def to_sequence(doc: Document, marks: Marks, reading: Reading) -> Sequence:
@@ -158,32 +154,34 @@ def lay_out(doc: Document, marks: Marks, reading: Reading, on: Sequence, begin: 
             raise ValueError(
                 f"document '{doc.key}' has {doc.codes[stream].shape[1]} {stream} codes a position, not {on_SD.shape[1]}"
             )
+    pieces, end_loss = _pieces(doc, marks, reading)
     images = zip(doc.grids.tolist(), doc.image_use.tolist(), reading.draw, strict=True)
     at, codes = begin, 0  # positions laid out, codes used
     no_text = []  # positions whose next one is an image position or has no loss
-    for text, text_loss, draw_loss in _pieces(doc, marks, reading):
+    for text, text_loss, draw_loss in pieces:
         piece, read = at, 0
         for place in (text == marks.image).nonzero()[0].tolist():
             (rows, columns), use, draw = next(images)
             start, size = at + place - read, rows * columns
             on.tokens[at:start] = text[read:place]
             at, read, codes = start, place + 1, codes + size
-            if reading.drop_image and use & ImageUse.DROPPABLE:
+            if reading.drop_image and use & _IMAGE_MAY_DROP:
                 continue
-            drawn, at = _drawn(use, draw), start + size + 2
+            drawn, at = draw if use & _EITHER == _EITHER else use & _DRAWN, start + size + 2
             on.tokens[start] = marks.image_gen_start if drawn else marks.image_start
             on.tokens[start + 1 : at - 1] = marks.image
             on.tokens[at - 1] = marks.image_gen_end if drawn else marks.image_end
             for stream, on_SD in on.codes.items():
                 on_SD[start + 1 : at - 1] = doc.codes[stream][codes - size : codes]
-            on.draw[start : at - 2] = drawn and draw_loss
+            on.draw[start : at - 2] = draw_loss and drawn != 0
             no_text.append(slice(start, at - 2))
         end = at + len(text) - read
         on.tokens[at:end] = text[read:]
         at = end
         if not text_loss:
             no_text.append(slice(max(piece - 1, begin), end - 1))
-    on.text_targets[begin : at - 1] = on.tokens[begin + 1 : at]
+    on.tokens[at] = marks.end_of_text
+    on.text_targets[begin : at if end_loss else at - 1] = on.tokens[begin + 1 : at + 1 if end_loss else at]
     for positions in no_text:
         on.text_targets[positions] = IGNORE
-    return at
+    return at + 1

@@ -6,6 +6,7 @@ record per document: the byte sizes of its columns (uint32 each), then the colum
 
 import itertools
 import json
+import math
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
@@ -27,14 +28,14 @@ _SHAPES = {axes << 2 | log2: struct.Struct(f"<{axes}{kind}") for axes in (1, 2) 
 
 
 def _decode_array(dtype: np.dtype, buffer: bytes, start: int, size: int) -> np.ndarray:
-    shape = _SHAPES.get(buffer[start])
-    if shape is None:
+    layout = _SHAPES.get(buffer[start])
+    if layout is None:
         raise ValueError(f"an array of one or two axes doesn't begin with the byte {buffer[start]}")
-    values = start + 1 + shape.size
-    count, rest = divmod(start + size - values, dtype.itemsize)
-    if rest:
-        raise ValueError(f"{rest} bytes more than whole values of {dtype}")
-    return np.frombuffer(buffer, dtype, count, values).reshape(shape.unpack_from(buffer, start + 1))
+    shape = layout.unpack_from(buffer, start + 1)
+    values = start + 1 + layout.size
+    if (found := start + size - values) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{found} bytes for an array of {' x '.join(map(str, shape))} values of {dtype}")
+    return np.ndarray(shape, dtype, buffer, values)
 
 
 def _decode_text(buffer: bytes, start: int, size: int) -> str:
@@ -54,7 +55,7 @@ def _decoder(encoding: str) -> Callable[[bytes, int, int], Any]:
 class _Records:
     """How the records of a set's documents are read."""
 
-    def __init__(self, root: Path, columns: dict[str, str], streams: Iterable[str] | None):
+    def __init__(self, root: Path, columns: dict[str, str], streams: Iterable[str] | None, meta: bool):
         """`columns`: name -> encoding, in the records' order; `streams`: those to decode, None for all."""
         there = [name for name, encoding in columns.items() if encoding == CODES and name not in COLUMNS]
         if columns != mds_columns(there):
@@ -67,10 +68,8 @@ class _Records:
             )
         self.columns = columns
         self.sizes = struct.Struct(f"<{len(columns)}I")
-        self.decoders = [
-            (name, _decoder(encoding) if name in COLUMNS or name in self.streams else None)
-            for name, encoding in columns.items()
-        ]
+        decoded = {*COLUMNS, *self.streams} - ({"meta"} if not meta else set())
+        self.decoders = [(name, _decoder(encoding) if name in decoded else None) for name, encoding in columns.items()]
 
     def decode(self, record: bytes) -> Document:
         """The document that `record` holds; ValueError, IndexError or struct.error where it is damaged."""
@@ -149,17 +148,18 @@ def _load_numbers(file: Path, shape: tuple[int, ...]) -> np.ndarray:
 class ShardSet:
     """A shard set made by data_pipeline/tokenize.py: `set[i]` is document i, in the order of index.json.
 
-    Its documents have the codes of `streams` (None: of all that the set has, in the order of its columns). Raises
+    Its documents have the codes of `streams` (None: of all that the set has, in the order of its columns), and their
+    `meta` unless that is not wanted, since training has no use for it. Raises
     UserError where the set is missing, unfinished, empty, lacks one of them, or a file does not fit the index.
     """
 
-    def __init__(self, root: str | Path, streams: Iterable[str] | None = None):
+    def __init__(self, root: str | Path, streams: Iterable[str] | None = None, meta: bool = True):
         self.root = Path(root)
         self.manifest = self._read_json("manifest.json")
         entries = self._read_json("index.json")["shards"]
         if not sum(entry["samples"] for entry in entries):
             raise UserError(f"shard set '{root}' holds no documents")
-        records = _Records(self.root, _columns(entries[0]), streams)
+        records = _Records(self.root, _columns(entries[0]), streams, meta)
         self.streams = records.streams
         self.shards = [_Shard(self.root / entry["raw_data"]["basename"], entry, records) for entry in entries]
         self._ends = np.cumsum([len(shard) for shard in self.shards]).tolist()

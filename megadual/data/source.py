@@ -19,4 +19,4 @@ class Source:
         texts = [f"\n{prompt}" for prompt in config.prompts]
         # A text that spells a special token is still only text.
         ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
-        return cls(ShardSet(config.path, streams), config, [tuple(each) for each in ids])
+        return cls(ShardSet(config.path, streams, meta=False), config, [tuple(each) for each in ids])

@@ -22,7 +22,7 @@ from megadual.errors import UserError, command
 from megadual.train.config import PretrainConfig
 
 RUN = Path("runs/demo")
-CORPUS = RUN / "corpus"
+CORPUS, SHARDS = RUN / "corpus", RUN / "shards"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +43,16 @@ class Stage:
 def stages(layout: list[str]) -> list[Stage]:
     """The demo's stages; `layout` are overrides of the trainer's config."""
     held_out = f"'{CORPUS}/heldout-*.tar'"
+    tokenize = "data_pipeline/tokenize.py --config data_pipeline/configs/demo.yaml"
     return [
         Stage(
-            "corpus", "compose captioned scenes from drawings, as webdataset tars",
-            f"-m megadual.synthetic.corpus --output {CORPUS}", CORPUS / "corpus.json",
+            "corpus", "compose scenes from drawings: captions, questions and edits",
+            f"-m megadual.synthetic.corpus --output {CORPUS} --train 4000 --questions 3000 --edits 3000",
+            CORPUS / "corpus.json",
         ),
         Stage(
-            "text_tokenizer", "train a small text tokenizer on the captions",
-            f"-m megadual.text --captions '{CORPUS}/train-*.tar' --output {RUN}/text_tokenizer",
+            "text_tokenizer", "train a small text tokenizer on captions and questions",
+            f"-m megadual.text --captions '{CORPUS}/*train-*.tar' --output {RUN}/text_tokenizer",
             RUN / "text_tokenizer/tokenizer.json",
         ),
         Stage(
@@ -69,11 +71,21 @@ def stages(layout: list[str]) -> list[Stage]:
             RUN / "tokenizer/eval/report.json",
         ),
         Stage(
-            "tokenize", "turn the corpus into shards of dual codes, with Ray",
-            "data_pipeline/tokenize.py --config data_pipeline/configs/demo.yaml", RUN / "shards/manifest.json",
+            "tokenize_pairs", "turn the pairs into shards of dual codes, with Ray",
+            tokenize, SHARDS / "pairs/manifest.json",
         ),
         Stage(
-            "pretrain", "train the unified LLM on text, semantic and pixel streams, with megatron-core",
+            "tokenize_questions", "the questions likewise, in a set of their own",
+            f"{tokenize} \"inputs=['{CORPUS}/questions-train-*.tar']\" output={SHARDS}/questions",
+            SHARDS / "questions/manifest.json",
+        ),
+        Stage(
+            "tokenize_edits", "and the edits",
+            f"{tokenize} \"inputs=['{CORPUS}/edits-train-*.parquet']\" output={SHARDS}/edits",
+            SHARDS / "edits/manifest.json",
+        ),
+        Stage(
+            "pretrain", "train the unified LLM on pairs, questions and edits, with megatron-core",
             shlex.join(["pretrain/pretrain.py", "--config", "pretrain/configs/tiny.yaml", *layout]),
             RUN / "pretrain/checkpoints/latest",
         ),
@@ -88,8 +100,10 @@ def stages(layout: list[str]) -> list[Stage]:
             RUN / "verify.json",
         ),
         Stage(
-            "use", "describe held-out images and draw held-out captions with the exported folder alone",
-            f"checkpoints_tools/try_export.py --model {RUN}/hf --data {held_out} --output {RUN}/use",
+            "use", "describe, draw, answer and edit what was held out, with the exported folder alone",
+            f"checkpoints_tools/try_export.py --model {RUN}/hf --data {held_out} "
+            f"--questions '{CORPUS}/questions-heldout-*.tar' --edits '{CORPUS}/edits-heldout-*.parquet' "
+            f"--output {RUN}/use",
             RUN / "use/drawings.json",
         ),
     ]  # fmt: skip

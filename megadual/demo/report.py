@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 import jinja2
@@ -17,6 +19,7 @@ from megadual.engine.topology import topology  # noqa: E402
 from megadual.train.config import PretrainConfig  # noqa: E402
 
 LOSS = "loss_"  # of text or a stream: that and its name
+CONVERSATIONS = 12  # shown; the shares are over all of them
 
 
 def _read(path: Path):
@@ -29,8 +32,8 @@ def _lines(path: Path) -> list[dict]:
 
 def collect(run_folder: Path, seconds: dict[str, float]) -> dict:
     """Every stage's figures, from the files that the stages left."""
-    evaluation, manifest = _read(run_folder / "tokenizer/eval/report.json"), _read(run_folder / "shards/manifest.json")
-    verified = _read(run_folder / "verify.json")
+    evaluation, verified = _read(run_folder / "tokenizer/eval/report.json"), _read(run_folder / "verify.json")
+    manifests = {path.parent.name: _read(path) for path in sorted((run_folder / "shards").glob("*/manifest.json"))}
     steps = _lines(run_folder / "pretrain/metrics.jsonl")
     run = load_config(PretrainConfig, run_folder / "pretrain/config.yaml")
     layout = topology(run, run.parallel.tensor * run.parallel.pipeline)
@@ -41,10 +44,13 @@ def collect(run_folder: Path, seconds: dict[str, float]) -> dict:
         "stages": seconds,
         "tokenizer": {name: value for name, value in evaluation.items() if isinstance(value, (int, float))},
         "tokenize": {
-            "images_in": manifest["samples"],
-            "written": manifest["documents"],
-            "quarantined": manifest["quarantined"],
-            "shards": len(manifest["shards"]),
+            name: {
+                "samples_in": manifest["samples"],
+                "written": manifest["documents"],
+                "quarantined": manifest["quarantined"],
+                "shards": len(manifest["shards"]),
+            }
+            for name, manifest in manifests.items()
         },
         "pretrain": {
             "engine": run.engine,
@@ -58,8 +64,33 @@ def collect(run_folder: Path, seconds: dict[str, float]) -> dict:
         "use": {
             "described": len(_read(run_folder / "use/descriptions.json")),
             "drawn": len(_read(run_folder / "use/drawings.json")),
+            "edited": len(_read(run_folder / "use/edits.json")),
+            "answered": _answered(_read(run_folder / "use/answers.json")),
         },
     }
+
+
+def _answered(answers: list[dict]) -> dict[str, dict]:
+    """Of each kind of question and of all: how many, the share that is right, and the share that the right answer which
+    is the most frequent would get without looking.
+    """
+    kinds = {"all": answers} | {kind: [a for a in answers if a["kind"] == kind] for kind in _kinds(answers)}
+    figures = {
+        kind: {
+            "questions": len(asked),
+            "right": sum(each["right"] for each in asked) / len(asked),
+            "most_frequent": Counter(each["answer"] for each in asked).most_common(1)[0][1] / len(asked),
+        }
+        for kind, asked in kinds.items()
+    }
+    # Over all, the most frequent of each kind.
+    blind = sum(figures[kind]["most_frequent"] * figures[kind]["questions"] for kind in _kinds(answers))
+    figures["all"]["most_frequent"] = blind / len(answers)
+    return figures
+
+
+def _kinds(answers: list[dict]) -> list[str]:
+    return sorted({each["kind"] for each in answers})
 
 
 def _png(path: Path) -> str:
@@ -98,6 +129,14 @@ def write_report(run_folder: Path, seconds: dict[str, float]) -> Path:
         middle=_png(pictures[len(pictures) // 2]),
         descriptions=[entry | {"image": _png(use / entry["file"])} for entry in _read(use / "descriptions.json")],
         drawings=[entry | {"image": _png(use / entry["file"])} for entry in _read(use / "drawings.json")],
+        conversations=[
+            {"image": _png(use / file), "asked": list(asked)}
+            for file, asked in groupby(_read(use / "answers.json"), key=lambda entry: entry["file"])
+        ][:CONVERSATIONS],
+        edits=[
+            entry | {name: _png(use / entry[name]) for name in ("source", "drawn", "true")}
+            for entry in _read(use / "edits.json")
+        ],
     )
     path = run_folder / "report.html"
     path.write_text(page)
@@ -113,13 +152,14 @@ TEMPLATE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
  body { font: 15px/1.45 system-ui, sans-serif; max-width: 1120px; margin: 2em auto; padding: 0 1em; color: #222 }
  h2 { margin-top: 2em; border-bottom: 1px solid #ddd }
  table { border-collapse: collapse } td, th { padding: 2px 14px 2px 0; text-align: left; vertical-align: top }
- td.n { text-align: right; font-variant-numeric: tabular-nums }
+ td.cards { display: table-cell } td.n { text-align: right; font-variant-numeric: tabular-nums }
  .cards { display: flex; flex-wrap: wrap; gap: 16px } .cards figure { width: 200px; margin: 0 }
  .cards img { width: 160px; image-rendering: pixelated; border: 1px solid #ccc } figcaption { font-size: 13px }
  .wide { max-width: 100%; image-rendering: pixelated } .soft { color: #666 }
 </style>
 <h1>MegaDual demo</h1>
-<p>From captioned drawings to a model that describes and draws, on this machine's CPU in {{ "%.0f"|format(total) }} s.
+<p>From drawings to a model that describes, draws, answers and edits, on this machine's CPU in
+{{ "%.0f"|format(total) }} s.
 Everything is tiny: the figures show that each stage works, not what the method reaches at scale.</p>
 
 <h2>Stages</h2>
@@ -137,8 +177,12 @@ Everything is tiny: the figures show that each stage works, not what the method 
 <img class="wide" src="{{ worst }}" alt="worst reconstructions">
 
 <h2>Pre-tokenization</h2>
-<p>{{ report.tokenize.images_in }} images in, {{ report.tokenize.written }} written to {{ report.tokenize.shards }}
-shards, {{ report.tokenize.quarantined }} quarantined (listed beside the shards).</p>
+<table><tr><th>set</th><th>samples in</th><th>documents written</th><th>quarantined</th><th>shards</th></tr>
+{% for name, set in report.tokenize.items() %}
+<tr><td>{{ name }}</td><td class="n">{{ set.samples_in }}</td><td class="n">{{ set.written }}</td>
+<td class="n">{{ set.quarantined }}</td><td class="n">{{ set.shards }}</td></tr>{% endfor %}
+</table>
+<p>What is quarantined is listed, with the reason, beside the shards.</p>
 
 <h2>Pretraining</h2>
 <p>{{ report.pretrain.engine }}, {{ report.pretrain.layout }}, {{ report.pretrain.steps }} steps,
@@ -157,5 +201,27 @@ shards, {{ report.tokenize.quarantined }} quarantined (listed beside the shards)
 <figure><img src="{{ entry.image }}" alt="held-out image"><figcaption>{{ entry.description }}
 <br><span class="soft">its caption: {{ entry.caption }}</span></figcaption></figure>{% endfor %}
 </div>
+
+<h2>Held-out images asked about</h2>
+<table><tr><th>kind</th><th>questions</th><th>right</th><th>the most frequent answer</th></tr>
+{% for kind, of in report.use.answered.items() %}
+<tr><td>{{ kind }}</td><td class="n">{{ of.questions }}</td><td class="n">{{ "%.0f %%"|format(100 * of.right) }}</td>
+<td class="n">{{ "%.0f %%"|format(100 * of.most_frequent) }}</td></tr>{% endfor %}
+</table>
+<p>The last column is what one gets who always says the most frequent answer to questions of a kind.</p>
+<div class="cards">{% for entry in conversations %}
+<figure><img src="{{ entry.image }}" alt="image asked about"><figcaption>{% for turn in entry.asked %}
+{{ turn.question }} <b>{{ turn.said }}</b> {{ "✓" if turn.right else "✗" }}
+{% if not turn.right %}<span class="soft">{{ turn.answer }}</span>{% endif %}<br>{% endfor %}
+</figcaption></figure>{% endfor %}
+</div>
+
+<h2>Held-out edits</h2>
+<table><tr><th>source</th><th>instruction</th><th>drawn</th><th>true result</th></tr>
+{% for entry in edits %}<tr>
+<td class="cards"><img src="{{ entry.source }}" alt="source"></td><td>{{ entry.instruction }}</td>
+<td class="cards"><img src="{{ entry.drawn }}" alt="drawn"></td>
+<td class="cards"><img src="{{ entry.true }}" alt="true result"></td></tr>{% endfor %}
+</table>
 </html>
 """)

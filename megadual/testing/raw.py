@@ -9,7 +9,7 @@ import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet
 
-from megadual.synthetic.corpus import png_bytes, write_tar
+from megadual.synthetic.files import png_bytes, write_tar
 
 
 def plain_image(i: int, size: tuple[int, int] = (32, 32)) -> bytes:
@@ -53,5 +53,34 @@ def write_pages_parquet(path: Path, pages: list[list[str | bytes]]) -> None:
 
 def write_json_lines(path: Path, texts: list[str]) -> None:
     """One {"text": ...} a line, gzipped where the name ends in .gz."""
-    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    write_entries(path, [{"text": text} for text in texts])
+
+
+def write_entries(path: Path, entries: list[dict]) -> None:
+    """As .json, one array over many lines; as .jsonl, one a line; gzipped where the name ends in .gz."""
+    if ".jsonl" in path.name:
+        data = "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+    else:
+        data = json.dumps(entries, indent=2, ensure_ascii=False).encode()
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+IMAGE_STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # datasets' Image feature
+
+
+def image_structs(values: list) -> pa.Array:
+    """A column of images, or of lists of images, as datasets writes it."""
+    struct = lambda data: None if data is None else {"bytes": data, "path": "a.png"}
+    if any(isinstance(value, list) for value in values):
+        return pa.array([[struct(data) for data in value] for value in values], pa.list_(IMAGE_STRUCT))
+    return pa.array([struct(value) for value in values], IMAGE_STRUCT)
+
+
+def write_parquet(path: Path, **columns) -> None:
+    parquet.write_table(pa.table(columns), path)
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)

@@ -33,7 +33,7 @@ def train(run, hold_out: bool = True, start: int = 0, save_at: int | None = None
     """(each step's numbers, the weights of this rank's first chunk); `spoil` changes a weight at the beginning."""
     layout, inputs = topology(run, dist.get_world_size()), tiny.inputs_of(run)
     engine = setup.engine(run, layout, inputs.vocabulary)
-    data = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank)
+    data = setup.dataset(run, inputs.sets, inputs.marks, layout, engine.data_rank)
     validation, checkpointer = setup.validation(run, engine, inputs, layout), Checkpointer(run)
     if start:
         checkpointer.load(engine, checkpointer.latest())

@@ -20,7 +20,8 @@ from megadual.hf.export import Exported
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.tensors import CheckpointTensors, FolderTensors
 from megadual.streams import Marks, SpecialIds
-from megadual.synthetic.corpus import make_corpus, png_bytes, write_tar
+from megadual.synthetic.corpus import make_corpus
+from megadual.synthetic.files import png_bytes, write_tar
 from megadual.testing.distributed import run_distributed
 from megadual.testing.models import write_dualtoken, write_run
 from megadual.testing.shards import random_conversations, write_shard_set
@@ -257,21 +258,31 @@ def test_the_folder_works_without_megadual(name, exported, tmp_path):
     assert found["buffers"]["model.rotary_emb.inv_freq"] == pytest.approx(inverse.double().sum().item(), abs=1e-6)
 
 
-def test_try_export_describes_and_draws(layout_4, tmp_path):
+def test_try_export_describes_draws_answers_and_edits(layout_4, tmp_path):
     _, folder = layout_4
-    make_corpus(tmp_path / "corpus", train=4, heldout=6, size=16)
+    make_corpus(tmp_path / "corpus", train=4, questions=1, edits=1, heldout=6, size=16)
     script = ROOT / "checkpoints_tools" / "try_export.py"
-    arguments = ["--model", folder, "--output", "use", "--data", "corpus/heldout-*.tar", "--describe", 2, "--draw", 3]
+    arguments = [
+        "--model", folder, "--output", "use", "--data", "corpus/heldout-*.tar", "--describe", 2, "--draw", 3,
+        "--questions", "corpus/questions-heldout-*.tar", "--answer", 4, "--edits", "corpus/edits-heldout-*.parquet",
+        "--edit", 2,
+    ]  # fmt: skip
     command = [PYTHON, "-I", str(script), *map(str, arguments)]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    names = ("descriptions", "drawings")
-    descriptions, drawings = (json.loads((tmp_path / "use" / f"{name}.json").read_text()) for name in names)
-    assert len(descriptions) == 2 and len(drawings) == 3
+    names = ("descriptions", "drawings", "answers", "edits")
+    descriptions, drawings, answers, edits = (
+        json.loads((tmp_path / "use" / f"{name}.json").read_text()) for name in names
+    )
+    assert len(descriptions) == 2 and len(drawings) == 3 and len(edits) == 2
     both = descriptions + drawings
-    assert all((tmp_path / "use" / record["file"]).is_file() for record in both)
+    assert all((tmp_path / "use" / record["file"]).is_file() for record in both + answers)
     assert len({record["caption"] for record in both}) == 5
+    assert len({record["file"] for record in answers}) == 4 <= len(answers)
+    assert all(record["right"] == (record["said"].lower() == record["answer"]) for record in answers)
+    pictures = [(tmp_path / "use" / edit[name]).read_bytes() for edit in edits for name in ("source", "drawn", "true")]
+    assert len(set(pictures)) == 6
 
 
 @pytest.mark.parametrize("image", [b"no image", png_bytes(Image.new("RGB", (32, 32)))[:60]], ids=["none", "cut"])

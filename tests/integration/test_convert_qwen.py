@@ -103,7 +103,7 @@ def weights(run: PretrainConfig) -> list[dict[str, torch.Tensor]]:
         run.checkpoint.start = start
         engine = setup.engine(run, layout, inputs.vocabulary)
         found.append({name: parameter.detach().clone() for name, parameter in engine.chunks[0].named_parameters()})
-        data = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank)
+        data = setup.dataset(run, inputs.sets, inputs.marks, layout, engine.data_rank)
         found[-1]["loss"] = torch.tensor(engine.train_step(data.step(0)).loss)
         engine.shutdown()
     return found

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,10 +33,19 @@ from megadual.config import load_config
 from megadual.data.mds import StreamingDataset
 from megadual.data.mds_reader import ShardSet
 from megadual.errors import UserError
-from megadual.streams import SpecialIds
+from megadual.streams import ImageUse, Marks, Role, SpecialIds, TurnBit
 from megadual.synthetic.corpus import make_corpus
 from megadual.testing.models import write_dualtoken
-from megadual.testing.raw import plain_image, write_img2dataset_parquet, write_json_lines, write_pages_tar
+from megadual.testing.raw import (
+    image_structs,
+    plain_image,
+    write_entries,
+    write_folder,
+    write_img2dataset_parquet,
+    write_json_lines,
+    write_pages_tar,
+    write_parquet,
+)
 from megadual.text import load_text_tokenizer, read_captions, save_text_tokenizer, train_text_tokenizer
 from megadual.vision import DualToken
 
@@ -44,7 +54,14 @@ TRAIN, HELDOUT, BROKEN, BAD = 600, 60, 20, 8
 PAGES = [["A cat", plain_image(1), "and a dog", plain_image(2)], ["text alone"], [plain_image(3), "one <image> here"]]
 LINES = ["a text", "another text", "a text"]
 ROWS, NOT_DOWNLOADED = 12, (3, 5)
-SAMPLES = TRAIN + HELDOUT + BROKEN + len(PAGES) + len(LINES) + ROWS
+CHAT = [
+    {"image": "a/4.png", "conversations": [{"from": "human", "value": "<image>\nWhat <|im_end|>?"},
+                                           {"from": "gpt", "value": "A plain picture."}]},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+]  # fmt: skip
+EDITS = 3
+SAMPLES = TRAIN + HELDOUT + BROKEN + len(PAGES) + len(LINES) + ROWS + len(CHAT) + EDITS
+GOOD_IMAGES = TRAIN + HELDOUT + BROKEN + 3 + ROWS - len(NOT_DOWNLOADED) + 1 + 2 * EDITS
 LEFT_OUT = {"duplicate": 1, "not_downloaded": 2}
 
 
@@ -56,6 +73,14 @@ def inputs(tmp_path_factory) -> Path:
     write_pages_tar(folder / "corpus" / "pages.tar", PAGES)
     write_img2dataset_parquet(folder / "corpus" / "rows.parquet", ROWS, NOT_DOWNLOADED)
     write_json_lines(folder / "corpus" / "lines.jsonl.gz", LINES)
+    write_entries(folder / "corpus" / "chat.json.gz", CHAT)
+    write_folder(folder / "images", {"a/4.png": plain_image(4)})
+    write_parquet(
+        folder / "corpus" / "edits.parquet",
+        original_image=image_structs([plain_image(i) for i in range(EDITS)]),
+        edit_prompt=["make it green"] * EDITS,
+        edited_image=image_structs([plain_image(i + 1) for i in range(EDITS)]),
+    )
     write_dualtoken(folder / "dualtoken")
     captions = read_captions(f"{folder}/corpus/train-*.tar")
     save_text_tokenizer(train_text_tokenizer(captions, 400), folder / "text_tokenizer")
@@ -69,6 +94,7 @@ def arguments(inputs: Path, output: Path | str, *overrides: str) -> list[str]:
         f"dualtoken={inputs}/dualtoken",
         f"text_tokenizer={inputs}/text_tokenizer",
         "encode.batch_size=16",
+        f"read.image_root={inputs}/images",
         *overrides,
     ]
 
@@ -129,18 +155,18 @@ def test_every_sample_has_one_outcome(shards):
     assert manifest["quarantined"] == len(bad) == BAD
     assert manifest["left_out"] == LEFT_OUT and manifest["failed_inputs"] == {}
     assert manifest["documents"] == SAMPLES - BAD - sum(LEFT_OUT.values())
-    assert manifest["images"] == TRAIN + HELDOUT + BROKEN - BAD + 3 + ROWS - len(NOT_DOWNLOADED)
+    assert manifest["images"] == GOOD_IMAGES - BAD
     assert manifest["positions"] == 16 * manifest["images"]
     names = [shard["folder"] for shard in manifest["shards"]]
-    assert names == ["broken-00000", "heldout-00000", "lines", "pages", "rows", "train-00000"]
+    assert names == ["broken-00000", "chat", "edits", "heldout-00000", "lines", "pages", "rows", "train-00000"]
     assert all(line["key"].startswith("broken-00000/") and line["reason"] for line in bad)
 
 
-def test_lengths_are_noted_beside_the_documents(shards):
+def test_lengths_are_noted_beside_the_documents(inputs, shards):
+    marks = Marks.of(load_text_tokenizer(inputs / "text_tokenizer"))
     documents, noted = ShardSet(shards), ShardSet(shards).lengths
     for i, document in enumerate(documents[i] for i in range(len(documents))):
-        found = (len(document.text_ids), len(document.grids), document.positions)
-        assert found == tuple(column[i] for column in noted)
+        assert document.lengths(marks) == tuple(column[i] for column in noted)
     assert noted.positions.sum() == json.loads((shards / "manifest.json").read_text())["positions"]
 
 
@@ -163,6 +189,12 @@ def test_pages_and_texts_come_back(inputs, shards):
     assert parts("pages/page-0002") == ["", "one <image> here"]
     assert parts("lines/00000001") == ["another text"] and "lines/00000002" not in documents
     assert parts("rows/000000004") == ["", "plain picture 4"]
+    assert parts("chat/00000000") == ["", "What <|im_end|>?A plain picture."]
+    assert documents["chat/00000000"].turns[:, 1:].tolist() == [[Role.USER, 0], [Role.ASSISTANT, TurnBit.LOSS]]
+    assert documents["edits/00000002"].turns[:, 1:].tolist() == [
+        [Role.USER, TurnBit.DROPPABLE], [Role.ASSISTANT, TurnBit.LOSS]
+    ]  # fmt: skip
+    assert documents["edits/00000002"].image_use.tolist() == [ImageUse.LOOKED_AT | ImageUse.DROPPABLE, ImageUse.DRAWN]
 
 
 def test_streaming_dataset_reads_the_documents(inputs, shards):
@@ -343,6 +375,22 @@ def test_browse_shows_the_set(shards, tmp_path, capsys):
     images = json.loads((shards / "manifest.json").read_text())["images"]
     assert page.count("data:image/png") == images
     assert "one &lt;image&gt; here" in page and "another text" in page and "the image has 0 bytes" in page
+    # An edit and a conversation as they are trained: who speaks, what has a loss, what may be dropped.
+    picture = r'<img alt="" src="[^"]*">'
+    asks = (
+        rf'<section class="turn droppable"><b>user</b><figure class="looked droppable">{picture}<figcaption>looked at'
+    )
+    draws = rf'<section class="turn loss"><b>assistant</b><figure class="drawn">{picture}<figcaption>drawn</figcaption>'
+    assert (
+        len(re.findall(asks + ", may be dropped</figcaption></figure><div>make it green</div></section>" + draws, page))
+        == EDITS
+    )
+    assert re.search(
+        rf'<section class="turn"><b>user</b><figure class="looked">{picture}<figcaption>looked at</figcaption></figure>'
+        r"<div>What &lt;\|im_end\|&gt;\?</div></section>"
+        r'<section class="turn loss"><b>assistant</b><div>A plain picture.</div></section>',
+        page,
+    )
 
 
 def test_more_inputs_extend_the_set(inputs, cluster, tmp_path):
@@ -365,7 +413,7 @@ def test_more_inputs_extend_the_set(inputs, cluster, tmp_path):
 
 
 def test_too_many_unusable_samples_stop_the_run(inputs, shards):
-    with pytest.raises(UserError, match=f"{BAD} of {SAMPLES} samples are unusable.*quarantine.jsonl"):
+    with pytest.raises(UserError, match=f'{BAD} of {SAMPLES} samples are unusable: once ".*".*quarantine.jsonl'):
         tokenize(make_config(inputs, shards, "max_bad_fraction=0.01"))
 
 
@@ -460,7 +508,9 @@ def test_mistakes_are_told_before_work_starts(inputs, tmp_path, capsys, override
 def test_dry_run_estimates(inputs, shards, tmp_path, capsys):
     main(["--dry-run", *arguments(inputs, tmp_path / "out")])
     said = capsys.readouterr().out
-    assert "6 input shards, 6 to do" in said and "measured here" in said
+    for name, format in (("chat.json.gz", "conversations"), ("edits.parquet", "edit"), ("train-00000.tar", "pair")):
+        assert re.search(rf"{name} .* to do: {format}\n", said)
+    assert "8 input shards, 8 to do" in said and "measured here" in said
     samples, size = (float(said.split(before)[1].split()[0]) for before in ("about ", " samples -> "))
     assert abs(samples - SAMPLES) < 0.15 * samples
     made = sum(path.stat().st_size for path in shards.rglob("*.mds")) / 1e6

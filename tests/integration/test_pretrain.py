@@ -76,25 +76,31 @@ def test_dry_run_prints_config_and_plan(inputs, tmp_path):
 
 @pytest.mark.parametrize("model", ["3b", "7b", "3b_384", "7b_384"])
 @pytest.mark.parametrize("stage, parts, draws, lr, rows", [
-    ("1_projector", ["projector"], 0.0, 1e-3, 64),
-    ("2_projector_llm", ["projector", "llm"], 0.0, 2e-5, 256),
-    ("3_heads", ["heads"], 1.0, 1e-4, 128),
-    ("4_all", ["projector", "llm", "heads"], 0.5, 1e-5, 512),
+    ("1_projector", ["projector"], {0.0}, 1e-3, 64),
+    ("2_projector_llm", ["projector", "llm"], {0.0, 0.5}, 2e-5, 256),
+    ("3_heads", ["heads"], {1.0}, 1e-4, 128),
+    ("4_all", ["projector", "llm", "heads"], {0.5, 1.0}, 1e-5, 512),
+    ("5_instruct", ["projector", "llm", "heads"], {0.5, 1.0}, 2e-5, 128),
 ])  # fmt: skip
-def test_stages_of_the_paper(inputs, monkeypatch, capsys, model, stage, parts, draws, lr, rows):
+def test_stages_of_the_paper(inputs, tmp_path, monkeypatch, capsys, model, stage, parts, draws, lr, rows):
+    """Each names its sets in the folder SETS; here they are all the tiny run's."""
     configs = [f"--config=pretrain/configs/{name}.yaml" for name in (model, f"stages/{stage}")]
     given = OmegaConf.load(inputs[1])
     own = [f"model.{key}={given.model[key]}" for key in ("dualtoken", "text_tokenizer")]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(
-        sys, "argv", ["", *configs, *own, f"data.sets={given.data.sets}", "run.dir=nowhere", "--dry-run"]
-    )
+    monkeypatch.setenv("SETS", str(tmp_path))
+    named = re.findall(r"shards\}/([\w-]+)", Path(f"pretrain/configs/stages/{stage}.yaml").read_text())
+    for name in named:
+        (tmp_path / name).symlink_to(given.data.sets[0].path)
+    monkeypatch.setattr(sys, "argv", ["", *configs, *own, "run.dir=nowhere", "--dry-run"])
     main()
     config, _, plan = capsys.readouterr().out.partition("\n\n")
     run = OmegaConf.create(config)
-    assert (list(run.train.parts), run.data.draw_probability, run.train.lr) == (parts, draws, lr)
+    assert [each.path for each in run.data.sets] == [str(tmp_path / name) for name in named]
+    assert (list(run.train.parts), {each.draw for each in run.data.sets}, run.train.lr) == (parts, draws, lr)
     assert run.train.global_batch_tokens == rows * 4096
     assert f"model: {36 if model.startswith('3b') else 28} layers" in plan
+    assert f"{60 * len(named)} documents" in plan
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -67,7 +67,7 @@ def train_and_save(run) -> list[dict]:
     """The steps' results (a worker of run_distributed)."""
     layout, inputs = topology(run, dist.get_world_size()), setup.read_inputs(run)
     engine = setup.engine(run, layout, inputs.vocabulary)
-    data = setup.dataset(run, inputs.sets, inputs.special, layout, engine.data_rank)
+    data = setup.dataset(run, inputs.sets, inputs.marks, layout, engine.data_rank)
     results = [numbers_of(engine.train_step(data.step(step))) for step in range(run.train.steps)]
     checkpointer = Checkpointer(run)
     checkpointer.save(engine, run.train.steps)

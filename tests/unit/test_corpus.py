@@ -2,14 +2,17 @@
 
 import io
 import json
-import random
 import tarfile
 
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from megadual.errors import UserError
-from megadual.synthetic import corpus
+from megadual.synthetic.corpus import make_corpus
+from megadual.synthetic.drawings import GROUNDS, plural
+
+EVERY_KIND = {"train": 60, "questions": 60, "edits": 60, "stories": 40, "heldout": 30}
 
 
 def read_tar(path) -> dict[str, bytes]:
@@ -21,40 +24,75 @@ def captions(members: dict[str, bytes]) -> list[str]:
     return [data.decode() for name, data in members.items() if name.endswith(".txt")]
 
 
+def scene_captions(folder, summary: dict, part: str) -> set[str]:
+    """Of every scene that a part of a corpus shows, found by their key wherever the files keep it."""
+
+    def found(value):
+        if isinstance(value, dict):
+            yield from [value["caption"]] if "caption" in value else []
+            value = list(value.values())
+        if isinstance(value, list):
+            for each in value:
+                yield from found(each)
+
+    every = set()
+    for kind in ("pairs", "questions", "stories"):
+        for file in summary[kind]["files"]:
+            if part in file:
+                members = read_tar(folder / file)
+                every.update(c for name, data in members.items() if ".json" in name for c in found(json.loads(data)))
+    return every
+
+
 def test_same_seed_same_bytes(tmp_path):
+    few = dict.fromkeys(EVERY_KIND, 8)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        corpus.make_corpus(tmp_path / name, train=30, heldout=5, size=32, seed=seed)
-    for file in ("train-00000.tar", "heldout-00000.tar", "broken-00000.tar", "corpus.json"):
+        make_corpus(tmp_path / name, **few, size=32, seed=seed)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len(files) == 2 * 5 + 2  # each part of each kind, the edits' scenes; the broken samples and the summary
+    for file in files:
         first, same, other = ((tmp_path / name / file).read_bytes() for name in "abc")
         assert first == same
         assert first != other
 
 
 def test_captions_are_distinct_across_parts(tmp_path):
-    summary = corpus.make_corpus(tmp_path, train=1200, heldout=50, size=16, seed=0)
-    assert summary["shards"] == ["train-00000.tar", "train-00001.tar", "heldout-00000.tar"]
-    every = [caption for shard in summary["shards"] for caption in captions(read_tar(tmp_path / shard))]
+    summary = make_corpus(tmp_path, train=1200, heldout=50, size=16, seed=0)
+    assert summary["pairs"]["files"] == ["train-00000.tar", "train-00001.tar", "heldout-00000.tar"]
+    every = [caption for file in summary["pairs"]["files"] for caption in captions(read_tar(tmp_path / file))]
     assert len(every) == 1250
     assert len(set(every)) == 1250
 
 
+def test_no_held_out_scene_is_trained_on(tmp_path):
+    """Over all kinds: a scene asked about in one part is no pair, story or edit of the other."""
+    summary = make_corpus(tmp_path, **EVERY_KIND | {"train": 2000, "heldout": 200}, size=16)
+    held_out = scene_captions(tmp_path, summary, "heldout")
+    edits = [json.loads(line) for line in (tmp_path / "edits-heldout-00000.jsonl").read_text().splitlines()]
+    held_out |= {edit[side]["caption"] for edit in edits for side in ("source", "result")}
+    trained = scene_captions(tmp_path, summary, "train")
+    assert len(held_out) > 900 and len(trained) > 2000
+    assert not held_out & trained
+
+
 def test_heldout_does_not_depend_on_train(tmp_path):
     for train in (10, 40):
-        corpus.make_corpus(tmp_path / str(train), train=train, heldout=5, size=16)
-    small, large = ((tmp_path / name / "heldout-00000.tar").read_bytes() for name in ("10", "40"))
-    assert small == large
+        make_corpus(tmp_path / str(train), train=train, questions=train, heldout=5, size=16)
+    for file in ("heldout-00000.tar", "questions-heldout-00000.tar"):
+        small, large = ((tmp_path / name / file).read_bytes() for name in ("10", "40"))
+        assert small == large
 
 
 def test_samples_show_what_they_say(tmp_path):
     """Most of the image is the caption's ground, and in each group's boxes there is something else."""
-    corpus.make_corpus(tmp_path, train=40, heldout=1, size=64)
+    make_corpus(tmp_path, train=40, heldout=1, size=64)
     members = read_tar(tmp_path / "train-00000.tar")
     for name in [name for name in members if name.endswith(".json")]:
         scene = json.loads(members[name])
         image = Image.open(io.BytesIO(members[name.replace(".json", ".png")]))
         assert image.size == (64, 64)
         assert scene["caption"].endswith(f", on {scene['ground']}")
-        ground = tuple(int(corpus.GROUNDS[scene["ground"]][i : i + 2], 16) for i in (1, 3, 5))
+        ground = tuple(int(GROUNDS[scene["ground"]][i : i + 2], 16) for i in (1, 3, 5))
         assert max(image.getcolors(64 * 64))[1] == ground or len(scene["groups"]) == 1  # one may fill the scene
         for group in scene["groups"]:
             assert len(group["boxes"]) == group["count"]
@@ -63,23 +101,24 @@ def test_samples_show_what_they_say(tmp_path):
                 assert any(colour != ground for _, colour in box.getcolors(64 * 64))
 
 
-def test_relations_are_true():
-    rng = random.Random(0)
-    scenes = [scene for scene in (corpus.draw_scene_plan(rng) for _ in range(400)) if scene.kind == "relation"]
-    assert len(scenes) > 100
-    for scene in scenes:
-        first, second = (
-            [sum(box[axis] + box[2] / 2 for box in group.boxes) / group.count for axis in (0, 1)]
-            for group in scene.groups
-        )
-        if " to the left of " in scene.caption:
-            assert first[0] < second[0]
-        elif " to the right of " in scene.caption:
-            assert first[0] > second[0]
-        elif " above " in scene.caption:
-            assert first[1] < second[1]
-        else:
-            assert first[1] > second[1]
+def test_files_have_the_published_formats(tmp_path):
+    make_corpus(tmp_path, **dict.fromkeys(EVERY_KIND, 3), size=16)
+    talk = json.loads(read_tar(tmp_path / "questions-train-00000.tar")["questions-train-000000.json"])
+    assert talk["image"] == "questions-train-000000.png" and talk["id"] == "questions-train-000000"
+    said = talk["conversations"]
+    assert [turn["from"] for turn in said] == ["human", "gpt"] * (len(said) // 2)
+    assert [turn["value"].count("<image>") for turn in said] == [1] + [0] * (len(said) - 1)
+    assert said[0]["value"].startswith("<image>\n")
+
+    table = parquet.read_table(tmp_path / "edits-train-00000.parquet")
+    assert table.column_names == ["original_image", "edit_prompt", "edited_image"]
+    image = table.column("edited_image")[0].as_py()
+    assert set(image) == {"bytes", "path"} and Image.open(io.BytesIO(image["bytes"])).size == (16, 16)
+
+    members = read_tar(tmp_path / "stories-train-00000.tar")
+    story = json.loads(members["stories-train-000000.json"])
+    assert all((text is None) != (image is None) for text, image in zip(story["texts"], story["images"], strict=True))
+    assert all(f"stories-train-000000.{image}" in members for image in story["images"] if image)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +126,9 @@ def test_relations_are_true():
     [("cat", "cats"), ("palm tree", "palm trees"), ("mouse", "mice"), ("strawberry", "strawberries"), ("fox", "foxes")],
 )
 def test_plural(name, expected):
-    assert corpus.plural(name) == expected
+    assert plural(name) == expected
 
 
 def test_impossible_size_is_refused(tmp_path):
     with pytest.raises(UserError, match="size 8"):
-        corpus.make_corpus(tmp_path, size=8)
+        make_corpus(tmp_path, size=8)

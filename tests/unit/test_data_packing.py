@@ -10,13 +10,13 @@ import torch
 
 from megadual.data import packing
 from megadual.data.dataset import PackedDataset
-from megadual.data.layout import IGNORE, to_sequence
+from megadual.data.layout import IGNORE, Reading, to_sequence
 from megadual.data.mds_reader import ShardSet
 from megadual.data.packing import PackedRows, fill_rows
 from megadual.data.source import Source
 from megadual.errors import UserError
-from megadual.streams import Stream
-from megadual.testing.shards import SPECIAL, random_documents, write_shard_set
+from megadual.streams import Role, Stream
+from megadual.testing.shards import SPECIAL, random_conversations, random_documents, write_shard_set
 from megadual.train.config import SetConfig
 
 SEQ = 128
@@ -94,6 +94,84 @@ def test_only_drawn_pairs_lose_their_caption(small_root):
     pieces = list(itertools.chain(*epoch(rows_of(small_root, draw=1.0, caption_dropout=1.0))))
     assert {len(piece.reading.draw) for piece in pieces} == {1, 2}
     assert all(piece.reading.drop_text == (len(piece.reading.draw) == 1) for piece in pieces)
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+    """Conversations, edits and pairs of three captions; and the documents."""
+    documents = random_conversations(400, seed=5)
+    return write_shard_set(tmp_path_factory.mktemp("data") / "talks", documents), documents
+
+
+PROMPTS = [(70, 71, 72), (80,)]
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"captions": "all", "draw": 0.2}, {"prompts": PROMPTS, "draw": 0.3}, {"loss": "full"},
+    {"text_dropout": 0.3, "image_dropout": 0.3, "both_dropout": 0.4, "caption_dropout": 0.5},
+])  # fmt: skip
+def test_what_a_document_takes_is_known_before_it_is_read(talks, settings):
+    """Rows are cut by noted lengths; each document takes as many, however it is read."""
+    root, documents = talks
+    rows = PackedRows([source(root, **settings)], SPECIAL, SEQ, 0)
+    pieces = list(itertools.chain(*epoch(rows)))
+    lengths = [len(to_sequence(documents[piece.document], SPECIAL, piece.reading)) for piece in pieces]
+    assert sum(lengths) == rows.sets[0].filled
+    assert all(piece.reading.loss == settings.get("loss", "assistant") for piece in pieces)
+
+
+def test_of_several_captions_one_an_epoch_or_all(talks):
+    root, documents = talks
+    pairs = {i for i, document in enumerate(documents) if document.is_pair}
+    first = list(itertools.chain(*epoch(rows_of(root))))
+    chosen = [(piece.document, piece.reading.caption) for piece in first if piece.document in pairs]
+    assert sorted(document for document, _ in chosen) == sorted(pairs)
+    assert {caption for _, caption in chosen} == {0, 1, 2}
+    rows = rows_of(root)
+    begin = len(epoch(rows))
+    second = [(p.document, p.reading.caption) for r in range(begin, 2 * begin) for p in rows[r] if p.document in pairs]
+    assert len(set(chosen) & set(second)) < len(pairs) / 2  # another one in the next epoch
+    every = itertools.chain(*epoch(rows_of(root, captions="all")))
+    found = Counter((piece.document, piece.reading.caption) for piece in every if piece.document in pairs)
+    assert found == Counter((document, caption) for document in pairs for caption in range(3))
+    (caption,) = {tuple(each) for each in [documents[3].captions()[2].tolist()]}
+    read = to_sequence(documents[3], SPECIAL, Reading((False,), caption=2)).tokens.tolist()
+    assert tuple(read[-1 - len(caption) : -1]) == caption
+
+
+def test_edits_lose_their_instruction_or_source(talks):
+    root, documents = talks
+    settings = dict(text_dropout=0.2, image_dropout=0.3, both_dropout=0.1, caption_dropout=0.0)
+    pieces = list(itertools.chain(*epoch(rows_of(root, **settings))))
+    edits = [piece for piece in pieces if piece.document % 4 == 1]
+    found = Counter((piece.reading.drop_text, piece.reading.drop_image) for piece in edits)
+    shares = {(True, False): 0.2, (False, True): 0.3, (True, True): 0.1, (False, False): 0.4}
+    for kind, share in shares.items():
+        assert found[kind] / len(edits) == pytest.approx(share, abs=0.11)
+    others = [piece.reading for piece in pieces if piece.document % 4 in (0, 3)]  # nothing of theirs may be dropped
+    assert not any(reading.drop_text or reading.drop_image for reading in others)
+    edit = documents[1]
+    whole, bare = (to_sequence(edit, SPECIAL, Reading((False, True), gone, gone)).tokens.tolist() for gone in (0, 1))
+    user, assistant = (SPECIAL.headers[role].tolist() for role in (Role.USER, Role.ASSISTANT))
+    end = [SPECIAL.im_end, SPECIAL.newline.item()]
+    target = [SPECIAL.image_gen_start, *[SPECIAL.image] * 6, SPECIAL.image_gen_end]
+    assert bare == [*user, *end, *assistant, *target, *end, SPECIAL.end_of_text]
+    assert whole[3] == SPECIAL.image_start and whole[-len(bare) + 5 :] == bare[5:]
+
+
+def test_described_pairs_are_asked(root):
+    pieces = list(itertools.chain(*epoch(rows_of(root, draw=0.3, prompts=PROMPTS))))
+    assert all((piece.reading.prompt is None) == piece.reading.draw[0] for piece in pieces)
+    assert {piece.reading.prompt for piece in pieces} == {None, *PROMPTS}
+    (document,) = random_documents(1, grid=(1, 2), caption=(2, 2))
+    document.text_ids[1:] = (60, 61)
+    s, user, assistant = SPECIAL, SPECIAL.headers[Role.USER].tolist(), SPECIAL.headers[Role.ASSISTANT].tolist()
+    read = to_sequence(document, SPECIAL, Reading((False,), prompt=(70, 71)))
+    end = [s.im_end, s.newline.item()]
+    asked = [*user, s.image_start, s.image, s.image, s.image_end, 70, 71, *end, *assistant]
+    assert read.tokens.tolist() == [*asked, 60, 61, *end, s.end_of_text]
+    targets = [IGNORE] * (len(asked) - 1) + [60, 61, s.im_end, IGNORE, IGNORE, IGNORE]
+    assert read.text_targets.tolist() == targets
 
 
 def test_too_long_documents_are_left_out_and_counted(tmp_path):

@@ -9,14 +9,16 @@ from PIL import Image, ImageOps
 
 from data_pipeline.config import EncodeConfig, FilterConfig
 from data_pipeline.decode import decode
-from data_pipeline.documents import RawDocument, Unusable
+from data_pipeline.documents import RawDocument, RawImage, RawTurn, Unusable
+from megadual.streams import Role
 
 TURNED = (0x0112, 3, 1, b"\6\0\0\0")  # orientation 6: by a quarter
 
 
 def decoded(data: bytes) -> Image.Image:
-    (image,) = decode(RawDocument("k", "pair", "txt", [data, "a cat"]), FilterConfig(), EncodeConfig()).images
-    return image
+    document = RawDocument("k", [RawTurn(Role.CAPTION, [RawImage(data), "a cat"])])
+    (part,) = decode(document, FilterConfig(), EncodeConfig()).images
+    return part.image
 
 
 def file(image: Image.Image, format: str = "PNG", **options) -> bytes:

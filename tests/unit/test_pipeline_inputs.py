@@ -19,10 +19,13 @@ from PIL import Image
 
 from data_pipeline.config import EncodeConfig, FilterConfig, ReadConfig
 from data_pipeline.decode import decode
-from data_pipeline.documents import LeftOut, Unusable, to_document
+from data_pipeline.documents import LeftOut, Unusable
+from data_pipeline.formats import to_document
 from data_pipeline.readers import RawSample, list_inputs, read_samples
 from megadual.errors import UserError
-from megadual.synthetic.corpus import make_corpus, png_bytes, write_tar
+from megadual.streams import ImageUse, Role, TurnBit
+from megadual.synthetic.corpus import make_corpus
+from megadual.synthetic.files import png_bytes, write_tar
 from megadual.testing.raw import (
     plain_image,
     write_img2dataset_parquet,
@@ -49,6 +52,10 @@ def touch(folder: Path, *names: str) -> None:
 
 def decoded(sample: RawSample, filters: FilterConfig | None = None, **read):
     return decode(to_document(sample, ReadConfig(**read)), filters or FilterConfig(), EncodeConfig())
+
+
+def images(sample: RawSample) -> list[Image.Image]:
+    return [part.image for part in decoded(sample).images]
 
 
 def test_inputs_are_named_below_their_fixed_folder(tmp_path):
@@ -212,12 +219,12 @@ def test_filters(size, caption, filter):
 
 def test_transparency_is_put_on_white_and_rotation_applied():
     clear = png_bytes(Image.new("RGBA", (32, 32), (0, 0, 0, 0)))
-    (image,) = decoded(RawSample("k", {"png": clear, "txt": b"x"})).images
+    (image,) = images(RawSample("k", {"png": clear, "txt": b"x"}))
     assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6  # turned by a quarter
     Image.new("RGB", (32, 48)).save(buffer, "JPEG", exif=exif)
-    (image,) = decoded(RawSample("k", {"jpg": buffer.getvalue(), "txt": b"x"})).images
+    (image,) = images(RawSample("k", {"jpg": buffer.getvalue(), "txt": b"x"}))
     assert image.size == (48, 32)
 
 
@@ -245,11 +252,11 @@ def test_tokenize_becomes_the_standard_module(place):
 
 
 def outcomes(shard, **filters) -> dict[str, str]:
-    """Key (without the shard's name) -> layout, or the reason why there is no document."""
+    """Key (without the shard's name) -> format, or the reason why there is no document."""
     said = {}
     for sample, _ in read_samples(shard):
         try:
-            said[sample.key.partition("/")[2]] = decoded(sample, FilterConfig(**filters)).meta["layout"]
+            said[sample.key.partition("/")[2]] = decoded(sample, FilterConfig(**filters)).meta["format"]
         except (Unusable, LeftOut) as reason:
             said[sample.key.partition("/")[2]] = str(reason)
     return said
@@ -289,11 +296,14 @@ def test_interleaved_documents_keep_their_order(tmp_path, write, suffix):
     (shard,) = list_inputs([f"{tmp_path}/pages.*"])
     first, second, broken, bare = (sample for sample, _ in read_samples(shard))
     page = decoded(first)
-    assert [part if isinstance(part, str) else part.getpixel((0, 0)) for part in page.parts] == [
+    (turn,) = page.turns
+    assert (turn.role, turn.bits) == (Role.DOCUMENT, TurnBit.LOSS)
+    assert {part.use for part in page.images} == {ImageUse.EITHER}
+    assert [part if isinstance(part, str) else part.image.getpixel((0, 0)) for part in turn.parts] == [
         "A cat", (37, 101, 59), "and a dog,\nboth small.", (74, 202, 118)
     ]  # fmt: skip
     assert page.left_out_images == {"min_side": 1} and page.meta["sizes"] == [[32, 32], [32, 32]]
-    assert decoded(second).parts == ["only text"]
+    assert decoded(second).texts == ["only text"]
     with pytest.raises(Unusable, match="not an image"):
         decoded(broken)
     with pytest.raises(LeftOut, match="min_text"):
@@ -306,9 +316,9 @@ def test_interleaved_documents_keep_their_order(tmp_path, write, suffix):
         ({"texts": ["a"], "images": []}, "1 texts beside 0 images"),
         ({"texts": ["a"], "images": ["0.png"]}, "place 0 must hold either"),
         ({"texts": [None], "images": [None]}, "place 0 must hold either"),
-        ({"texts": [None], "images": ["1.png"]}, "has no .1.png"),
+        ({"texts": [None], "images": ["1.png"]}, "no image '1.png' in the sample"),
         ({"texts": [5], "images": [None]}, "is int, not a string"),
-        (["texts"], "no caption"),
+        (["texts"], "no known format: it holds 0.png, json"),
     ],
 )
 def test_wrong_lists_of_an_interleaved_document(lists, reason):

@@ -83,3 +83,10 @@ def test_command_trains_on_tars(tmp_path):
     tokenizer = text.load_text_tokenizer(tmp_path / "out")
     assert 263 < len(tokenizer) <= 320
     assert len(tokenizer(", on blue", add_special_tokens=False).input_ids) < len(", on blue")
+
+
+def test_conversations_and_stories_are_read_too(tmp_path):
+    make_corpus(tmp_path, train=2, questions=3, stories=2, heldout=1, size=16)
+    texts = list(text.read_captions(f"{tmp_path}/*train-*.tar"))
+    assert any(each.endswith("?") for each in texts) and any(each.startswith("Here we see") for each in texts)
+    assert not any("<image>" in each or not each for each in texts)

@@ -1,0 +1,70 @@
+"""The demo: its config, and a report of what its stages leave."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megadual.config import load_config, to_yaml
+from megadual.demo.__main__ import SHARDS, stages
+from megadual.demo.report import write_report
+from megadual.testing.models import sized_run
+from megadual.train.config import PretrainConfig
+
+SAID = [  # of two images: kind, question, answer, said
+    ("a.png", "yes_no", "Is there a cat?", "yes", "yes"),
+    ("a.png", "count", "How many cats are there?", "two", "three"),
+    ("b.png", "yes_no", "Is there a <dog>?", "yes", "no"),
+    ("b.png", "yes_no", "Is there an owl?", "no", "no"),
+]
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """What the stages leave, made up."""
+    losses = {"loss_text": 2.0, "loss_semantic": 3.0, "depth_semantic": [3.0, 3.0]}
+    answers = [
+        {"file": file, "kind": kind, "question": question, "answer": answer, "said": said, "right": answer == said}
+        for file, kind, question, answer, said in SAID
+    ]
+    manifest = {"samples": 5, "documents": 4, "quarantined": 1, "shards": ["x"]}
+    files = {
+        "tokenizer/eval/report.json": {"psnr": 20.0, "about": "left out"},
+        "verify.json": {"max_abs_logit_diff": 1e-6, "tensors_compared": 3},
+        "shards/pairs/manifest.json": manifest,
+        "shards/edits/manifest.json": manifest,
+        "pretrain/metrics.jsonl": {"step": 1, "fill": 0.9, "tokens_per_s": 10.0, **losses},
+        "use/descriptions.json": [{"file": "a.png", "caption": "a cat", "description": "a dog"}],
+        "use/drawings.json": [{"file": "b.png", "caption": "an owl"}],
+        "use/answers.json": answers,
+        "use/edits.json": [{"instruction": "remove the cat", "source": "a.png", "drawn": "b.png", "true": "a.png"}],
+    }
+    for name, value in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(value))
+    run = sized_run("model.dualtoken=d", "model.text_tokenizer=t", "data.sets=[s]", "run.dir=r")
+    (tmp_path / "pretrain/config.yaml").write_text(to_yaml(run))
+    for name in ("use/a.png", "use/b.png", "tokenizer/eval/reconstructions-00.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    return tmp_path
+
+
+def test_report_has_the_share_of_right_answers(run_folder):
+    page = write_report(run_folder, {"corpus": 1.0})
+    report = json.loads((run_folder / "report.json").read_text())
+    assert list(report["tokenize"]) == ["edits", "pairs"]
+    answered = report["use"]["answered"]
+    assert answered["count"] == {"questions": 1, "right": 0.0, "most_frequent": 1.0}
+    assert answered["yes_no"] == {"questions": 3, "right": pytest.approx(2 / 3), "most_frequent": pytest.approx(2 / 3)}
+    assert answered["all"] == {"questions": 4, "right": 0.5, "most_frequent": 0.75}
+    html = page.read_text()
+    assert "Is there a &lt;dog&gt;?" in html and "remove the cat" in html
+    assert html.count("✗") == 2 and html.count("✓") == 2
+    assert html.count("data:image/png") == 3 + 1 + 1 + 2 + 3  # curves and codes, described, drawn, asked about, edited
+
+
+def test_every_set_that_is_trained_on_is_made():
+    run = load_config(PretrainConfig, Path(__file__).parents[2] / "pretrain/configs/tiny.yaml")
+    made = {str(stage.product.parent) for stage in stages([]) if stage.product.is_relative_to(SHARDS)}
+    assert {each.path for each in run.data.sets} == made
