@@ -16,7 +16,7 @@ class Source:
     @classmethod
     def open(cls, config: SetConfig, tokenizer, streams: Iterable[str] | None = None) -> "Source":
         """With the codes of `streams`, None for all; UserError where the set can't be read."""
-        texts = [f"\n{prompt}" for prompt in config.prompts]
+        texts = [prompt.strip() for prompt in config.prompts]  # as in a conversation
         # A text that spells a special token is still only text.
         ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
         return cls(ShardSet(config.path, streams, meta=False), config, [tuple(each) for each in ids])

@@ -2,7 +2,6 @@
 
 import random
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,14 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
+from data_pipeline.documents import RawImage, RawTurn
 from megadual.data.layout import IGNORE, Reading, to_sequence
+from megadual.data.source import Source
 from megadual.hf.processing_megadual import JOINER, MegaDualProcessor, escaped
 from megadual.streams import SPECIAL_TOKENS, Document, ImageUse, Marks, Role, TurnBit
+from megadual.testing.shards import random_documents, write_shard_set
 from megadual.text import load_text_tokenizer, train_text_tokenizer
+from megadual.train.config import SetConfig
 
 N, SIZE = 4, 16  # positions of an image, its side
 ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT, "tool": Role.TOOL}
@@ -74,21 +77,15 @@ def stored(messages: list[dict], tokenizer, marks: Marks) -> Document:
     ids, turns, uses = [], [], []
     for message in messages:
         content, role = message["content"], ROLES[message["role"]]
+        use = ImageUse.DRAWN if role == Role.ASSISTANT else ImageUse.LOOKED_AT
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        runs = []  # of text, None for an image
-        for kind, alike in groupby(parts, key=lambda part: part["type"]):
-            alike = list(alike)
-            runs += ["".join(part["text"] for part in alike)] if kind == "text" else [None] * len(alike)
-        texts = [i for i, run in enumerate(runs) if run is not None]
-        if texts:
-            runs[texts[0]] = runs[texts[0]].lstrip()
-            runs[texts[-1]] = runs[texts[-1]].rstrip()
-        for run in runs:
-            if run is None:
-                ids.append(marks.image)
-                uses.append(ImageUse.DRAWN if role == Role.ASSISTANT else ImageUse.LOOKED_AT)
+        parts = [part["text"] if part["type"] == "text" else RawImage(b"an image", use) for part in parts]
+        for part in RawTurn(role, parts).parts:
+            if isinstance(part, str):
+                ids += tokenizer(part, add_special_tokens=False, split_special_tokens=True).input_ids
             else:
-                ids += tokenizer(run, add_special_tokens=False, split_special_tokens=True).input_ids
+                ids.append(marks.image)
+                uses.append(use)
         turns.append((len(ids), role, TurnBit.LOSS if role == Role.ASSISTANT else 0))
     return Document(
         key="made up",
@@ -219,3 +216,13 @@ def test_the_tokenizer_alone_renders_conversations_as_well(tokenizer, processor,
     messages = [{"role": "user", "content": " two cats\n"}, {"role": "assistant", "content": "a tree "}]
     rendered = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=False)
     assert rendered == processor.apply_chat_template(messages, tokenize=False)
+
+
+def test_a_pair_is_asked_in_training_as_the_model_is_asked(tokenizer, processor, tmp_path):
+    marks, documents = Marks.of(tokenizer), random_documents(1, grid=(2, 2), special=Marks.of(tokenizer))
+    write_shard_set(tmp_path, documents, marks=marks)
+    source = Source.open(SetConfig(str(tmp_path), prompts=[" What is <image>?\n"]), tokenizer)
+    sequence = to_sequence(source.documents[0], marks, Reading(draw=(False,), prompt=source.prompts[0]))
+    asked = processor.prompt([{"role": "user", "content": [IMAGE, "What is <image>?"]}])["input_ids"][0].tolist()
+    assert sequence.tokens[: len(asked)].tolist() == asked
+    assert (sequence.text_targets[: len(asked) - 1] == IGNORE).all() and sequence.text_targets[len(asked) - 1] != IGNORE
