@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from megadual.hf.configuration_megadual import MegaDualConfig
 from megadual.hf.decoding import Sampler, captured
+from megadual.hf.generation import Guidance
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.rollout import Rollout
 from megadual.kernels import few_rows
@@ -151,6 +152,7 @@ def drawing(model, batch: int, plain_positions: int, floor: float) -> dict[str, 
     step = captured(lambda: rollout.llm.step(rollout.embeds_RH), model.device)
     rollout.llm.reset()
     llm = seconds(lambda: [step() for _ in range(64)]) / 64
+    edits = editing(model, batch, positions)
     plain_draw(model, captions, plain_positions)  # kernels for every length are chosen here
     plain = seconds(lambda: plain_draw(model, captions, plain_positions)) / plain_positions * positions
     return {
@@ -162,9 +164,23 @@ def drawing(model, batch: int, plain_positions: int, floor: float) -> dict[str, 
         "ms a position": codes / positions * 1e3,
         "of it the LLM's step, ms": llm * 1e3,
         "pixels, ms": pixels * 1e3,
+        "an edit's position of three branches, ms": edits / positions * 1e3,
         "first call, s": capture,
         "share of the floor": floor * positions / (codes + pixels),
     }
+
+
+@torch.no_grad()
+def editing(model, batch: int, positions: int) -> float:
+    """Seconds for the codes of a batch of edits: source image and instruction, each with a scale of its own."""
+    embeds = model.model.embed_tokens(torch.arange(positions + len(CAPTION), device=model.device).expand(batch, -1))
+    whole = torch.ones(embeds.shape[:2], dtype=torch.bool, device=model.device)
+    image, none = whole.clone(), whole.clone()
+    image[:, positions:-1], none[:, :-1] = False, False
+    guidance, sampling = Guidance(SCALE, 1.5), (1.0, 900, 0.96)
+    edit = lambda: model._codes(embeds, [whole, image, none], guidance, *sampling, 0, None, False)
+    edit()
+    return seconds(edit, repeats=3)
 
 
 @torch.no_grad()

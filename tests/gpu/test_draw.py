@@ -6,8 +6,9 @@ from transformers import SiglipConfig
 
 from megadual.hf import rollout
 from megadual.hf.configuration_megadual import MegaDualConfig
+from megadual.hf.generation import Guidance
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
-from megadual.streams import SpecialIds
+from megadual.streams import SPECIAL_TOKENS, SpecialIds
 from megadual.vision.config import DualTokenConfig, StreamConfig
 
 N, DEPTH, CODEBOOK = 16, 3, 32
@@ -37,7 +38,7 @@ def model(request):
     head = dict(width=32, layers=2, heads=2, ffn=48)
     torch.manual_seed(0)
     config = MegaDualConfig(
-        text, 1e4, head=head, dualtoken=dualtoken.to_dict(), special_ids=vars(SpecialIds(*range(6)))
+        text, 1e4, head=head, dualtoken=dualtoken.to_dict(), special_ids=vars(SpecialIds(*range(len(SPECIAL_TOKENS))))
     )
     model = MegaDualForCausalLM(config).to(request.param).cuda().eval()
     model.dualtoken.float()
@@ -56,6 +57,33 @@ def test_a_captured_graph_draws_what_the_steps_draw(model, monkeypatch):
     monkeypatch.setattr(rollout, "captured", lambda step, device: step)
     model._kept = (None, None)
     assert captured == drawn(model) and colder == drawn(model, temperature=0.3)
+
+
+def test_three_branches_draw_what_the_steps_draw_and_what_two_draw(model, monkeypatch):
+    """With equal scales the branch between weighs nothing."""
+    special, prompt = model.config.special, torch.arange(10, 30).expand(2, -1).cuda()
+    embeds = model.model.embed_tokens(
+        torch.cat([prompt, torch.full_like(prompt[:, :1], special.image_gen_start)], dim=1)
+    )
+    whole = torch.ones(embeds.shape[:2], dtype=torch.bool, device="cuda")
+    image, none = whole.clone(), whole.clone()
+    image[:, 12:18], none[:, 4:18] = False, False
+
+    def edited(kept, *scales) -> list[int]:
+        with torch.no_grad():
+            codes = model._codes(embeds, kept, Guidance(*scales), 1.0, 900, 0.96, 5, None, False)
+        return torch.cat([each.flatten() for each in codes.values()]).tolist()
+
+    branches = [whole, image, none]
+    captured = edited(branches, 3.0, 1.5)
+    assert model._kept[1].branches == 3 and captured != edited(branches, 3.0, 2.5)
+    two = edited([whole, none], 3.0)
+    three = edited(branches, 3.0, 3.0)
+    if model.dtype == torch.float32:  # bf16 rounds a row differently among more rows
+        assert sum(a != b for a, b in zip(two, three, strict=True)) < 0.02 * len(two)
+    monkeypatch.setattr(rollout, "captured", lambda step, device: step)
+    model._kept = (None, None)
+    assert captured == edited(branches, 3.0, 1.5)
 
 
 def test_other_weights_are_not_drawn_with_an_old_graph(model):

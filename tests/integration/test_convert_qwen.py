@@ -13,7 +13,7 @@ from megadual.config import load_config
 from megadual.engine.topology import topology
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.tensors import CheckpointTensors
-from megadual.streams import END_OF_TEXT, SPECIAL_TOKENS, SpecialIds
+from megadual.streams import END_OF_TEXT, SPECIAL_TOKENS, Marks
 from megadual.testing.distributed import run_distributed
 from megadual.testing.models import CAPTIONS, write_dualtoken
 from megadual.testing.shards import random_documents, write_shard_set
@@ -117,13 +117,14 @@ def test_a_run_starts_from_it(converted, dualtoken, tmp_path):
     config = DualTokenConfig.load(dualtoken)
     documents = random_documents(
         30, grid=config.grid, streams=config.code_streams, vocabulary=len(tokenizer),
-        special=SpecialIds.of(tokenizer),
+        special=Marks.of(tokenizer),
     )  # fmt: skip
     shards = write_shard_set(
         tmp_path / "shards",
         documents,
         dualtoken={"fingerprint": read_codebooks(dualtoken).fingerprint},
         text_tokenizer={"fingerprint": fingerprint(tokenizer)},
+        marks=Marks.of(tokenizer),
     )
     rest = [f"data.sets=[{shards}]", f"run.dir={tmp_path}", "train.steps=1", "train.seq_len=64"]
     rest += ["train.global_batch_tokens=128", "parallel.tensor=2", "parallel.pipeline=1"]
