@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="RUN, RUN/checkpoints or RUN/checkpoints/STEP")
     parser.add_argument("--model", required=True, type=Path, help="folder that convert_to_hf.py wrote")
     parser.add_argument("--samples", type=int, default=8, help="documents to compare logits on; 0: tensors only")
-    parser.add_argument("--data", help="shard set of the samples (default: the run's first)")
+    parser.add_argument("--data", help="shard set of the samples (default: the run's sets)")
     parser.add_argument(
         "--python", default=sys.executable, help="of an environment with other packages, for the export"
     )

@@ -34,12 +34,16 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/of/this/folder", trust_remote_code=True)
-print(model.describe([Image.open("picture.png")])[0])
+image = Image.open("picture.png")
 model.draw(["two red apples to the left of a cat, on blue"], cfg_scale=3.0, seed=0)[0].save("drawing.png")
+model.edit(image, "make the ground blue", cfg_scale=3.0, image_scale=1.5)[0].save("edited.png")
+print(model.describe([image])[0], model.ask([image], "How many cats are there?")[0])
+answer = model.interleave([{{"role": "user", "content": [image, "Draw it in red."]}}])  # texts and images
 ```
 
+A conversation goes on with `{{"role": "assistant", "content": answer}}`; images that were drawn keep their codes.
 `AutoProcessor` makes the inputs of `generate` from texts with `<image>` in them, or from chat messages
-(`apply_chat_template`); `model.interleave` answers in texts and images.
+(`apply_chat_template`); `AutoModelForImageTextToText` and `pipeline("image-text-to-text")` open the folder too.
 
 ## Training
 {_training(run, step) if step else "Weights to start a run from; not trained by this project."}

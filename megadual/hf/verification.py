@@ -179,7 +179,7 @@ def compare_logits(
 def verify(checkpoint: Path, folder: Path, count: int, data: str | None, python: str) -> dict:
     """The report: tensors compared and different, and the largest difference of the logits of each stream.
 
-    `count` documents of the shard set `data` (None: of the run's first) are compared on; `python` runs the export.
+    `count` documents of the shard set `data` (None: of the run's sets) are compared on; `python` runs the export.
     """
     run = load_run_config(checkpoint)
     if data:
