@@ -56,7 +56,8 @@ test-transformers: install
 	$(BIN)/python -c '$(PURELIB)' > "$$($(OLD)/bin/python -c '$(PURELIB)')/torch.pth"
 	MEGADUAL_EXPORT_PYTHON=$(abspath $(OLD))/bin/python $(BIN)/python -m pytest tests/integration/test_convert.py \
 		-k "(checkpoint and TP2xPP2) or without_megadual or try_export"
-	PYTHONPATH="$$($(OLD)/bin/python -c '$(PURELIB)')" $(BIN)/python -m pytest tests/unit/test_hf_model.py
+	PYTHONPATH="$$($(OLD)/bin/python -c '$(PURELIB)')" $(BIN)/python -m pytest tests/unit/test_hf_model.py \
+		tests/unit/test_chat_template.py
 
 # Installs Debian's Slurm packages where they are missing.
 test-slurm: install

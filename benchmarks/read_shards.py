@@ -2,7 +2,8 @@
 
 python benchmarks/read_shards.py [--shards ROOT ...] [--seq-len 4096] [--seconds 10]
 
-Without --shards: random pairs of 256 positions with 4 codes a stream and 20 to 60 text tokens, in a temporary folder.
+Without --shards: random pairs of 256 positions with 4 codes a stream and 20 to 60 text tokens, in a temporary folder;
+then conversations of two to five turns, edits and pairs of three captions, with texts as long.
 Prints documents a second of one core's time, from the files to collated tensors, warm, and the share of positions
 that is not padding over the first epoch.
 """
@@ -18,7 +19,7 @@ from megadual.data.dataset import PackedDataset
 from megadual.data.source import Source
 from megadual.errors import command
 from megadual.streams import Marks, Stream
-from megadual.testing.shards import SPECIAL, random_documents, write_shard_set
+from megadual.testing.shards import SPECIAL, random_conversations, random_documents, write_shard_set
 from megadual.text import load_text_tokenizer
 from megadual.train.config import SetConfig
 
@@ -64,8 +65,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         streams = [Stream(name, depth=4, codebook_size=16384, code_dim=32) for name in ("semantic", "pixel")]
         documents = random_documents(8000, grid=(16, 16), streams=streams, caption=(20, 60))
-        root = write_shard_set(Path(folder) / "set", documents)
-        print(measure([str(root)], SPECIAL, args.seq_len, args.seconds))
+        talks = random_conversations(8000, grid=(16, 16), streams=streams, text=(20, 60))
+        for name, each in (("pairs", documents), ("conversations", talks)):
+            root = write_shard_set(Path(folder) / name, each)
+            print(f"{name}: {measure([str(root)], SPECIAL, args.seq_len, args.seconds)}", flush=True)
 
 
 if __name__ == "__main__":

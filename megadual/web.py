@@ -100,7 +100,7 @@ def page(model, name: str) -> gr.Blocks:
         )  # fmt: skip
 
     # One at a time: all use the model's caches.
-    alone = dict(concurrency_limit=1, concurrency_id="model")
+    alone: dict[str, Any] = dict(concurrency_limit=1, concurrency_id="model")
     with gr.Blocks(title="MegaDual", analytics_enabled=False, fill_width=True) as blocks:
         gr.Markdown(f"# MegaDual\n`{name}` · images of {size} × {size}, {rows} × {columns} positions · {model.device}")
         with gr.Tab("Chat"):
@@ -117,7 +117,7 @@ def page(model, name: str) -> gr.Blocks:
             options = drawing_options("chat")
             inputs = [said, messages, *options]
             said.submit(chat, inputs, [said, messages, history], api_name="chat", **alone)
-            again.click(lambda: ([], []), None, [messages, history], api_name=False)
+            again.click(lambda: ([], []), None, [messages, history])
         with gr.Tab("Draw"), gr.Row():
             with gr.Column(scale=2):
                 prompt = gr.Textbox(EXAMPLE, label="What to draw", lines=2, elem_id="prompt")

@@ -25,7 +25,6 @@ BATCH = 32  # images drawn at once; more are drawn in turn
 POSITIONS_AHEAD = 8  # where progress is shown, the host waits for the GPU every so many positions
 
 
-Content = str | list[str | Image.Image | dict]  # of a message: a text, or texts and images (see the processor)
 Choose = Callable[[int, str, int, Tensor], Tensor]
 
 

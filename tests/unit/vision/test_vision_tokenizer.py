@@ -15,9 +15,9 @@ from transformers import SiglipModel
 
 from data_pipeline.config import EncodeConfig, FilterConfig
 from data_pipeline.decode import decode
-from data_pipeline.documents import RawDocument
+from data_pipeline.documents import RawDocument, RawImage, RawTurn
 from megadual.hf.processing_megadual import MegaDualProcessor
-from megadual.streams import Stream
+from megadual.streams import Role, Stream
 from megadual.testing.vision import tiny_dualtoken, tiny_dualtoken_config, tiny_siglip_config
 from megadual.text import train_text_tokenizer
 from megadual.vision import DualToken, DualTokenConfig, StreamConfig, read_codebooks
@@ -290,11 +290,12 @@ def test_a_file_is_the_same_image_everywhere(name, tmp_path):
     path.write_bytes(data)
     with tarfile.open(tar, "w") as file:
         file.add(path, "x.png")
-    (piped,) = decode(RawDocument("k", "pair", "txt", [data, "x"]), FilterConfig(), EncodeConfig()).images
+    pair = RawDocument("k", [RawTurn(Role.CAPTION, [RawImage(data), "x"])])
+    (piped,) = decode(pair, FilterConfig(), EncodeConfig()).images
     processor, text = MegaDualProcessor(train_text_tokenizer(["a"], 300), 16, 16), base64.b64encode(data).decode()
     given = [open_image(), str(path), text, f"data:image/png;base64,{text}"]
     images = {
-        "pipeline": to_tensor(centre_crop(piped, 16)),
+        "pipeline": to_tensor(centre_crop(piped.image, 16)),
         "DualToken": model.preprocess(open_image()),
         "FastDualToken": FastDualToken(model).preprocess(open_image()),
         "training": read_pairs(str(tar), 16)[0][0],
