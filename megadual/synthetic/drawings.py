@@ -64,6 +64,7 @@ PLURALS = {
     "volcano": "volcanoes",
     "cactus": "cacti",
     "die": "dice",
+    "snowman": "snowmen",
 }
 
 
