@@ -9,13 +9,13 @@ Shape suffixes: T text ids of a document, N image positions of a document, I ima
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 TEXT = "text"  # the loss beside the streams'
 
-Count = int | np.ndarray  # of one document, or of many
+Count = TypeVar("Count", int, np.ndarray)  # of one document, or of many
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Marks(SpecialIds):
         return len(self.headers[role]) + 1 + len(self.newline) if role in self.headers else 0
 
 
-class Lengths(NamedTuple):
+class Lengths(NamedTuple, Generic[Count]):
     """What decides how many positions a document takes; of many documents, arrays."""
 
     text_tokens: Count  # T, of a pair with several captions that of its longest
@@ -170,7 +170,7 @@ class Lengths(NamedTuple):
     droppable_image: Count  # positions, with the two tokens around each image
     captions: Count  # of a pair; else 0
 
-    def sequence_length(self) -> Count:
+    def sequence_length(self) -> Count:  # type: ignore[misc]  # mypy knows no self of a generic tuple
         """Positions of the sequence, nothing left out."""
         return self.text_tokens + self.images + self.positions + self.marks + 1
 
@@ -223,7 +223,7 @@ class Document:
         ends = self.turns[:, 0].tolist()
         return [self.text_ids[begin:end] for begin, end in zip([1, *ends], ends, strict=False)]
 
-    def lengths(self, marks: Marks) -> Lengths:
+    def lengths(self, marks: Marks) -> Lengths[int]:
         """What its sequence's length is made of."""
         turns, begins = self.turns.tolist(), [0, *self.turns[:, 0].tolist()]
         is_image = self.text_ids == marks.image

@@ -34,7 +34,7 @@ class NotedLengths:
 
     def __init__(self, marks: Marks):
         self.marks = marks
-        self.lengths: list[Lengths] = []
+        self.lengths: list[Lengths[int]] = []
         self.captions: list[int] = []
 
     def add(self, document: Document) -> None:

@@ -170,7 +170,7 @@ class ShardSet:
             )
         self.lengths, self.captions = self._read_lengths()
 
-    def _read_lengths(self) -> tuple[Lengths, np.ndarray]:
+    def _read_lengths(self) -> tuple[Lengths[np.ndarray], np.ndarray]:
         """As the pipeline noted them beside each folder's documents: those of the documents, int32 arrays, and the text
         ids of every caption of the pairs that have several, in order.
         """

@@ -159,7 +159,7 @@ class _SetRows:
         """
         config, count = self.config, len(chosen)
         documents = chosen if self.entries is None else self.entries[0][chosen]
-        lengths = Lengths(*(column[documents] for column in self.lengths))
+        lengths: Lengths[np.ndarray] = Lengths(*(column[documents] for column in self.lengths))
         is_pair, several, images = lengths.captions > 0, lengths.captions > 1, lengths.images
         positions, text = lengths.sequence_length(), lengths.text_tokens
 
