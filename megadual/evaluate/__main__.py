@@ -7,6 +7,7 @@ from megadual.errors import command
 
 COMMANDS = {
     "draw": ("draw", "pictures of a benchmark's prompts, where its own scorer looks for them"),
+    "fid": ("fid", "the Fréchet distance between drawn pictures and real ones"),
 }
 
 
