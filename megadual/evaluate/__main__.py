@@ -8,6 +8,8 @@ from megadual.errors import command
 COMMANDS = {
     "draw": ("draw", "pictures of a benchmark's prompts, where its own scorer looks for them"),
     "fid": ("fid", "the Fréchet distance between drawn pictures and real ones"),
+    "train-detector": ("detector", "a small detector of drawings, that `scenes` scores pictures with"),
+    "scenes": ("scenes", "describing, answering, drawing and editing held-out scenes"),
 }
 
 
