@@ -52,7 +52,8 @@ def _sampled(record: dict) -> str:
     drawn = "" if record["complete"] else " (not all drawn)"
     return (
         f"drawn with guidance {sampling['cfg_scale']}, temperature {sampling['temperature']}, "
-        f"top-k {sampling['top_k']}, top-p {sampling['top_p']}: {record['images_per_prompt']} of each of {count} prompts{drawn}"
+        f"top-k {sampling['top_k']}, top-p {sampling['top_p']}: "
+        f"{record['images_per_prompt']} of each of {count} prompts{drawn}"
     )
 
 

@@ -4,7 +4,7 @@
 | --- | --- |
 | `megadual.evaluate scenes` and `fid` | their JSON |
 | GenEval, evaluate_images.py | JSON lines with `tag` and `correct` |
-| WISE, gpt_eval.py | JSON lines with `prompt_id`, `consistency`, `realism`, `aesthetic_quality`; those of a folder go together |
+| WISE, gpt_eval.py | JSON lines with `prompt_id`, `consistency`, `realism`, `aesthetic_quality`; a folder's together |
 | GenAI-Bench, evaluate.py | `*_prompts.pt`, with genai_skills.json in the searched folder |
 | DPG-Bench, compute_dpg_bench.py | text with `DPG-Bench score:` |
 | T2I-CompBench, BLIP_vqa.py | `blip_vqa_score.txt` |
