@@ -34,6 +34,9 @@ class InputShard:
     url: str
     size: int  # bytes
 
+    def __str__(self) -> str:
+        return self.url
+
 
 @dataclass
 class RawSample:

@@ -3,10 +3,11 @@
 import ray
 
 from data_pipeline.board import Board
-from data_pipeline.cluster import connect, encode_all
+from data_pipeline.cluster import encode_all
 from data_pipeline.config import PipelineConfig
 from data_pipeline.manifest import commonest_reason, write_manifest, write_quarantine
 from data_pipeline.plan import Plan, describe, make_plan
+from megadual.cluster import connect
 from megadual.config import parse_command_line
 from megadual.errors import UserError, command
 

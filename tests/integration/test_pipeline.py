@@ -25,10 +25,10 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 
 from data_pipeline import browse, verify
-from data_pipeline.cluster import worker_count
 from data_pipeline.config import PipelineConfig
 from data_pipeline.plan import make_plan
 from data_pipeline.run import main, tokenize
+from megadual.cluster import worker_count
 from megadual.config import load_config
 from megadual.data.mds import StreamingDataset
 from megadual.data.mds_reader import ShardSet
@@ -436,7 +436,7 @@ def test_early_stop_is_no_finished_set(inputs, cluster, tmp_path, monkeypatch):
 
 def test_waits_for_a_node_and_says_so(inputs, cluster, tmp_path, monkeypatch):
     """A cluster that was joined may grow; one that was started here cannot."""
-    monkeypatch.setattr("data_pipeline.cluster.SECONDS_BEFORE_WORD", 0.5)
+    monkeypatch.setattr("megadual.cluster.SECONDS_BEFORE_WORD", 0.5)
     said, nodes = [], []
 
     def message(board, message: str) -> None:

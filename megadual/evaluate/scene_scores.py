@@ -1,0 +1,81 @@
+"""Scores of scenes: shares of what is right, by axis, kind and task."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+from megadual.evaluate.grammar import Said, parse
+from megadual.evaluate.judge import AXES
+from megadual.synthetic.scenes import Scene
+
+ABSENT = ("no", "none")
+
+Judged = list[dict[str, bool]]
+
+
+def shares(judged: Judged, names: Iterable[str]) -> dict[str, dict]:
+    """Of each axis: the share that is right, of how many."""
+    table = {}
+    for name in names:
+        values = [each[name] for each in judged if name in each]
+        table[name] = {"right": sum(values) / len(values) if values else None, "of": len(values)}
+    return table
+
+
+def drawing_scores(judged: Judged) -> dict:
+    """The axes, their mean (as GenEval's overall is), and the share of pictures with everything right."""
+    axes = shares(judged, AXES)
+    known = [each["right"] for each in axes.values() if each["of"]]
+    return {"axes": axes, "overall": sum(known) / len(known), "all_right": shares(judged, ["all"])["all"]["right"]}
+
+
+def edit_scores(tasks: list[str], judged: Judged) -> dict:
+    """By task and over all: the share whose change was made, whose rest is as it was, and both."""
+    by_task = defaultdict(list)
+    for task, each in zip(tasks, judged, strict=True):
+        by_task[task].append(each)
+        by_task["overall"].append(each)
+    table = {}
+    for task, of in sorted(by_task.items()):
+        right = {name: values["right"] for name, values in shares(of, ("change", "rest", "all")).items()}
+        table[task] = right | {"of": len(of)}
+    return table
+
+
+def description(scene: Scene, caption: str) -> dict[str, bool]:
+    """What a caption says rightly of a scene; nothing where it is not of the grammar. The size is not part of `all`."""
+    true, said = Said.of(scene), parse(caption)
+    right = {
+        "parsed": said is not None,
+        "kind": said is not None and said.kinds == true.kinds,
+        "count": said is not None and said.counts == true.counts,
+        "ground": said is not None and said.ground == true.ground,
+        "place": said is not None and said.places == true.places,
+        "size": said is not None and said.sizes == true.sizes,
+    }
+    return right | {"all": all(right[name] for name in ("kind", "count", "ground", "place"))}
+
+
+def question_scores(answers: list[dict]) -> dict:
+    """By kind and over all: the share that is right, and that which the commonest right answer of each kind would get.
+
+    `negation` is of the questions whose right answer is that something is not there, or not so.
+    """
+    kinds = defaultdict(list)
+    for each in answers:
+        kinds[each["kind"]].append(each)
+    table, blind_total = {}, 0
+    for kind, asked in sorted(kinds.items()):
+        blind = Counter(each["answer"] for each in asked).most_common(1)[0][1]
+        blind_total += blind
+        table[kind] = {
+            "right": sum(e["right"] for e in asked) / len(asked),
+            "blind": blind / len(asked),
+            "of": len(asked),
+        }
+    negated = [each for each in answers if each["answer"] in ABSENT]
+    overall = {"right": sum(e["right"] for e in answers) / len(answers), "blind": blind_total / len(answers)}
+    table["overall"] = overall | {"of": len(answers)}
+    if negated:
+        right = sum(each["right"] for each in negated) / len(negated)
+        table["negation"] = {"right": right, "blind": None, "of": len(negated)}
+    return table
