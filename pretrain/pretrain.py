@@ -35,6 +35,7 @@ def main() -> None:
     from megadual.train.loop import Loop
 
     inputs = setup.read_inputs(run)
+    setup.check_detector(run)
     if args.dry_run:
         print(to_yaml(run) + "\n" + setup.plan(run, layout, inputs))
         return

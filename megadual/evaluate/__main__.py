@@ -10,6 +10,7 @@ COMMANDS = {
     "fid": ("fid", "the Fréchet distance between drawn pictures and real ones"),
     "train-detector": ("detector", "a small detector of drawings, that `scenes` scores pictures with"),
     "scenes": ("scenes", "describing, answering, drawing and editing held-out scenes"),
+    "checkpoint": ("checkpoint", "`scenes` for a training run's checkpoint"),
     "report": ("report", "all scores below a folder, each beside the paper's"),
 }
 

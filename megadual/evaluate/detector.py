@@ -158,15 +158,16 @@ def to_tensor(images_BSS3: np.ndarray) -> Tensor:
 
 
 def worn(images_B3SS: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of them blurred, all with noise and a little another brightness, as a decoder leaves them."""
-    blurred = F.interpolate(F.avg_pool2d(images_B3SS, 2), scale_factor=2, mode="bilinear", align_corners=False)
+    """Half of them blurred, some much, all with noise and a little another brightness, as a decoder leaves them."""
     count, device = len(images_B3SS), images_B3SS.device
 
     def uniform() -> Tensor:
         return torch.rand(count, 1, 1, 1, generator=generator).to(device)
 
-    share = uniform() * (uniform() < 0.5)
-    images = images_B3SS + share * (blurred - images_B3SS)
+    images, blurred = images_B3SS, uniform()
+    for factor, chosen in ((2, blurred < 0.3), (4, blurred > 0.8)):
+        coarse = F.interpolate(F.avg_pool2d(images_B3SS, factor), scale_factor=factor, mode="bilinear")
+        images = images + chosen * uniform() * (coarse - images)
     noise = torch.randn(images.shape, generator=generator).to(device)
     return (images * (0.9 + 0.2 * uniform()) + 0.1 * (uniform() - 0.5) + 0.1 * uniform() * noise).clamp(-1, 1)
 
@@ -248,7 +249,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=Path, help="the file to write")
     parser.add_argument("--corpus", type=Path, help="know the drawings of this corpus alone (default: all)")
     parser.add_argument("--side", type=int, choices=SIDES, default=64, help="pixels that it looks at (default: 64)")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes (default: none)")

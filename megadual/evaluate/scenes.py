@@ -196,29 +196,31 @@ def evaluate(
         "left_out": left_out | {"draw negation": "captions of scenes do not say what is not there"},
         "definitions": AXES,
     }
+    report["summary"] = summary(report["scores"])
     report |= {"seconds": round(time.time() - begun, 1), "time": now(), "software": software()}
     write_json(output / "scenes.json", report)
     (output / "scenes.html").write_text(page(report, trial.cards))
     return report
 
 
-def summary(report: dict) -> str:
-    """The scores in a line."""
-    scores, said = report["scores"], []
-    if "describe" in scores:
-        said.append(f"described all right {percent(scores['describe']['all']['right'])}")
-    if "ask" in scores:
-        said.append(f"answered {percent(scores['ask']['overall']['right'])}")
-    if "draw" in scores:
-        ceiling = scores["draw"]["ceiling"]["reconstructions"]["overall"]
-        said.append(f"drawn {scores['draw']['overall']:.3f} (reconstructions {ceiling:.3f})")
-    if "edit" in scores:
-        said.append(f"edited {percent(scores['edit']['overall']['all'])}")
-    return ", ".join(said)
+def summary(scores: dict) -> dict[str, float]:
+    """One figure of each task."""
+    figures = {
+        "describe": ("described", lambda of: of["all"]["right"]),
+        "ask": ("answered", lambda of: of["overall"]["right"]),
+        "draw": ("drawn", lambda of: of["overall"]),
+        "edit": ("edited", lambda of: of["overall"]["all"]),
+    }
+    return {name: figure(scores[task]) for task, (name, figure) in figures.items() if task in scores}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, help="exported folder")
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All but the model."""
     parser.add_argument("--detector", required=True, type=Path, help="file of train-detector")
     parser.add_argument("--output", required=True, type=Path, help="folder for scenes.json and scenes.html")
     parser.add_argument("--corpus", type=Path, help="what the model was trained on: none of its scenes is used, and "
@@ -237,4 +239,5 @@ def run(args: argparse.Namespace) -> None:
         args.model, args.detector, args.output, args.corpus, args.scenes, args.seed, sampling_of(args),
         args.image_scale, args.tasks, args.device,
     )  # fmt: skip
-    print(f"{summary(report)}: {args.output / 'scenes.html'}")
+    said = ", ".join(f"{name} {percent(value)}" for name, value in report["summary"].items())
+    print(f"{said}: {args.output / 'scenes.html'}")

@@ -51,6 +51,12 @@ class RunLog:
         if self.tensorboard:
             self.tensorboard.picture(step, name, image)
 
+    def numbers(self, step: int, numbers: dict[str, Any]) -> None:
+        """More numbers of a step that was written, for wandb and TensorBoard."""
+        self.steps.numbers(step, numbers)
+        if self.tensorboard:
+            self.tensorboard.write(numbers | {"step": step})
+
     def close(self) -> None:
         self.bar.close()
         self.steps.close()

@@ -46,6 +46,12 @@ class StepLog:
         self.file.flush()
         self._to_wandb(entry)
 
+    def numbers(self, step: int, numbers: dict) -> None:
+        """More of a step that was written, for wandb alone."""
+        if self.wandb and step > self.sent:
+            with self._wandb_may_fail():
+                self.wandb.log(numbers, step=step)
+
     def picture(self, step: int, name: str, image, caption: str | None = None) -> None:
         """A PIL image or a file's path, for wandb alone."""
         if self.wandb and step > self.sent:

@@ -100,6 +100,12 @@ class RunConfig(shared.RunConfig):
     name: str = key("pretrain", "its name in wandb")
     samples: list[str] = key([], "prompts that are drawn from checkpoints")
     samples_every: int | None = key(None, "steps between drawings; a multiple of checkpoint.every", least=1)
+    evaluate_every: int | None = key(
+        None, "steps between checkpoints that are scored on held-out scenes; a multiple of checkpoint.every", least=1
+    )
+    evaluate_detector: str | None = key(None, "detector that scores pictures (megadual.evaluate train-detector)")
+    evaluate_corpus: str | None = key(None, "folder of the corpus that is trained on, whose scenes are left out")
+    evaluate_scenes: int = key(100, "held-out samples of each task", least=1)
 
 
 @dataclasses.dataclass
@@ -130,7 +136,17 @@ class PretrainConfig:
         if self.data.validation_every is not None and not self.data.validation:
             raise UserError(f"data.validation_every={self.data.validation_every} needs shard sets in data.validation")
         self.data.check()
-        drawn_every, saved_every = self.run.samples_every, self.checkpoint.every
+        scored_every, drawn_every, saved_every = self.run.evaluate_every, self.run.samples_every, self.checkpoint.every
+        if scored_every is not None and not (saved_every and scored_every % saved_every == 0):
+            raise UserError(
+                f"run.evaluate_every={scored_every} scores checkpoints: give a multiple of "
+                f"checkpoint.every={saved_every}"
+            )
+        if scored_every is not None and self.run.evaluate_detector is None:
+            raise UserError(
+                f"run.evaluate_every={scored_every} needs a detector: make one with python -m megadual.evaluate "
+                "train-detector, and name it in run.evaluate_detector"
+            )
         if drawn_every is not None and not (self.run.samples and saved_every and drawn_every % saved_every == 0):
             raise UserError(
                 f"run.samples_every={drawn_every} draws the prompts in run.samples from checkpoints: give some, and a "

@@ -20,6 +20,7 @@ from megadual.train.checkpoint import resolve_checkpoint, starting_weights
 from megadual.train.config import PretrainConfig
 from megadual.train.metrics import MetricsLog
 from megadual.train.sampling import Sampling
+from megadual.train.scoring import Scoring
 from megadual.train.validation import SEED, Validation
 from megadual.vision import read_codebooks
 
@@ -56,6 +57,13 @@ def read_inputs(run: PretrainConfig) -> Inputs:
     inputs = Inputs(sets, Marks.of(tokenizer), vocabulary, held_out)
     resolve_stages(run, inputs)
     return inputs
+
+
+def check_detector(run: PretrainConfig) -> None:
+    """UserError where checkpoints are to be scored with a detector that is not here."""
+    detector = run.run.evaluate_detector
+    if run.run.evaluate_every and not Path(detector or "").is_file():
+        raise UserError(f"run.evaluate_detector={detector} is no file; make it with megadual.evaluate train-detector")
 
 
 def open_sets(run: PretrainConfig, tokenizer, streams: list[str]) -> tuple[list[Source], list[Source]]:
@@ -141,7 +149,7 @@ def dataset(run: PretrainConfig, sets: list[Source], marks: Marks, layout: Topol
 
 def hooks(run: PretrainConfig, engine: Engine, inputs: Inputs, layout: Topology, log: MetricsLog | None) -> list[Hook]:
     """What this rank does beside its steps; `log` is rank 0's."""
-    found: list[Hook] = [Sampling(run, log)] if log else []
+    found: list[Hook] = [Sampling(run, log), Scoring(run, log)] if log else []
     if log and run.run.profile:
         found.append(Profiler(Path(run.run.dir) / "profile", *run.run.profile))
     if run.data.validation:  # after the profiler, whose steps it is no part of

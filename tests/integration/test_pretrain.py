@@ -17,8 +17,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megadual.config import to_yaml
+from megadual.evaluate.detector import Detector
 from megadual.hf.draw_samples import main as main_of_samples
 from megadual.run import exits
+from megadual.synthetic.drawings import DRAWINGS
 from megadual.testing.models import write_dualtoken, write_run
 from pretrain.pretrain import main
 
@@ -110,6 +112,7 @@ def test_stages_of_the_paper(inputs, tmp_path, monkeypatch, capsys, model, stage
     (["model.text_tokenizer=nowhere"], "no text tokenizer in 'nowhere'"),
     (["model.dualtoken=nowhere"], "no DualToken in 'nowhere'"),
     (["run.samples_every=3", "run.samples=[a]"], "a multiple of checkpoint.every=2"),
+    (["run.evaluate_every=2", "run.evaluate_detector=nowhere"], "run.evaluate_detector=nowhere is no file"),
     (["checkpoint.start=nowhere"], "'nowhere' is not a checkpoint"),
     (["run.profile=[3]"], "run.profile=[3] must be two steps"),
 ])  # fmt: skip
@@ -139,6 +142,17 @@ def test_draws_samples_from_checkpoints(inputs, tmp_path):
     # The last checkpoint came while the one before was still being drawn from.
     assert sorted(path.name for path in (tmp_path / "samples").glob("*.png")) == ["00000002.png", "00000004.png"]
     assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/samples_4_*.png"))) == 2
+
+
+def test_scores_checkpoints(inputs, tmp_path):
+    detector, run = tmp_path / "detector.pt", [*inputs, f"run.dir={tmp_path}", "train.steps=2"]
+    Detector(sorted(DRAWINGS), side=64, width=4).save(detector)
+    pretrain(*run, "run.evaluate_every=2", f"run.evaluate_detector={detector}", "run.evaluate_scenes=3")
+    report = json.loads((tmp_path / "evaluations/00000002/scenes.json").read_text())
+    assert set(report["summary"]) == {"described", "answered", "drawn", "edited"} and report["scenes"] == 3
+    assert not list((tmp_path / "evaluations").glob("*export*"))
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"score_described" in written.read_bytes()
 
 
 def test_profiles_steps_holds_out_and_writes_for_tensorboard(inputs, tmp_path):

@@ -174,7 +174,7 @@ def test_the_whole_way(corpus, model, tmp_path, capsys):
     main(["train-detector", "--output", str(tmp_path / "detector.pt"), *few])
     arguments = ["--model", str(model), "--detector", str(tmp_path / "detector.pt"), "--corpus", str(corpus)]
     main(["scenes", *arguments, "--output", str(tmp_path), "--scenes", "12", "--device", "cpu"])
-    assert "described all right 0.0 %" in capsys.readouterr().out
+    assert "described 0.0 %, answered " in capsys.readouterr().out
     report = json.loads((tmp_path / "scenes.json").read_text())
     scores = report["scores"]
     assert scores["describe"]["all"] == {"right": 0.0, "of": 12} and scores["ask"]["overall"]["of"] >= 12
