@@ -1,5 +1,6 @@
 """Ray: joining or starting a cluster, and handing pieces of work to its workers."""
 
+import logging
 import os
 import time
 from collections import Counter, deque
@@ -45,7 +46,7 @@ def connect(workers: Workers) -> bool:
     address = workers.address or os.environ.get("RAY_ADDRESS")
     if address != "local":
         try:
-            ray.init(address=address or "auto", logging_level="ERROR")
+            ray.init(address=address or "auto", logging_level=logging.ERROR)
             return False
         except ConnectionError as error:
             if address is not None:
@@ -55,10 +56,10 @@ def connect(workers: Workers) -> bool:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     ray.init(
         address="local",
-        num_cpus=max(os.cpu_count(), round(workers.count * workers.cpus)),
+        num_cpus=max(os.cpu_count() or 1, round(workers.count * workers.cpus)),
         object_store_memory=workers.object_store_mb * 1_000_000,
         include_dashboard=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
     return True
 
@@ -103,9 +104,12 @@ class WorkerPool:
     ):
         """`new_worker()` is an actor, `begin(actor, task)` the generator of how far it is with the task."""
         self.workers, self.new_worker, self.begin, self.board = workers, new_worker, begin, board
-        self.todo, self.attempts = deque(todo), Counter()
+        self.todo = deque(todo)
+        self.attempts: Counter[str] = Counter()
         self.given_up: dict[str, str] = {}  # task -> its last error
-        self.waiting = {}  # what a worker will answer -> (worker, its task; None while it starts)
+        self.waiting: dict[
+            Any, tuple[Any, Any]
+        ] = {}  # what a worker will answer -> (worker, its task; None while it starts)
         self.failed_starts, self.last_answer = 0, time.monotonic()
 
     @property
@@ -123,7 +127,7 @@ class WorkerPool:
 
     def take_answers(self) -> None:
         """Wait a second at most for what workers answer, and see to it."""
-        answers = ray.wait(list(self.waiting), num_returns=1, timeout=1)[0]
+        answers: list[Any] = ray.wait(list(self.waiting), num_returns=1, timeout=1)[0]
         self._tell_if_nobody_works(bool(answers))
         for answer in answers:
             worker, task = self.waiting.pop(answer)

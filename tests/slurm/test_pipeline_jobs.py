@@ -25,7 +25,7 @@ def stages(tokenizer_config, tmp_path) -> dict[str, str]:
     return {
         "TOKENIZER_CONFIG": str(tokenizer_config), "TOKENIZE_CONFIG": f"{tmp_path}/tokenize.yaml",
         "TEXT_TOKENIZER": f"{tmp_path}/text", "HELDOUT": pairs, "PRETRAIN": "3b",
-        "EVALUATE_ARGS": "--describe=1 --draw=1", "PRETRAIN_ARGS": " ".join([*MODEL, "train.steps=2"]),
+        "TRY_ARGS": "--describe=1 --draw=1", "PRETRAIN_ARGS": " ".join([*MODEL, "train.steps=2"]),
         "SBATCH_ARGS": f"{SMALL} --output={tmp_path}/%j.out",
     }  # fmt: skip
 
@@ -44,7 +44,8 @@ def test_from_pairs_to_a_tried_model(lab, stages, tmp_path):
     for job in jobs:
         lab.finish(job, seconds=180)
     assert json.loads((tmp_path / "out" / "shards" / "manifest.json").read_text())["samples"] == 32
-    assert (tmp_path / "out" / "use" / "drawing-000.png").is_file()
+    assert (tmp_path / "out" / "evaluation" / "use" / "drawing-000.png").is_file()
+    assert json.loads((tmp_path / "out" / "evaluation" / "scores.json").read_text())["scores"] == []
 
 
 def test_what_waits_for_a_failed_stage_is_removed(lab, stages, tmp_path):
