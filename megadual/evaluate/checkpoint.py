@@ -22,6 +22,6 @@ def run(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     # Beside the output, which holds results alone.
     with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=".export-") as folder:
-        args.model = Path(folder) / "hf"
+        args.model, args.shown_as = Path(folder) / "hf", str(checkpoint)
         export(load_run_config(checkpoint), checkpoint, args.model, "5GB")
         scenes.run(args)

@@ -271,7 +271,7 @@ def draw(
     given_up: dict[str, str] = {}
     try:
         if workers:
-            given_up = draw_on_ray(workers, gpus, todo, board, str(model), str(output.resolve()), sampling)
+            given_up = draw_on_ray(workers, gpus, todo, board, str(model.resolve()), str(output.resolve()), sampling)
         else:
             drawer = Drawer(str(model), str(output), sampling, device)
             for each in todo:

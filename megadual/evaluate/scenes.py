@@ -161,11 +161,15 @@ def evaluate(
     image_scale: float = 1.5,
     tasks: Iterable[str] = TASKS,
     device: str | None = None,
+    shown_as: str | None = None,
 ) -> dict:
-    """Score a model and write scenes.json and scenes.html into `output`; returns what the JSON says."""
+    """Score a model and write scenes.json and scenes.html into `output`; returns what the JSON says.
+
+    `shown_as`: what the model is, where its folder does not last.
+    """
     check_packages()
     sampling = sampling or Sampling()
-    about = model_record(model_folder)
+    about = model_record(model_folder) | ({"path": shown_as} if shown_as else {})
     model = open_folder(model_folder, device)
     detector = Detector.load(detector_file, model.device)
     trained = Trained.on(corpus)
@@ -230,6 +234,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-scale", type=float, default=1.5, help="guidance of edits towards their source")
     add_sampling(parser)
     parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.set_defaults(shown_as=None)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -237,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--scenes {args.scenes} must be at least 1")
     report = evaluate(
         args.model, args.detector, args.output, args.corpus, args.scenes, args.seed, sampling_of(args),
-        args.image_scale, args.tasks, args.device,
+        args.image_scale, args.tasks, args.device, args.shown_as,
     )  # fmt: skip
     said = ", ".join(f"{name} {percent(value)}" for name, value in report["summary"].items())
     print(f"{said}: {args.output / 'scenes.html'}")

@@ -150,6 +150,7 @@ def test_scores_checkpoints(inputs, tmp_path):
     pretrain(*run, "run.evaluate_every=2", f"run.evaluate_detector={detector}", "run.evaluate_scenes=3")
     report = json.loads((tmp_path / "evaluations/00000002/scenes.json").read_text())
     assert set(report["summary"]) == {"described", "answered", "drawn", "edited"} and report["scenes"] == 3
+    assert report["model"]["path"] == str(tmp_path / "checkpoints/00000002")
     assert not list((tmp_path / "evaluations").glob("*export*"))
     (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert b"score_described" in written.read_bytes()
