@@ -10,6 +10,7 @@ import yaml
 from cluster import run as command
 from conftest import MODEL, ROOT
 
+from megadual.testing.models import write_export
 from megadual.text import save_text_tokenizer, train_text_tokenizer
 
 SMALL = "--nodes=1 --ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=2 --mem=2000"
@@ -70,3 +71,26 @@ def test_two_nodes_make_the_shards_that_one_process_does(lab, stages, inputs, tm
         for at in (tmp_path / "one", tmp_path / "two")
     )
     assert len(one) == 2 and one == two
+
+
+def test_two_nodes_draw_what_one_process_does(lab, tmp_path):
+    """Prompts of a benchmark, drawn on both nodes, then one report of all scores."""
+    model = write_export(tmp_path)
+    (tmp_path / "prompts").mkdir()
+    lines = [json.dumps({"tag": "colors", "prompt": f"a photo of {what}"}) for what in ("a cat", "a dog", "an owl")]
+    (tmp_path / "prompts/geneval.jsonl").write_text("\n".join(lines))
+    given = {"PROMPTS": f"{tmp_path}/prompts", "DRAW_ARGS": "--workers=2 --cpus=2 --batch=4"}
+    options = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--mem=2000", f"--output={tmp_path}/%j.out"]
+    job = lab.sbatch(tmp_path, *options, "slurm/evaluate.sh", model, tmp_path / "out", **given)
+    here = [
+        "draw", "--benchmark", "geneval", "--prompts", tmp_path / "prompts/geneval.jsonl", "--model", model,
+        "--output", tmp_path / "one", "--workers=0", "--batch=4",
+    ]  # fmt: skip
+    subprocess.run([sys.executable, "-m", "megadual.evaluate", *here], cwd=ROOT, check=True, capture_output=True)
+    lab.finish(job, seconds=240)
+    one, two = (
+        {path.relative_to(at): path.read_bytes() for path in at.rglob("*.png")}
+        for at in (tmp_path / "one", tmp_path / "out/geneval")
+    )
+    assert len(one) == 12 and one == two
+    assert (tmp_path / "out" / "scores.html").is_file()
