@@ -38,10 +38,6 @@ if [[ -n $PROMPTS ]]; then
             --model "$model" --output "$output/$benchmark" $DRAW_ARGS
     done
 fi
-<<<<<<< HEAD
-on_one -m megadual.evaluate report "$output" --model "$model"
-=======
 card=()
 [[ ! -w $model/README.md ]] || card=(--model "$model")
 on_one -m megadual.evaluate report "$output" "${card[@]}"
->>>>>>> evaluate
