@@ -208,12 +208,14 @@ class MegaDualSimple(MegaDual):
 
 
 def sampling_of(settings: dict) -> Sampling:
-    """lmms-eval's generation_kwargs. As in its own models a temperature above 0 samples, whatever do_sample says."""
+    """lmms-eval's generation_kwargs. `do_sample` decides where it is given, as in transformers: MM-Vet's task has a
+    temperature of 0.2 and does not want it. Else a temperature above 0 does."""
     until = settings.get("until") or []
     until = [until] if isinstance(until, str) else until
-    temperature = settings.get("temperature")
-    if temperature is None:
-        temperature = 1.0 if settings.get("do_sample") else 0.0
+    temperature, sampled = settings.get("temperature"), settings.get("do_sample")
+    if sampled is None:
+        sampled = bool(temperature)
+    temperature = (1.0 if temperature is None else float(temperature)) if sampled else 0.0
     given = {key: settings[key] for key in ("max_new_tokens", "top_p", "top_k", "num_beams") if settings.get(key)}
     stops = tuple(stop for stop in until if stop and stop != DEFAULT_STOP)
-    return Sampling(temperature=float(temperature), until=stops, **given)
+    return Sampling(temperature=temperature, until=stops, **given)

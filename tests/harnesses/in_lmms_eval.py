@@ -11,6 +11,8 @@ import pytest
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.models import get_model
+from megadual_harnesses.answers import Sampling
+from megadual_harnesses.lmms_eval_model import sampling_of
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
@@ -76,6 +78,21 @@ def test_sampled_answers_depend_on_the_seed_and_differ_between_repeats():
     assert said[::2] != said[1::2]
     assert said == model(batch_size=7).generate_until(requests)
     assert said != model(batch_size=4, seed=1).generate_until(requests)
+
+
+@pytest.mark.parametrize(
+    "settings, temperature",
+    [
+        ({}, 0.0),
+        ({"do_sample": False, "temperature": 0.2}, 0.0),
+        ({"temperature": 0.7}, 0.7),
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": True, "temperature": 0}, 0.0),
+    ],
+)
+def test_do_sample_decides_where_it_is_given(settings, temperature):
+    found = sampling_of({**settings, "until": ["\n\n", "ASSISTANT:"], "image_aspect_ratio": "pad", "top_p": None})
+    assert found == Sampling(temperature=temperature, until=("ASSISTANT:",))
 
 
 def test_an_answer_ends_before_what_the_task_names():
