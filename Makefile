@@ -2,6 +2,7 @@
 # make test   the tests
 # make check  lint, format and types
 # make test-mcore, test-transformers, test-slurm   against other versions; jobs on a real Slurm, started here as root
+# make test-lmms-eval   an exported folder in the real lmms-eval
 # make test-gpu   what needs a GPU
 # make golden  renew the numbers of the golden runs, for a change that is meant to change them
 # make clean  remove the demo's run folder
@@ -15,7 +16,7 @@ PARALLEL ?= pipeline=2
 # DeepSpeed's kernels are built when they are first used, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: install demo test check test-gpu test-mcore test-transformers test-slurm golden clean
+.PHONY: install demo test check test-gpu test-mcore test-transformers test-lmms-eval test-slurm golden clean
 install: $(VENV)/.installed
 demo: install
 	$(BIN)/python -m megadual.demo --parallel "$(PARALLEL)"
@@ -58,6 +59,17 @@ test-transformers: install
 		-k "(checkpoint and TP2xPP2) or without_megadual or try_export"
 	PYTHONPATH="$$($(OLD)/bin/python -c '$(PURELIB)')" $(BIN)/python -m pytest tests/unit/test_hf_model.py \
 		tests/unit/test_chat_template.py
+
+# lmms-eval on an exported folder, in an environment that borrows what it shares (torch) from this one.
+LMMS_EVAL := $(VENV)/lmms-eval
+test-lmms-eval: install
+	$(BIN)/python -m venv --without-pip $(LMMS_EVAL)
+	$(BIN)/python -c '$(PURELIB)' > "$$($(LMMS_EVAL)/bin/python -c '$(PURELIB)')/torch.pth"
+	$(BIN)/python -m pip --python $(LMMS_EVAL)/bin/python install --quiet --disable-pip-version-check --no-deps \
+		-r tests/harnesses/requirements.txt
+	$(BIN)/python -m pip --python $(LMMS_EVAL)/bin/python install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation -e harnesses
+	MEGADUAL_LMMS_EVAL_PYTHON=$(abspath $(LMMS_EVAL))/bin/python $(BIN)/python -m pytest tests/harnesses
 
 # Installs Debian's Slurm packages where they are missing.
 test-slurm: install

@@ -1,6 +1,10 @@
 """Parts of a tiny run's steps, saved and taken up again, for tests: workers of `run_distributed`."""
 
+import torch.distributed as dist
+
+from megadual.engine.topology import topology
 from megadual.testing import tiny
+from megadual.train import setup
 from megadual.train.checkpoint import Checkpointer
 from megadual.train.config import PretrainConfig
 from megadual.train.metrics import numbers_of
@@ -33,3 +37,16 @@ def train_through(run: PretrainConfig, save_at: int) -> list[dict]:
     checkpointer.finish()
     engine.shutdown()
     return results
+
+
+def train_and_save(run: PretrainConfig) -> None:
+    """All steps of a run on inputs that are on disk, with a checkpoint at the end."""
+    layout, inputs = topology(run, dist.get_world_size()), setup.read_inputs(run)
+    engine = setup.engine(run, layout, inputs.vocabulary)
+    data = setup.dataset(run, inputs.sets, inputs.marks, layout, engine.data_rank)
+    for step in range(run.train.steps):
+        engine.train_step(data.step(step))
+    checkpointer = Checkpointer(run)
+    checkpointer.save(engine, run.train.steps)
+    checkpointer.finish()
+    engine.shutdown()
