@@ -27,7 +27,7 @@ from megadual.hf.model_card import model_card  # noqa: E402
 from megadual.hf.modeling_megadual import MegaDualForCausalLM  # noqa: E402
 from megadual.hf.processing_megadual import MegaDualProcessor  # noqa: E402
 from megadual.hf.tensors import CheckpointTensors, FolderTensors, write_folder  # noqa: E402
-from megadual.streams import SpecialIds  # noqa: E402
+from megadual.streams import IM_END, SpecialIds  # noqa: E402
 from megadual.text import load_text_tokenizer, save_text_tokenizer  # noqa: E402
 from megadual.train.config import PretrainConfig  # noqa: E402
 from megadual.train.setup import choose_streams  # noqa: E402
@@ -150,6 +150,7 @@ def export(run: PretrainConfig, checkpoint: Path, output: Path, max_shard_size: 
         streams=config.streams,
     )
     tokenizer.chat_template = processor.chat_template  # in the place of one that the tokenizer came with
+    tokenizer.eos_token = IM_END  # which is where programs that ask no generation config end an answer
     save_text_tokenizer(tokenizer, partial)
     described = processor.to_dict() | {"processor_class": "MegaDualProcessor", "auto_map": AUTO_MAP}
     (partial / "processor_config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
