@@ -64,6 +64,8 @@ class MegatronEngine(SavedState):
             DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(self.chunks)
         ]
+        for chunk in self.chunks:
+            megatron_internals.add_in_products(chunk)
         train = run.train
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
