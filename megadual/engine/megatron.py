@@ -66,6 +66,7 @@ class MegatronEngine(SavedState):
         ]
         for chunk in self.chunks:
             megatron_internals.add_in_products(chunk)
+        megatron_internals.clip_in_place()
         train = run.train
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(

@@ -14,6 +14,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import layers
 
 from megadual.engine.internals import reach
@@ -68,6 +69,19 @@ def add_in_products(model: torch.nn.Module) -> None:
         if isinstance(module, (layers.ColumnParallelLinear, layers.RowParallelLinear)):
             _reach(module, "gradient_accumulation_fusion")
             module.gradient_accumulation_fusion = True
+
+
+def clip_in_place() -> None:
+    """Have gradients clipped by one kernel that reads and writes them once.
+
+    Without an extension of apex's or Transformer Engine's, megatron-core multiplies them into new tensors and copies.
+    """
+
+    def multiply(_chunk, _overflow, lists: list[list[torch.Tensor]], factor: float) -> None:
+        torch._foreach_mul_(lists[1], factor)  # lists[0] are the same
+
+    _reach(clip_grads, "multi_tensor_scale_impl")
+    clip_grads.multi_tensor_scale_impl = multiply
 
 
 class Save:

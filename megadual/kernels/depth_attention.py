@@ -35,7 +35,8 @@ def _softmax(q, k, seen, scale):
 
 @triton.jit
 def _forward(
-    qkv_ptr, out_ptr, R, scale, n: tl.constexpr, H: tl.constexpr, E: tl.constexpr, SIDE: tl.constexpr, TILE: tl.constexpr
+    qkv_ptr, out_ptr, R, scale, n: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+    SIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     at, q_at, inside, seen = _tile(R, n, H, E, SIDE, TILE)
     q = tl.load(qkv_ptr + q_at, mask=inside, other=0.0)

@@ -105,16 +105,18 @@ class DualLM(LanguageModule):
             self.shared_embedding_or_output_weight().zero_out_wgrad = False
 
     def _head(self, head: HeadConfig, stream: Stream) -> DepthHead:
-        return DepthHead(
-            self.config.hidden_size,
-            head.width,
-            head.layers,
-            head.heads,
-            head.ffn,
-            stream.depth,
-            stream.codebook_size,
-            stream.code_dim,
-        ).to(device=torch.cuda.current_device(), dtype=self.config.params_dtype)
+        with torch.device(torch.cuda.current_device()):  # where making it takes no time
+            made = DepthHead(
+                self.config.hidden_size,
+                head.width,
+                head.layers,
+                head.heads,
+                head.ffn,
+                stream.depth,
+                stream.codebook_size,
+                stream.code_dim,
+            )
+        return made.to(dtype=self.config.params_dtype)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Take the hidden states of the stage before (called by megatron-core's schedules)."""

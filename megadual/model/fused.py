@@ -160,8 +160,9 @@ def linear_cross_entropy(
     logits_at_once: int = LOGITS_AT_ONCE,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """(B,) summed cross-entropies, fp32, of the logits x @ weight.T over all P positions; weight is (B, K, W), or (K, W).
+    """(B,) summed cross-entropies, fp32, of the logits x @ weight.T over all P positions.
 
+    The weight is (B, K, W), or of one layer (K, W): the parameter itself, whose gradient may go to `main_grad`.
     Only `logits_at_once` logits are held, and are made once: their gradients are made with them in the forward
     pass, so a graph that goes through here can be walked backward once. Where `group` is given, `weight` is
     this rank's share of the classes, x and targets are equal on all ranks, and so is the result, while x's

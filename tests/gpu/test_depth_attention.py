@@ -7,7 +7,9 @@ from megadual.kernels import depth_attention as kernel
 from megadual.model.depth_head import attention, causal_attention
 
 
-@pytest.mark.parametrize("positions, n, heads, width", [(1100, 8, 16, 128), (1, 4, 2, 64), (37, 5, 3, 32), (9, 1, 2, 16)])
+@pytest.mark.parametrize(
+    "positions, n, heads, width", [(1100, 8, 16, 128), (1, 4, 2, 64), (37, 5, 3, 32), (9, 1, 2, 16)]
+)
 def test_like_plain_attention(positions, n, heads, width):
     generator = torch.Generator("cuda").manual_seed(0)
     qkv = torch.randn(positions, n, 3 * heads * width, device="cuda", dtype=torch.bfloat16, generator=generator)
