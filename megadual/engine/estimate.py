@@ -110,18 +110,20 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
     return stages
 
 
-def most_drawn(positions: float, traffic: Traffic) -> float:
-    """Positions that are drawn in the micro-batch of a thousand that has most of them.
-
-    An image is drawn or looked at by chance, and a micro-batch has few: 4,096 positions of captioned images of 729 have
-    1,095 on average and up to 2,916.
-    """
+def drawn_deviation(positions: float, traffic: Traffic) -> float:
+    """Standard deviation of how many of a micro-batch's positions are drawn: by chance an image is or is not."""
     if not traffic.drawn:
         return 0.0
     share = min(traffic.drawn / traffic.image, 1.0)
-    documents, of_each = positions / traffic.attended, traffic.attended * traffic.image
-    deviation = math.sqrt(documents * share * (1 - share)) * of_each
-    return min(positions * traffic.drawn + 3 * deviation, positions)
+    return math.sqrt(positions / traffic.attended * share * (1 - share)) * traffic.attended * traffic.image
+
+
+def most_drawn(positions: float, traffic: Traffic) -> float:
+    """Positions that are drawn in the micro-batch of a thousand that has most of them.
+
+    Of 4,096 positions of captioned images of 729 they are 1,095 on average and up to 2,916.
+    """
+    return min(positions * traffic.drawn + 3 * drawn_deviation(positions, traffic), positions)
 
 
 def table(stages: list[StageEstimate], gpu_memory_gib: float) -> str:

@@ -18,6 +18,7 @@ class Traffic:
     drawn: float  # next position is drawn
     image: float
     attended: float  # positions of its document, weighted by length: attention's work per position
+    fill: float = 1.0  # share of rows' positions that are not padding; the others count no padding
 
     @classmethod
     def of(cls, rows: PackedRows, draw_probability: float) -> "Traffic":
@@ -30,7 +31,8 @@ class Traffic:
             text = total - images - len(whole)  # a document's last position predicts nothing
             sets.append([text / total, images / total, (whole**2).sum() / total])
         text, image, attended = (shares @ sets).tolist()
-        return cls(text, draw_probability * image, image, attended)
+        rows[0]  # packs the first documents, by which `fill` goes
+        return cls(text, draw_probability * image, image, attended, rows.fill)
 
 
 @dataclasses.dataclass(frozen=True)

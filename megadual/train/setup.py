@@ -7,6 +7,7 @@ from pathlib import Path
 from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
 from megadual.data.packing import PackedRows
+from megadual.engine import choose
 from megadual.engine.estimate import estimate, table
 from megadual.engine.protocol import Engine
 from megadual.engine.stages import Traffic, costs, split_layers
@@ -124,7 +125,8 @@ def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
         held_out, every = sum(map(len, inputs.validation)), run.data.validation_every or run.train.steps
         about += f"\nheld out: {run.data.validation_rows} rows of {held_out:,} documents, every {every} steps"
     stages = estimate(run, layout, vocabulary, inputs.traffic)
-    return about + "\n" + table(stages, run.parallel.gpu_memory_gib)
+    speed = choose.about(run, layout, vocabulary, inputs.traffic)
+    return about + "\n" + table(stages, run.parallel.gpu_memory_gib) + speed
 
 
 def dataset(
