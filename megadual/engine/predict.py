@@ -3,7 +3,7 @@
 A micro-batch takes a stage its products, the bytes of everything between them, the adding of its gradients, and its
 tensor- and context-parallel exchanges. A step is all micro-batches through the slowest stage, the pipeline's filling
 and emptying, the optimizer, and what of the data-parallel exchanges nothing hides. How much is drawn differs from one
-micro-batch to the next: pipeline stages wait for those that draw most, context-parallel ranks for the one that does.
+micro-batch to the next: pipeline stages wait for those that draw most.
 """
 
 import dataclasses
@@ -35,7 +35,6 @@ TENSOR_EXCHANGES = 6
 GRADIENTS_EXPOSED = 0.75  # of their reduction over data-parallel ranks nothing runs beside
 ZERO_3_BYTES = 12  # a weight and micro-batch: gathered twice, its gradient reduced; fitted
 TENSOR_LOSS = 0.1  # of the products' rate, each time that tensor parallelism halves them; fitted
-MOST_OF = {1: 0.0, 2: 0.56, 4: 1.03, 8: 1.42}  # the expected largest of so many normal numbers
 STAGE_WAITS = 0.4  # expected excess of a normal number over its mean, where less is no gain
 
 
@@ -111,8 +110,9 @@ def _micro_batch_s(
         multiply_adds += filled * traffic.image * each.embed_image
     if number == len(stages) - 1:
         text = filled * traffic.text / tensor
-        waits = MOST_OF.get(parallel.context, 2.0) + STAGE_WAITS * (parallel.pipeline > 1)
-        drawn = filled * traffic.drawn + waits * drawn_deviation(filled, traffic)
+        drawn = filled * traffic.drawn
+        if parallel.pipeline > 1:
+            drawn += STAGE_WAITS * drawn_deviation(filled, traffic)
         multiply_adds += text * each.text_target + drawn / split * each.drawn_target
         moved += text * vocabulary.padded_text_size * LOGIT_BYTES
         head = model.head
@@ -123,9 +123,9 @@ def _micro_batch_s(
 
     width = 2 if train.precision == "bf16" else 4
     exchanged = stage.layers * TENSOR_EXCHANGES * positions * model.hidden * width * (tensor - 1) / tensor
-    if parallel.context > 1:  # keys and values of all ranks, there and back
+    if parallel.context > 1:  # keys and values of all ranks, and hidden states for the visual heads, there and back
         kv = model.kv_heads * (model.hidden // model.heads) / tensor
-        exchanged += stage.layers * 2 * 2 * positions * kv * width * (parallel.context - 1)
+        exchanged += 2 * positions * (stage.layers * 2 * kv + model.hidden) * width * (parallel.context - 1)
     if parallel.pipeline > 1:
         exchanged += 2 * positions * model.hidden * width / split
     if run.engine == "deepspeed" and parallel.zero_stage == 3:

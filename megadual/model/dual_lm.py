@@ -143,10 +143,13 @@ class DualLM(LanguageModule):
             return hidden
         # All positions on every tensor-parallel rank; the ranks' parts of their gradient are summed in backward.
         if self.config.sequence_parallel:
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-            return StreamLosses(self._text_loss(hidden, batch), self._visual_losses(hidden, batch))
-        parts = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        return StreamLosses(self._text_loss(parts, batch), self._visual_losses(hidden, batch))
+            hidden = parts = tensor_parallel.gather_from_sequence_parallel_region(hidden)
+        else:
+            parts = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        text = self._text_loss(parts, batch)
+        if self.pg_collection.cp.size() > 1:  # megadual/model/context.py
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.pg_collection.cp)
+        return StreamLosses(text, self._visual_losses(hidden, batch))
 
     def output_weight(self) -> torch.Tensor:
         """This rank's share of the text output layer, which is the embedding's where they are tied."""
