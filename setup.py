@@ -20,7 +20,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megadual*", "pretrain*", "data_pipeline*", "checkpoints_tools*"]),
-    package_data={"pretrain": ["configs/*.yaml", "configs/stages/*.yaml"], "data_pipeline": ["configs/*.yaml"]},
+    package_data={
+        "megadual.engine": ["rates.yaml"],
+        "pretrain": ["configs/*.yaml", "configs/stages/*.yaml"],
+        "data_pipeline": ["configs/*.yaml"],
+    },
     install_requires=[
         "torch>=2.6",
         "numpy",

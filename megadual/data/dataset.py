@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from megadual.data.dealing import deal
 from megadual.data.layout import IGNORE, Sequence, lay_out
 from megadual.data.packing import PackedRows, Piece
 from megadual.data.source import Source
@@ -87,8 +88,8 @@ def _micro_batch(sequence: Sequence, lengths: list[int], special: SpecialIds, ke
 class PackedDataset:
     """`step(s)` are this data-parallel rank's micro-batches of step s.
 
-    Of the `rows_per_step` rows of a step every rank takes an equal contiguous part, in order of rank, so that
-    any number of ranks sees the same rows at the same step. A step depends on nothing that was read before.
+    Of the `rows_per_step` rows of a step every rank takes as many, dealt by how much of them is drawn, so that any
+    number of ranks sees the same rows at the same step. A step depends on nothing that was read before.
     """
 
     def __init__(
@@ -111,8 +112,7 @@ class PackedDataset:
         self.rows = PackedRows(sources, marks, seq_len, seed)
         self.seq_len, self.micro_batch_size, self.marks = seq_len, micro_batch_size, marks
         self.rows_per_step = rows_per_step
-        self.rows_per_rank = rows_per_step // dp_size
-        self.first = dp_rank * self.rows_per_rank
+        self.dp_rank, self.dp_size = dp_rank, dp_size
         self.offset = 0  # rows that steps so far took beyond `rows_per_step` each
 
     @property
@@ -138,11 +138,15 @@ class PackedDataset:
         return self.rows.resume(position)
 
     def step(self, s: int) -> list[MicroBatch]:
-        start = self.rows_before(s) + self.first
-        size = self.micro_batch_size
-        return [
-            self._read([self.rows[start + r] for r in range(i, i + size)]) for i in range(0, self.rows_per_rank, size)
-        ]
+        start, size = self.rows_before(s), self.micro_batch_size
+        rows = [self.rows[start + r] for r in range(self.rows_per_step)]
+        own = [rows[r] for r in deal([self._drawn(row) for row in rows], self.dp_size)[self.dp_rank]]
+        return [self._read(own[i : i + size]) for i in range(0, len(own), size)]
+
+    def _drawn(self, row: list[Piece]) -> float:
+        """About how many of a row's positions are drawn."""
+        images = [(sum(piece.reading.draw) / max(len(piece.reading.draw), 1), piece) for piece in row]
+        return sum(share * int(self.sets[piece.set].lengths.positions[piece.document]) for share, piece in images)
 
     def row_of(self, index: int, k: int) -> MicroBatch:
         """Row k of those of the set number `index`."""

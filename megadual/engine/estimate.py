@@ -1,6 +1,7 @@
 """What a layout will hold and do, before anything is allocated: parameters, FLOPs and memory of every stage."""
 
 import dataclasses
+import math
 
 from megadual.engine.stages import Traffic, costs
 from megadual.engine.topology import Topology
@@ -19,6 +20,7 @@ class StageEstimate:
 
     layers: int
     parameters: int  # of the stage, over its tensor-parallel ranks
+    trained: float  # weights that one of its GPUs has gradients of
     flops_share: float
     weights: float
     gradients: float
@@ -89,13 +91,14 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
             logits = min(LOGITS_AT_ONCE, positions * traffic.text * vocabulary.padded_text_size / tensor) * width
             classifiers = sum(each.classifiers.matrices for each in all_heads)
             logits += (llm * table / tensor + heads * classifiers) * width
-            codes = positions * traffic.drawn / inner * sum(stream.depth for stream in vocabulary.streams)
+            codes = most_drawn(positions, traffic) / inner * sum(stream.depth for stream in vocabulary.streams)
             logits += codes * head.layers * (8 * head.width + 3 * head.ffn) * width
         bucket = DEEPSPEED_BUCKET * per_gradient if run.engine == "deepspeed" else 0
         stages.append(
             StageEstimate(
                 layers=sum(chunks),
                 parameters=split + sum(whole.values()),
+                trained=trained,
                 flops_share=shares[stage] / total_share,
                 weights=on_gpu * per_weight / (data if stage_zero == 3 else 1),
                 gradients=trained * per_gradient / (data if stage_zero >= 2 else 1) + bucket,
@@ -105,6 +108,22 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
             )
         )
     return stages
+
+
+def drawn_deviation(positions: float, traffic: Traffic) -> float:
+    """Standard deviation of how many of a micro-batch's positions are drawn: by chance an image is or is not."""
+    if not traffic.drawn:
+        return 0.0
+    share = min(traffic.drawn / traffic.image, 1.0)
+    return math.sqrt(positions / traffic.attended * share * (1 - share)) * traffic.attended * traffic.image
+
+
+def most_drawn(positions: float, traffic: Traffic) -> float:
+    """Positions that are drawn in the micro-batch of a thousand that has most of them.
+
+    Of 4,096 positions of captioned images of 729 they are 1,095 on average and up to 2,916.
+    """
+    return min(positions * traffic.drawn + 3 * drawn_deviation(positions, traffic), positions)
 
 
 def table(stages: list[StageEstimate], gpu_memory_gib: float) -> str:

@@ -64,6 +64,9 @@ class MegatronEngine(SavedState):
             DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(self.chunks)
         ]
+        for chunk in self.chunks:
+            megatron_internals.add_in_products(chunk)
+        megatron_internals.clip_in_place()
         train = run.train
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(

@@ -7,14 +7,18 @@ import functools
 import inspect
 import logging
 import queue
+import types
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.optimizer import clip_grads
+from megatron.core.tensor_parallel import layers
 
 from megadual.engine.internals import reach
+from megadual.model.main_grad import add_product
 
 _reach = functools.partial(reach, "megatron-core", "0.16.1 to 0.19.x")
 
@@ -49,6 +53,35 @@ def held(optimizer, parameter: torch.nn.Parameter) -> tuple[slice, dict[str, tor
     group, index = _reach(chained, "model_param_group_index_map")[parameter]
     main = chained.optimizer.param_groups[group]["params"][index]
     return slice(share.start, share.end), {"param": main, **chained.optimizer.state[main]}
+
+
+def add_in_products(model: torch.nn.Module) -> None:
+    """Have the products of megatron-core's linear layers add weight gradients to `main_grad`, as our own layers do.
+
+    It would use an extension in CUDA of apex's, by this name; torch's product does as well.
+    """
+
+    def add(x: torch.Tensor, upstream: torch.Tensor, main_grad: torch.Tensor) -> None:
+        add_product(main_grad, upstream, x)
+
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=add)
+    for module in model.modules():
+        if isinstance(module, (layers.ColumnParallelLinear, layers.RowParallelLinear)):
+            _reach(module, "gradient_accumulation_fusion")
+            module.gradient_accumulation_fusion = True
+
+
+def clip_in_place() -> None:
+    """Have gradients clipped by one kernel that reads and writes them once.
+
+    Without an extension of apex's or Transformer Engine's, megatron-core multiplies them into new tensors and copies.
+    """
+
+    def multiply(_chunk, _overflow, lists: list[list[torch.Tensor]], factor: float) -> None:
+        torch._foreach_mul_(lists[1], factor)  # lists[0] are the same
+
+    _reach(clip_grads, "multi_tensor_scale_impl")
+    clip_grads.multi_tensor_scale_impl = multiply
 
 
 class Save:

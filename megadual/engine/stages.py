@@ -20,18 +20,20 @@ class Traffic:
     drawn: float  # next position is drawn
     image: float
     attended: float  # positions of its document, weighted by length: attention's work per position
+    fill: float = 1.0  # share of rows' positions that are not padding; the others count no padding
 
     @classmethod
     def of(cls, data: PackedDataset) -> "Traffic":
         """The average over the first rows of each set, by its share of the rows."""
-        total = np.zeros(4)
+        total = np.zeros(5)
         for index, share in enumerate(np.diff(data.rows.bounds, prepend=0, append=1)):
-            counts = np.zeros(5)
+            counts, size = np.zeros(5), 0
             for k in range(ROWS_MEASURED):
                 batch = data.row_of(index, k)
                 asked = [len(at) for at in (batch.predicts_text_at, batch.predicts_codes_at, batch.image_at)]
                 counts += [*asked, sum(length**2 for length in batch.lengths), batch.filled]
-            total += share * counts[:-1] / counts[-1]
+                size += len(batch.tokens)
+            total += share * np.append(counts[:-1] / counts[-1], counts[-1] / size)
         return cls(*total.tolist())
 
 

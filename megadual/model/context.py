@@ -3,6 +3,9 @@
 The T positions are cut into 2 * size equal parts, of which rank r holds parts r and 2 * size - 1 - r. A causal
 document that is longer than a part so costs every rank the same attention: of contiguous shares, the last rank's
 would cost it nearly twice the average. Documents within a part are attended to by one rank alone.
+
+How much of a rank's parts is drawn is chance. The visual heads, which cost most there, run on equally many positions on
+each rank: the hidden states of all are gathered for them, in the order in which keys are.
 """
 
 import dataclasses
@@ -45,7 +48,8 @@ def context_share(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
         own = held_at[positions]
         return own[own >= 0]
 
-    targets_held = held_at[batch.predicts_codes_at] >= 0
+    drawn = len(batch.predicts_codes_at)
+    own_drawn = slice(drawn * rank // size, drawn * (rank + 1) // size)
     return dataclasses.replace(
         batch,
         tokens=batch.tokens[held],
@@ -54,8 +58,8 @@ def context_share(batch: MicroBatch, rank: int, size: int) -> MicroBatch:
         text_targets=batch.text_targets[held],
         image_at=of_share(batch.image_at),
         predicts_text_at=of_share(batch.predicts_text_at),
-        predicts_codes_at=of_share(batch.predicts_codes_at),
-        draw_targets={stream: codes_PD[targets_held] for stream, codes_PD in batch.draw_targets.items()},
+        predicts_codes_at=key_at[batch.predicts_codes_at[own_drawn]],  # among all ranks' positions
+        draw_targets={stream: codes_PD[own_drawn] for stream, codes_PD in batch.draw_targets.items()},
         cu_seqlens=torch.tensor([0, *queries]).cumsum(0).int(),
         key_seqlens=torch.tensor([0, *map(len, keys)]).cumsum(0).int(),
         keys_at=torch.cat(keys),

@@ -12,8 +12,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from megadual.model.fused import linear_cross_entropy, swiglu
+from megadual.model.main_grad import Linear
+
+try:
+    from megadual.kernels import depth_attention as kernel
+except ImportError:  # no Triton here, or an exported folder by itself
+    kernel = None
 
 TILE = 128  # queries that attention kernels for GPUs take at a time
+
+
+def attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
+    """(P, n, W) of joined queries, keys and values (P, n, 3W): each depth attends to those up to it."""
+    P, n, _ = qkv.shape
+    if kernel and kernel.takes(qkv, heads, n):
+        return kernel.depth_attention(qkv.flatten(0, 1), heads, n).unflatten(0, (P, n))
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    attend = tiled_causal_attention if qkv.is_cuda else causal_attention
+    return attend(q, k, v).transpose(1, 2).flatten(2)
 
 
 def causal_attention(q, k, v):
@@ -23,19 +39,19 @@ def causal_attention(q, k, v):
 def tiled_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """`causal_attention` of (P, heads, n, width), TILE // n positions at a time under a mask that keeps them apart.
 
-    A kernel computes whole tiles of queries, which the few depths of one position would leave nearly empty. P is a
-    multiple of TILE // n.
+    PyTorch's kernels compute whole tiles of queries, which the few depths of one position would leave nearly empty.
     """
-    _, heads, n, width = q.shape
+    P, heads, n, width = q.shape
     side = TILE // n * n
 
     def fold(x):
-        return x.transpose(1, 2).reshape(-1, side, heads, width).transpose(1, 2)
+        filled = F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, 0, 0, -P % (TILE // n)))
+        return filled.reshape(-1, side, heads, width).transpose(1, 2)
 
     place = torch.arange(side, device=q.device)
     mask = (place[:, None] >= place) & (place[:, None] // n == place // n)
     out = F.scaled_dot_product_attention(fold(q), fold(k), fold(v), attn_mask=mask)
-    return out.transpose(1, 2).reshape(-1, n, heads, width).transpose(1, 2)
+    return out.transpose(1, 2).reshape(-1, n, heads, width)[:P].transpose(1, 2)
 
 
 class DepthLayer(nn.Module):
@@ -45,17 +61,14 @@ class DepthLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.out = Linear(width, width, bias=False)
         self.ffn_norm = nn.RMSNorm(width, eps=1e-6)
-        self.gate_up = nn.Linear(width, 2 * ffn, bias=False)
-        self.down = nn.Linear(ffn, width, bias=False)
+        self.gate_up = Linear(width, 2 * ffn, bias=False)
+        self.down = Linear(ffn, width, bias=False)
 
     def forward(self, x_PDW: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv(self.attention_norm(x_PDW)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        attend = tiled_causal_attention if x_PDW.is_cuda else causal_attention
-        x_PDW = x_PDW + self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+        x_PDW = x_PDW + self.out(attention(self.qkv(self.attention_norm(x_PDW)), self.heads))
         gate_up = self.gate_up(self.ffn_norm(x_PDW))
         return x_PDW + self.down(swiglu(gate_up.flatten(0, 1)).unflatten(0, gate_up.shape[:2]))
 
@@ -67,8 +80,8 @@ class DepthHead(nn.Module):
         self, hidden: int, width: int, layers: int, heads: int, ffn: int, depth: int, codebook_size: int, code_dim: int
     ):
         super().__init__()
-        self.projector = nn.Sequential(nn.Linear(hidden, width), nn.GELU(), nn.Linear(width, width))
-        self.code_projector = nn.Linear(code_dim, width)
+        self.projector = nn.Sequential(Linear(hidden, width), nn.GELU(), Linear(width, width))
+        self.code_projector = Linear(code_dim, width)
         self.depth_embedding = nn.Parameter(torch.zeros(depth, width))
         self.layers = nn.ModuleList(DepthLayer(width, heads, ffn) for _ in range(layers))
         self.norm = nn.RMSNorm(width, eps=1e-6)
@@ -84,12 +97,9 @@ class DepthHead(nn.Module):
         before = self.code_projector(F.embedding(codes_PD, codebook_KC).cumsum(1).to(start.dtype))
         x_PDW = torch.cat([start, before], dim=1)
         x_PDW = x_PDW + self.depth_embedding[: x_PDW.size(1)]
-        positions = len(x_PDW)
-        if x_PDW.is_cuda:  # positions that fill the tiles of tiled_causal_attention
-            x_PDW = F.pad(x_PDW, (0, 0, 0, 0, 0, -positions % (TILE // x_PDW.size(1))))
         for layer in self.layers:
             x_PDW = layer(x_PDW)
-        return self.norm(x_PDW)[:positions]
+        return self.norm(x_PDW)
 
     def logits(self, hidden_PH: torch.Tensor, codes_PD: torch.Tensor, codebook_KC: torch.Tensor) -> torch.Tensor:
         """(P, 1 + n, K) logits, n the number of codes given."""

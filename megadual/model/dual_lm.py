@@ -101,18 +101,22 @@ class DualLM(LanguageModule):
                 # Each tensor-parallel rank runs the heads on its own positions, so gradients are summed.
                 parameter.sequence_parallel = config.sequence_parallel
         self.setup_embeddings_and_output_layer()
+        if run.model.tie_embeddings:  # both uses add to its main_grad; megatron-core would add zeros besides
+            self.shared_embedding_or_output_weight().zero_out_wgrad = False
 
     def _head(self, head: HeadConfig, stream: Stream) -> DepthHead:
-        return DepthHead(
-            self.config.hidden_size,
-            head.width,
-            head.layers,
-            head.heads,
-            head.ffn,
-            stream.depth,
-            stream.codebook_size,
-            stream.code_dim,
-        ).to(device=torch.cuda.current_device(), dtype=self.config.params_dtype)
+        with torch.device(torch.cuda.current_device()):  # where making it takes no time
+            made = DepthHead(
+                self.config.hidden_size,
+                head.width,
+                head.layers,
+                head.heads,
+                head.ffn,
+                stream.depth,
+                stream.codebook_size,
+                stream.code_dim,
+            )
+        return made.to(dtype=self.config.params_dtype)
 
     def set_input_tensor(self, input_tensor) -> None:
         """Take the hidden states of the stage before (called by megatron-core's schedules)."""
@@ -137,7 +141,15 @@ class DualLM(LanguageModule):
         hidden = self.hidden_states(batch)
         if not self.post_process:
             return hidden
-        return StreamLosses(self._text_loss(hidden, batch), self._visual_losses(hidden, batch))
+        # All positions on every tensor-parallel rank; the ranks' parts of their gradient are summed in backward.
+        if self.config.sequence_parallel:
+            hidden = parts = tensor_parallel.gather_from_sequence_parallel_region(hidden)
+        else:
+            parts = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        text = self._text_loss(parts, batch)
+        if self.pg_collection.cp.size() > 1:  # megadual/model/context.py
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.pg_collection.cp)
+        return StreamLosses(text, self._visual_losses(hidden, batch))
 
     def output_weight(self) -> torch.Tensor:
         """This rank's share of the text output layer, which is the embedding's where they are tied."""
@@ -145,24 +157,22 @@ class DualLM(LanguageModule):
         return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
     def _text_loss(self, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        if self.config.sequence_parallel:
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        else:
-            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         at = batch.predicts_text_at
         hidden_PH = hidden.squeeze(1).index_select(0, at)  # whose gradient is cheaper than indexing's
         return linear_cross_entropy(
-            hidden_PH[None], self.output_weight()[None], batch.text_targets[at][None], group=self.tp_group
+            hidden_PH[None], self.output_weight(), batch.text_targets[at][None], group=self.tp_group
         )[0]
 
     def _drawn(self, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(P,) where in this rank's share of the hidden states the next position is drawn; its codes, (P, D) each."""
+        """(P,) where the next position is drawn, and its codes, (P, D) each.
+
+        Under sequence parallelism as many on each tensor-parallel rank, wherever in the sequence they lie.
+        """
         at, targets = batch.predicts_codes_at, batch.draw_targets
         if self.config.sequence_parallel:
-            share = batch.tokens.size(0) // self.tp_group.size()
-            start = self.tp_group.rank() * share
-            own = (at >= start) & (at < start + share)
-            at, targets = at[own] - start, {stream: codes_PD[own] for stream, codes_PD in targets.items()}
+            ranks, rank = self.tp_group.size(), self.tp_group.rank()
+            own = slice(len(at) * rank // ranks, len(at) * (rank + 1) // ranks)
+            at, targets = at[own], {stream: codes_PD[own] for stream, codes_PD in targets.items()}
         return at, targets
 
     def _visual_losses(self, hidden: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megadual.data.dataset import MicroBatch
+from megadual.model.main_grad import Linear, lookup
 from megadual.streams import Stream
 
 
@@ -44,14 +45,14 @@ class DualEmbedding(MegatronModule):
         )
         self.streams, self.codebooks = streams, codebooks
         self.projector = torch.nn.Sequential(
-            torch.nn.Linear(sum(stream.code_dim for stream in streams), config.hidden_size),
+            Linear(sum(stream.code_dim for stream in streams), config.hidden_size),
             torch.nn.GELU(),
-            torch.nn.Linear(config.hidden_size, config.hidden_size),
+            Linear(config.hidden_size, config.hidden_size),
         ).to(device=torch.cuda.current_device(), dtype=config.params_dtype)
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """(T, 1, H), or this tensor-parallel rank's share of T under sequence parallelism."""
-        embedded_TH = self.word_embeddings(batch.tokens.unsqueeze(0)).squeeze(0)
+        embedded_TH = self._words(batch)
         summed_VC = [
             F.embedding(batch.codes[stream.name][batch.image_at], self.codebooks[stream.name]).sum(1)
             for stream in self.streams
@@ -62,3 +63,16 @@ class DualEmbedding(MegatronModule):
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
         return hidden
+
+    def _words(self, batch: MicroBatch) -> torch.Tensor:
+        """(T, H) rows of the table at text positions; what is at image positions is to be replaced."""
+        words = self.word_embeddings
+        text_T = torch.ones_like(batch.tokens, dtype=torch.bool).index_fill_(0, batch.image_at, False)
+        if words.tp_group.size() == 1:
+            return lookup(words.weight, batch.tokens, text_T)
+        own_T = (batch.tokens >= words.vocab_start_index) & (batch.tokens < words.vocab_end_index)
+        places_T = torch.where(own_T, batch.tokens - words.vocab_start_index, 0)
+        found_TH = lookup(words.weight, places_T, own_T & text_T)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(
+            found_TH.masked_fill(~own_T[:, None], 0.0), group=words.tp_group
+        )

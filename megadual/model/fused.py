@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-LOGITS_AT_ONCE = 1 << 27
+from megadual.model.main_grad import added
+
+LOGITS_AT_ONCE = 1 << 28
 
 
 def fused(function):
@@ -70,10 +72,14 @@ def _scale(x_RW: torch.Tensor, scale_R: torch.Tensor) -> None:
     x_RW.mul_(scale_R[:, None])
 
 
-def _scaled(x_BPW: torch.Tensor | None, scale_B: torch.Tensor) -> torch.Tensor | None:
-    if x_BPW is not None:
-        _scale(x_BPW.view(-1, x_BPW.size(-1)), scale_B.repeat_interleave(x_BPW.size(1)))
-    return x_BPW
+@fused
+def _add_scaled(sum_RW: torch.Tensor, x_RW: torch.Tensor, scale_R: torch.Tensor) -> None:
+    """Add what `_scale` makes of x to fp32 sums."""
+    sum_RW.add_((x_RW * scale_R[:, None]).to(x_RW.dtype))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.view(-1, x.size(-1))
 
 
 def _even_chunk(P: int, most: int) -> int:
@@ -86,9 +92,10 @@ def _even_chunk(P: int, most: int) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BPW, weight_BKW, target_BP, logits_at_once, group):
-        B, P, _ = x_BPW.shape
-        K = weight_BKW.size(1)
+    def forward(ctx, x_BPW, weight, target_BP, logits_at_once, group):
+        B, P, W = x_BPW.shape
+        weight_BKW = weight.view(B, -1, W)
+        ctx.shape, K = weight.shape, weight_BKW.size(1)
         parts = group.size() if group else 1
         if parts > 1:
             target_BP = target_BP - group.rank() * K
@@ -105,11 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             inside = (target >= 0) & (target < K)
             picked = torch.where(inside, rows.gather(1, target.clamp(0, K - 1)[:, None])[:, 0].float(), 0.0)
             if parts > 1:
-                own = largest.clone()
-                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-                sums = torch.stack([total * (own - largest).exp(), picked])
-                dist.all_reduce(sums, group=group)
-                total, picked = sums
+                largest, total, picked = _over_ranks(torch.stack([largest, total, picked]), group)
             log_total = largest + total.log()
             loss_B += (log_total - picked).view(B, -1).sum(1)
             if needs_x or needs_weight:
@@ -119,30 +122,52 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_weight:
                 weight_gradient.baddbmm_(logits.mT, x, beta=float(start > 0))  # beta 0 reads nothing
             del logits, rows  # before the next chunk's are made
+        ctx.weight = weight if hasattr(weight, "grad_added_to_main_grad") else None
         ctx.save_for_backward(x_gradient, weight_gradient)
         return loss_B
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream_B):
+        x_gradient, weight_gradient = ctx.saved_tensors
         # In place: the gradients were made for this, and a graph is walked once.
-        return *(_scaled(made, upstream_B) for made in ctx.saved_tensors), None, None, None
+        if x_gradient is not None:
+            _scale(_rows(x_gradient), upstream_B.repeat_interleave(x_gradient.size(1)))
+        if weight_gradient is not None:
+            scale = upstream_B.repeat_interleave(weight_gradient.size(1))
+            if ctx.weight is not None:
+                _add_scaled(_rows(ctx.weight.main_grad), _rows(weight_gradient), scale)
+                weight_gradient = added(ctx.weight)
+            else:
+                _scale(_rows(weight_gradient), scale)
+                weight_gradient = weight_gradient.view(ctx.shape)
+        return x_gradient, weight_gradient, None, None, None
+
+
+def _over_ranks(own_3P: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Largest logit, sum of exponentials relative to it and picked logit over all ranks' classes, in one exchange."""
+    all_N3P = own_3P.new_empty(group.size(), *own_3P.shape)
+    dist.all_gather_into_tensor(all_N3P.flatten(0, 1), own_3P, group=group)
+    largest_NP, total_NP, picked_NP = all_N3P.unbind(1)
+    largest_P = largest_NP.amax(0)
+    return largest_P, (total_NP * (largest_NP - largest_P).exp()).sum(0), picked_NP.sum(0)
 
 
 def linear_cross_entropy(
     x_BPW: torch.Tensor,
-    weight_BKW: torch.Tensor,
+    weight: torch.Tensor,
     target_BP: torch.Tensor,
     logits_at_once: int = LOGITS_AT_ONCE,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """(B,) summed cross-entropies, fp32, of the logits x @ weight.T over all P positions.
 
+    The weight is (B, K, W), or of one layer (K, W): the parameter itself, whose gradient may go to `main_grad`.
     Only `logits_at_once` logits are held, and are made once: their gradients are made with them in the forward
-    pass, so a graph that goes through here can be walked backward once. Where `group` is given, `weight_BKW` is
+    pass, so a graph that goes through here can be walked backward once. Where `group` is given, `weight` is
     this rank's share of the classes, x and targets are equal on all ranks, and so is the result, while x's
     gradient is this rank's part of a sum.
     """
     if not torch.is_grad_enabled():  # which a Function's forward can't see
-        x_BPW, weight_BKW = x_BPW.detach(), weight_BKW.detach()
-    return _LinearCrossEntropy.apply(x_BPW, weight_BKW, target_BP, logits_at_once, group)
+        x_BPW, weight = x_BPW.detach(), weight.detach()
+    return _LinearCrossEntropy.apply(x_BPW, weight, target_BP, logits_at_once, group)

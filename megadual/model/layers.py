@@ -63,6 +63,7 @@ def transformer_config(run: PretrainConfig) -> TransformerConfig:
         # Two chunks of one rank pair may send at once, which batched point-to-point calls would swap.
         overlap_p2p_comm=virtual,
         batch_p2p_comm=not virtual,
+        batch_p2p_sync=False,  # or the host waits for the GPU at every exchange, for the sake of an older PyTorch
         persist_layer_norm=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=True,  # SwiGLU in one kernel each way

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megadual.data.dataset import PackedDataset
@@ -95,6 +96,7 @@ class Loop:
             "tokens_per_s": self.run.train.global_batch_tokens / seconds,
             "model_tflops": per_gpu / 1e12,
             "mfu": per_gpu / peak if peak else None,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
         }
 
     def _after_checkpoint(self, checkpoint: Path) -> None:

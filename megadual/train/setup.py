@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megadual.data.dataset import PackedDataset
 from megadual.data.source import Source
+from megadual.engine import choose
 from megadual.engine.estimate import estimate, table
 from megadual.engine.protocol import Engine
 from megadual.engine.stages import Traffic, costs, split_layers
@@ -136,7 +137,8 @@ def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
         )
         about += f"\nheld out: {run.data.validation_rows} rows of {held_out:,} documents, every {every} steps"
     stages = estimate(run, layout, vocabulary, inputs.traffic)
-    return about + "\n" + table(stages, run.parallel.gpu_memory_gib)
+    speed = choose.about(run, layout, vocabulary, inputs.traffic)
+    return about + "\n" + table(stages, run.parallel.gpu_memory_gib) + speed
 
 
 def dataset(run: PretrainConfig, sets: list[Source], marks: Marks, layout: Topology, data_rank: int) -> PackedDataset:

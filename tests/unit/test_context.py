@@ -28,6 +28,9 @@ def batch():
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_shares_make_up_the_batch(batch, size):
     shares = [context_share(batch, rank, size) for rank in range(size)]
+    width = 96 // (2 * size)
+    parts = [part for rank in range(size) for part in (rank, 2 * size - 1 - rank)]
+    joined = torch.cat([torch.arange(part * width, (part + 1) * width) for part in parts])  # as ranks' are gathered
     assert [len(share.tokens) for share in shares] == [96 // size] * size
     for name in ("tokens", "positions", "text_targets"):
         together = torch.cat([getattr(share, name) for share in shares])
@@ -37,11 +40,11 @@ def test_shares_make_up_the_batch(batch, size):
     for share in shares:
         assert (share.text_targets[share.predicts_text_at] >= 0).all()
         assert (share.tokens[share.image_at] == SPECIAL.image).all()
+        assert len(share.predicts_codes_at) - len(batch.predicts_codes_at) // size in (0, 1)
         for stream, targets in share.draw_targets.items():
             assert len(targets) == len(share.predicts_codes_at)
-            follows = share.predicts_codes_at + 1  # within the share, but for the last of each part
-            inside = follows % (48 // size) > 0
-            assert torch.equal(targets[inside], share.codes[stream][follows[inside]])
+            for at, code in zip(share.predicts_codes_at, targets, strict=True):
+                assert torch.equal(code, batch.codes[stream][joined[at] + 1])
 
 
 @pytest.mark.parametrize("size", [2, 4])
