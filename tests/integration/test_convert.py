@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import convert_from_hf, convert_to_hf, try_export, verify
-from megadual.engine.topology import topology
 from megadual.errors import UserError
 from megadual.hf.export import Exported
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
@@ -22,12 +20,12 @@ from megadual.hf.tensors import CheckpointTensors, FolderTensors
 from megadual.streams import Marks, SpecialIds
 from megadual.synthetic.corpus import make_corpus
 from megadual.synthetic.files import png_bytes, write_tar
+from megadual.testing.checkpoints import train_and_save
 from megadual.testing.distributed import run_distributed
 from megadual.testing.models import write_dualtoken, write_run
 from megadual.testing.shards import random_conversations, write_shard_set
 from megadual.text import fingerprint, load_text_tokenizer
-from megadual.train import setup
-from megadual.train.checkpoint import Checkpointer, resolve_checkpoint
+from megadual.train.checkpoint import resolve_checkpoint
 from megadual.vision import DualToken
 
 ROOT = Path(__file__).parents[2]
@@ -44,19 +42,6 @@ LAYOUTS = {
         ["parallel.pipeline=2", "model.tie_embeddings=true", "train.precision=bf16", "model.kv_heads=1"],
     ),
 }
-
-
-def train_and_save(run):
-    layout, inputs = topology(run, dist.get_world_size()), setup.read_inputs(run)
-    engine = setup.engine(run, layout, inputs.vocabulary)
-    data = setup.dataset(run, inputs.sets, inputs.marks, layout, engine.data_rank)
-    for step in range(run.train.steps):
-        engine.train_step(data.step(step))
-    checkpointer = Checkpointer(run)
-    checkpointer.save(engine, run.train.steps)
-    checkpointer.finish()
-    checkpointer.finish()
-    engine.shutdown()
 
 
 @pytest.fixture(scope="module")
