@@ -12,6 +12,7 @@ from megadual import web
 from megadual.hf.folder import open_folder
 from megadual.testing.models import IMAGE_SIZE, write_export
 
+SETTLE_MS = 500  # what opens takes the page's values, and what is typed becomes one of them, a moment later
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
@@ -63,14 +64,17 @@ def test_drawing(browser, model):
     browser.get_by_role("tab", name="Draw").click()
     browser.fill("#prompt textarea", "two cats")
     browser.get_by_text("Sampling").locator("visible=true").click()
+    browser.wait_for_timeout(SETTLE_MS)
     browser.fill("#draw-seed input", "5")
     browser.get_by_role("spinbutton", name=re.compile("Images")).locator("visible=true").fill("2")
+    browser.wait_for_timeout(SETTLE_MS)
     browser.click("#draw")
     browser.wait_for_selector("#drawings img")
+    assert browser.get_by_text("seed 6").is_visible()
     shown = images_in(browser, "#drawings")
     expected = model.draw("two cats", n=2, seed=5)
     assert [image.convert("RGB").tobytes() for image in shown] == [image.tobytes() for image in expected]
-    assert browser.get_by_text("seed 6").is_visible() and shown[0].size == (IMAGE_SIZE, IMAGE_SIZE)
+    assert shown[0].size == (IMAGE_SIZE, IMAGE_SIZE)
 
 
 def test_describing(browser, model, picture, tmp_path):
