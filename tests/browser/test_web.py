@@ -44,6 +44,11 @@ def browser(address, chromium):
     assert asked and not outside
 
 
+def open_tab(browser, name: str) -> None:
+    browser.get_by_role("tab", name=name).click()
+    browser.wait_for_timeout(SETTLE_MS)
+
+
 def images_in(browser, place: str) -> list[Image.Image]:
     sources = [image.get_attribute("src") for image in browser.locator(f"{place} img").all()]
     return [Image.open(io.BytesIO(urllib.request.urlopen(source).read())) for source in sources]
@@ -61,7 +66,7 @@ def test_it_listens_on_this_machine_alone(address):
 
 
 def test_drawing(browser, model):
-    browser.get_by_role("tab", name="Draw").click()
+    open_tab(browser, "Draw")
     browser.fill("#prompt textarea", "two cats")
     browser.get_by_text("Sampling").locator("visible=true").click()
     browser.wait_for_timeout(SETTLE_MS)
@@ -78,7 +83,7 @@ def test_drawing(browser, model):
 
 
 def test_describing(browser, model, picture, tmp_path):
-    browser.get_by_role("tab", name="Describe").click()
+    open_tab(browser, "Describe")
     browser.click("#describe")
     browser.get_by_text("Choose an image first.").wait_for()
     browser.set_input_files("#shown input[type=file]", tmp_path / "picture.png")
@@ -98,7 +103,7 @@ def test_describing(browser, model, picture, tmp_path):
 
 
 def test_editing(browser, model, picture, tmp_path):
-    browser.get_by_role("tab", name="Edit").click()
+    open_tab(browser, "Edit")
     browser.set_input_files("#source input[type=file]", tmp_path / "picture.png")
     browser.wait_for_selector("#source img")
     browser.fill("#instruction textarea", "a tree")
@@ -116,7 +121,7 @@ def letters(text: str) -> str:
 
 
 def test_a_conversation_is_shown_and_goes_on(browser, model, picture, tmp_path):
-    browser.get_by_role("tab", name="Chat").click()
+    open_tab(browser, "Chat")
     browser.get_by_text("Sampling").locator("visible=true").click()
     browser.fill("#chat-seed input", "5")
     browser.set_input_files("#said input[type=file]", tmp_path / "picture.png")
