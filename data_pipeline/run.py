@@ -46,10 +46,13 @@ def tokenize(config: PipelineConfig) -> dict:
     write_quarantine(store, markers, failed)
     samples, quarantined = (sum(marker[name] for marker in markers.values()) for name in ("samples", "quarantined"))
     if quarantined > config.max_bad_fraction * samples:
+        worst, marker = max(markers.items(), key=lambda entry: entry[1]["quarantined"])
+        most = f"{store.url}/{worst}: {marker['quarantined']} of {marker['samples']}"
         raise UserError(
             f"{quarantined} of {samples} samples are unusable: {commonest_reason(store, markers)}. That is more than "
             f"max_bad_fraction={config.max_bad_fraction}; see {store.url}/quarantine.jsonl, then mend the inputs or "
-            "raise max_bad_fraction"
+            "raise max_bad_fraction. No input is read twice: to have one read again, mended or with another "
+            f"read.image_root, remove its folder (most are in {most})"
         )
     if len(failed) > config.max_bad_fraction * len(plan.inputs):
         reasons = "".join(f"\n  {url}: {error}" for url, error in failed.items())

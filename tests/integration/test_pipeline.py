@@ -413,7 +413,9 @@ def test_more_inputs_extend_the_set(inputs, cluster, tmp_path):
 
 
 def test_too_many_unusable_samples_stop_the_run(inputs, shards):
-    with pytest.raises(UserError, match=f'{BAD} of {SAMPLES} samples are unusable: once ".*".*quarantine.jsonl'):
+    with pytest.raises(
+        UserError, match=f'{BAD} of {SAMPLES} samples are unusable: once ".*".*quarantine.jsonl.*remove its folder'
+    ):
         tokenize(make_config(inputs, shards, "max_bad_fraction=0.01"))
 
 
