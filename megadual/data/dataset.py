@@ -140,7 +140,9 @@ class PackedDataset:
     def step(self, s: int) -> list[MicroBatch]:
         start, size = self.rows_before(s), self.micro_batch_size
         rows = [self.rows[start + r] for r in range(self.rows_per_step)]
-        own = [rows[r] for r in deal([self._drawn(row) for row in rows], self.dp_size)[self.dp_rank]]
+        own = rows
+        if self.dp_size > 1:
+            own = [rows[r] for r in deal([self._drawn(row) for row in rows], self.dp_size)[self.dp_rank]]
         return [self._read(own[i : i + size]) for i in range(0, len(own), size)]
 
     def _drawn(self, row: list[Piece]) -> float:
