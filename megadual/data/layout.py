@@ -72,9 +72,7 @@ class Reading(NamedTuple):
     drop_text: bool = False  # leave out what may be; of a pair, its caption where the image is drawn
     drop_image: bool = False
     caption: int = 0  # which one of a pair that has several
-    prompt: tuple[int, ...] | None = (
-        None  # what a pair that is looked at is asked, as text ids; None: no chat around it
-    )
+    prompt: tuple[int, ...] | None = None  # text ids that a pair that is looked at is asked; None: no chat around it
     loss: str = "assistant"  # turns with TurnBit.LOSS; or only the `last_turn` of them, or `full`: all text; or none
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from megadual.run.local import STORE
 from megadual.train.metrics import MetricsLog
 
 
-class Beside(Hook):
+class Beside(Hook, ABC):
     """Runs a module on a checkpoint at every so many steps; a subclass says which, and what is told of its product.
 
     It runs on the CPU at the lowest priority: so any layout of any engine will do, and no GPU memory is needed. Of the
@@ -29,13 +30,13 @@ class Beside(Hook):
         self.step = 0  # the last one done
         self.waiting: Path | None = None  # the newest checkpoint behind the one that is worked on
 
+    @abstractmethod
     def arguments(self, checkpoint: Path) -> list:
         """The module and its arguments."""
-        raise NotImplementedError
 
+    @abstractmethod
     def show(self, checkpoint: Path, entry: dict[str, Any] | None) -> None:
         """Tell of what was made of a checkpoint; `entry` is a step's line in metrics.jsonl, None at the end."""
-        raise NotImplementedError
 
     def after_checkpoint(self, checkpoint: Path) -> None:
         if self.every and int(checkpoint.name) % self.every == 0:
