@@ -59,7 +59,7 @@ setup(
         "demo": DEMO,
         "dev": DEV,
         "web": WEB,
-        "test": [*DEMO, *DEV, *S3_SERVER, *WEB, *BROWSER, "pytest>=8", "torchmetrics>=1.4"],
+        "test": [*DEMO, *DEV, *S3_SERVER, *WEB, *BROWSER, "pytest>=8", "pytest-timeout>=2.3", "torchmetrics>=1.4"],
         "gpu": ["flash-attn>=2.7"],
     },
 )

@@ -1,9 +1,12 @@
-"""What the forkserver imports once for all test processes."""
+"""What the forkserver imports once for all test processes: importing costs a rank more than the steps that it trains."""
 
 from megadual.engine import cpu
 
 cpu.install()
 
-import megatron.core.distributed  # noqa: E402, F401
-import megatron.core.optimizer  # noqa: E402, F401
 import megatron.core.pipeline_parallel  # noqa: E402, F401
+
+import megadual.engine.deepspeed  # noqa: E402, F401
+import megadual.engine.megatron  # noqa: E402, F401
+import megadual.testing.checkpoints  # noqa: E402, F401
+import megadual.vision.train  # noqa: E402, F401
