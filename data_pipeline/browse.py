@@ -5,9 +5,11 @@
 
 import argparse
 import base64
+import contextlib
 import io
 import json
 import sys
+import tempfile
 from collections import Counter
 from html import escape
 from pathlib import Path
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout goes before an installed package
 
+from megadual.data.cache import Cache  # noqa: E402
 from megadual.data.mds_reader import ShardSet  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
 from megadual.streams import Document, ImageUse, Role, SpecialIds, TurnBit  # noqa: E402
@@ -27,6 +30,7 @@ from megadual.vision import DualToken  # noqa: E402
 from megadual.vision.tokenizer import to_image  # noqa: E402
 
 DOCUMENTS_FOR_STATISTICS = 2000
+SHARDS_FETCHED = 8  # of a set at a URL: they are large, and documents are looked at from all over them
 REASONS_SHOWN = 20
 
 STYLE = """
@@ -182,18 +186,21 @@ def make_page(shards: ShardSet, dualtoken: DualToken, tokenizer, count: int, see
     """The set's page as HTML that needs no other file."""
     manifest = shards.manifest
     image_id = SpecialIds.of(tokenizer).image
-    measured = [shards[i] for i in choose(len(shards), DOCUMENTS_FOR_STATISTICS, seed)]
+    within = (
+        range(len(shards)) if shards.here else shards.documents_of(choose(len(shards.shards), SHARDS_FETCHED, seed))
+    )
+    shards.expect(within)
+    measured = [shards[within[i]] for i in choose(len(within), DOCUMENTS_FOR_STATISTICS, seed)]
     statistics = [
         (row["stream"], row["depth"], row["codes"], row["used"], f"{row['perplexity']:,.0f}")
         for row in code_statistics(measured, {s["name"]: s["codebook_size"] for s in manifest["dualtoken"]["streams"]})
     ]
-    chosen = tqdm(choose(len(shards), count, seed), desc="decode", unit="document", mininterval=1)
+    chosen = tqdm([within[i] for i in choose(len(within), count, seed)], desc="decode", unit="document", mininterval=1)
     samples = "".join(_article(shards[i], dualtoken, tokenizer, image_id) for i in chosen)
-    with open(shards.root / "quarantine.jsonl", encoding="utf-8") as lines:
-        reasons = Counter(json.loads(line)["reason"] for line in lines)
+    reasons = Counter(json.loads(line)["reason"] for line in shards.read("quarantine.jsonl").splitlines())
     quarantine = _table([(count, reason) for reason, count in reasons.most_common(REASONS_SHOWN)])
     config = escape(json.dumps(manifest["config"], indent=2, ensure_ascii=False))
-    title = escape(str(shards.root))
+    title = escape(shards.root)
     return (
         f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{STYLE}</style><h1>Shard set {title}</h1>{_table(facts(manifest))}"
@@ -208,17 +215,25 @@ def make_page(shards: ShardSet, dualtoken: DualToken, tokenizer, count: int, see
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Print a shard set's manifest and make a page of its samples.")
-    parser.add_argument("set", help="folder of the set")
+    parser.add_argument("set", help="folder or URL of the set")
     parser.add_argument("--output", default="page.html", help="the page")
     parser.add_argument("-n", type=int, default=32, help="samples on the page")
     parser.add_argument("--seed", type=int, default=0, help="which samples")
     parser.add_argument("--dualtoken", help="folder of the image tokenizer, where the manifest's is not here")
     parser.add_argument("--text-tokenizer", help="folder of the text tokenizer, likewise")
+    parser.add_argument("--cache", help="folder into which shards of a set at a URL come; none: a temporary one")
     args = parser.parse_args(argv)
-    if "://" in args.set:
-        raise UserError(f"'{args.set}' is a URL; copy the set, or some of its folders, to this machine first")
-    shards = ShardSet(args.set)
-    for name, value in facts(shards.manifest):
+    with tempfile.TemporaryDirectory() if args.cache is None else contextlib.nullcontext(args.cache) as cache:
+        browse(args, ShardSet(args.set, cache=Cache(cache)))
+
+
+def browse(args: argparse.Namespace, shards: ShardSet) -> None:
+    """Print the manifest and make the page."""
+    try:
+        lines = facts(shards.manifest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"'{shards.root}/manifest.json' is not what tokenize.py writes ({error!r})") from error
+    for name, value in lines:
         print(f"{name:16} {value}")
     dualtoken_path = args.dualtoken or shards.manifest["dualtoken"]["path"]
     if not Path(dualtoken_path).is_dir():

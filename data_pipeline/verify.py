@@ -6,7 +6,6 @@
 import argparse
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,47 +14,48 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout go
 
 from data_pipeline.manifest import make_index, summarise  # noqa: E402
 from data_pipeline.store import MARKER, Store, open_store  # noqa: E402
+from megadual.data.contents import Fields, listed_files  # noqa: E402
+from megadual.data.verification import compare  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
 
 
-def find_problems(store: Store, threads: int = 4) -> tuple[dict, list[str]]:
+def find_problems(store: Store) -> tuple[dict, list[str]]:
     """The set's manifest, and what does not hold; UserError where there is no finished set."""
     try:
-        manifest, index = json.loads(store.read("manifest.json")), store.read("index.json")
+        manifest, index = store.read("manifest.json"), store.read("index.json")
     except FileNotFoundError as error:
         raise UserError(f"no finished shard set in '{store.url}': {error}") from error
-    except ValueError as error:
-        raise UserError(f"'{store.url}/manifest.json' is not JSON: {error}") from error
-    markers = store.markers()
-    listed = {shard["folder"]: shard for shard in manifest["shards"]}
-    problems = [f"{name}: in the manifest, but it has no {MARKER}" for name in sorted(listed.keys() - markers.keys())]
+    except UnicodeDecodeError as error:
+        raise UserError(f"manifest.json or index.json of '{store.url}' is no text: {error}") from error
+    try:
+        markers = store.markers()
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"a {MARKER} of '{store.url}' is not valid JSON: {error}") from error
+    described = Fields.parse(manifest.encode(), f"{store.url}/manifest.json")
+    files = listed_files(described)
+    listed = {shard["folder"] for shard in described.values["shards"]}
+    problems = [f"{name}: in the manifest, but it has no {MARKER}" for name in sorted(listed - markers.keys())]
     problems += [
         f"{name}: committed, but not in the manifest; run data_pipeline/tokenize.py again"
-        for name in sorted(markers.keys() - listed.keys())
+        for name in sorted(markers.keys() - listed)
     ]
     markers = {name: marker for name, marker in markers.items() if name in listed}
-    for part, value in summarise(markers).items():
-        if manifest.get(part) != value:
+    try:
+        summary = summarise(markers)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"a {MARKER} of '{store.url}' is not what data_pipeline/tokenize.py writes: {error}") from error
+    for part, value in summary.items():
+        if described.values.get(part) != value:
             problems.append(f"manifest.json: its {part} are not what the folders' markers say")
-    files = [(f"{name}/{file['file']}", file["sha256"]) for name, shard in listed.items() for file in shard["files"]]
-
-    def compare(file: tuple[str, str]) -> str | None:
-        name, expected = file
-        try:
-            found = store.sha256(name)
-        except FileNotFoundError:
-            return f"{name}: does not exist"
-        return None if found == expected else f"{name}: sha256 {found[:16]}, its marker says {expected[:16]}"
-
-    with ThreadPoolExecutor(threads) as pool:
-        bar = tqdm(pool.map(compare, files), total=len(files), desc="verify", unit="file", mininterval=1)
-        problems += [problem for problem in bar if problem]
+    compared = compare(files.items(), store.sha256)
+    bar = tqdm(compared, total=len(files), desc="verify", unit="file", mininterval=1)
+    problems += [problem for problem in bar if problem]
     try:
         if make_index(store, markers) != index:
             problems.append("index.json: not what the folders' index.json files add up to")
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         problems.append(f"index.json of a folder: {error}")
-    return manifest, problems
+    return described.values, problems
 
 
 @command

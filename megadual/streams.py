@@ -74,6 +74,8 @@ class ImageUse(IntFlag):
 
 
 _EITHER = int(ImageUse.EITHER)
+_USES = {use | extra for use in (1, 2, 3) for extra in (0, int(ImageUse.DROPPABLE))}
+_TURN_BITS = int(TurnBit.LOSS | TurnBit.DROPPABLE)
 
 # One MDS row is one document; the encodings are mosaicml-streaming's names. Beside these columns each stream has one.
 COLUMNS = {
@@ -85,6 +87,9 @@ COLUMNS = {
     "meta": "json",
 }
 CODES = "ndarray:uint16"
+
+
+_SHAPES = (), (3,), (2,), ()  # of text_ids, turns, grids and image_use behind their first axis
 
 
 def check_stream_names(names: Iterable[str]) -> None:
@@ -250,6 +255,12 @@ class Document:
 
     def check(self, special: SpecialIds) -> "Document":
         """Raise ValueError, naming the document, where its columns do not fit together."""
+        shapes = self.text_ids.shape[1:], self.turns.shape[1:], self.grids.shape[1:], self.image_use.shape[1:]
+        if shapes != _SHAPES:
+            raise ValueError(
+                f"document '{self.key}': text_ids, turns, grids and image_use of shapes {self.text_ids.shape}, "
+                f"{self.turns.shape}, {self.grids.shape} and {self.image_use.shape}"
+            )
         images, positions = np.count_nonzero(self.text_ids == special.image), self.positions
         if images != len(self.grids):
             raise ValueError(f"document '{self.key}': {images} image tokens in the text, {len(self.grids)} grids")
@@ -261,15 +272,19 @@ class Document:
                 )
         if len(self.image_use) != images:
             raise ValueError(f"document '{self.key}': uses of {len(self.image_use)} images, there are {images}")
+        for use in self.image_use.tolist():
+            if use not in _USES:
+                raise ValueError(f"document '{self.key}': image_use has the unknown value {use}")
         turns, begin, captions = self.turns.tolist(), 0, 0
-        for end, role, _ in turns:
+        for end, role, bits in turns:
             if end < begin:
                 break
-            if role >= _ROLES:
-                raise ValueError(f"document '{self.key}': a turn of the unknown role {role}")
+            if role >= _ROLES or bits > _TURN_BITS:
+                unknown = f"role {role}" if role >= _ROLES else f"bits {bits}"
+                raise ValueError(f"document '{self.key}': turns has one of the unknown {unknown}")
             begin = end
             captions += role == _CAPTION
-        if begin != len(self.text_ids):
+        if begin != len(self.text_ids) or not turns:
             ends = [end for end, _, _ in turns]
             raise ValueError(f"document '{self.key}': turns end at {ends}, the text has {len(self.text_ids)} ids")
         if captions:

@@ -30,6 +30,7 @@ def main() -> None:
     from megadual.engine import cpu
 
     cpu.install()
+    from megadual.data.verification import verify
     from megadual.run.session import session
     from megadual.train import setup
     from megadual.train.loop import Loop
@@ -44,6 +45,11 @@ def main() -> None:
     if not launched:  # DeepSpeed asks for these
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     with session(run.run, run) as opened:
+        if run.data.verify:
+            sets = [source.documents for source in inputs.sets + inputs.validation]
+            files = verify(sets, opened.ranks, opened.beat)
+            if opened.ranks.main:
+                print(f"verified: {files:,} files of the shard sets are as they say", flush=True)
         engine = setup.engine(run, layout, inputs.vocabulary)
         opened.at_end(engine.shutdown)
         data = setup.dataset(run, inputs.sets, inputs.marks, layout, engine.data_rank)

@@ -3,19 +3,25 @@
 Shape suffixes: T flattened positions of a micro-batch (rows x seq_len), D code depth of a stream, n documents.
 """
 
+import itertools
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from typing import NoReturn
 
 import numpy as np
 import torch
 
+from megadual.data.contents import AGAIN
 from megadual.data.dealing import deal
 from megadual.data.layout import IGNORE, Sequence, lay_out
 from megadual.data.packing import PackedRows, Piece
 from megadual.data.source import Source
 from megadual.errors import UserError
-from megadual.streams import LENGTHS, Marks, SpecialIds
+from megadual.streams import CAPTIONS, LENGTHS, Marks, SpecialIds
+
+STEPS_AHEAD = 4  # whose files are fetched out of a store
 
 
 @dataclass
@@ -109,6 +115,10 @@ class PackedDataset:
                 f"train.micro_batch_size({micro_batch_size}) x data-parallel({dp_size})"
             )
         self.sets = [source.documents for source in sources]
+        self.remote = [documents for documents in self.sets if not documents.here]
+        self.depths = {stream.name: stream.depth for stream in sources[0].streams}
+        sizes = {"text_ids": sources[0].text_size, **{each.name: each.codebook_size for each in sources[0].streams}}
+        self.limits = {column: size for column, size in sizes.items() if size is not None}
         self.rows = PackedRows(sources, marks, seq_len, seed)
         self.seq_len, self.micro_batch_size, self.marks = seq_len, micro_batch_size, marks
         self.rows_per_step = rows_per_step
@@ -138,12 +148,31 @@ class PackedDataset:
         return self.rows.resume(position)
 
     def step(self, s: int) -> list[MicroBatch]:
-        start, size = self.rows_before(s), self.micro_batch_size
+        rows = self._own_rows(s)
+        self._expect(rows)
+        return self._batches(rows)
+
+    def _own_rows(self, s: int) -> list[list[Piece]]:
+        """The rows of step s that this rank reads."""
+        start = self.rows_before(s)
         rows = [self.rows[start + r] for r in range(self.rows_per_step)]
-        own = rows
-        if self.dp_size > 1:
-            own = [rows[r] for r in deal([self._drawn(row) for row in rows], self.dp_size)[self.dp_rank]]
-        return [self._read(own[i : i + size]) for i in range(0, len(own), size)]
+        if self.dp_size == 1:
+            return rows
+        return [rows[r] for r in deal([self._drawn(row) for row in rows], self.dp_size)[self.dp_rank]]
+
+    def _batches(self, rows: list[list[Piece]]) -> list[MicroBatch]:
+        size, batches = self.micro_batch_size, []
+        for i in range(0, len(rows), size):
+            batches.append(self._read(rows[i : i + size]))
+            for documents in self.remote:
+                documents.let_go()
+        return batches
+
+    def _expect(self, rows: list[list[Piece]]) -> None:
+        """Have what these rows are read from fetched, where it is in a store."""
+        for index, documents in enumerate(self.sets):
+            if documents in self.remote:
+                documents.expect(piece.document for row in rows for piece in row if piece.set == index)
 
     def _drawn(self, row: list[Piece]) -> float:
         """About how many of a row's positions are drawn."""
@@ -152,13 +181,25 @@ class PackedDataset:
 
     def row_of(self, index: int, k: int) -> MicroBatch:
         """Row k of those of the set number `index`."""
-        return self._read([self.rows.sets[index][k]])
+        row = self.rows.sets[index][k]
+        self._expect([row])
+        return self._read([row])
 
     def iterate(self, start_step: int = 0) -> Iterator[tuple[list[MicroBatch], dict]]:
-        """Steps from `start_step` on, each read one step ahead in a thread, and the position after each."""
+        """Steps from `start_step` on, each read one step ahead in a thread, and the position after each.
+
+        What sets in stores need for `STEPS_AHEAD` more steps is fetched meanwhile.
+        """
+        known: deque[tuple[list[list[Piece]], dict]] = deque()  # steps from the next one on: rows, the position after
+        more = STEPS_AHEAD if self.remote else 0
 
         def read(s: int) -> tuple[list[MicroBatch], dict]:
-            return self.step(s), self.rows.position(self.rows_before(s + 1))
+            while len(known) <= more:
+                later = s + len(known)
+                known.append((self._own_rows(later), self.rows.position(self.rows_before(later + 1))))
+            self._expect([row for rows, _ in known for row in rows])
+            rows, position = known.popleft()
+            return self._batches(rows), position
 
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as reader:
             ahead = reader.submit(read, start_step)
@@ -175,14 +216,18 @@ class PackedDataset:
             for piece in row:
                 document = self.sets[piece.set][piece.document]
                 if whole is None:
-                    whole = Sequence.padding(len(rows) * self.seq_len, document.depths, marks)
+                    whole = Sequence.padding(len(rows) * self.seq_len, self.depths or document.depths, marks)
                 try:
                     document.check(marks)
                     end = lay_out(document, marks, piece.reading, whole, begin)
                     if end > (i + 1) * self.seq_len:
-                        raise ValueError(f"document '{document.key}' is longer than its folder's {LENGTHS} says")
+                        raise IndexError
+                except IndexError as error:
+                    raise UserError(
+                        f"{self._where(piece)}: not as its folder's {LENGTHS} and {CAPTIONS} say"
+                    ) from error
                 except ValueError as error:
-                    raise UserError(f"shard set '{self.sets[piece.set].root}': {error}") from error
+                    raise UserError(f"{self._where(piece)}: {error}") from error
                 keys.append(document.key)
                 lengths.append(end - begin)
                 begin = end
@@ -190,4 +235,29 @@ class PackedDataset:
                 keys.append("")
                 lengths.append(rest)
         assert whole is not None  # a row has a document
+        if self._out_of_range(whole.largest()):
+            self._refuse(rows)
         return _micro_batch(whole, lengths, marks, keys)
+
+    def _out_of_range(self, largest: dict[str, int]) -> str | None:
+        """The column whose largest value the model has no vector for."""
+        return next((column for column, size in self.limits.items() if largest[column] >= size), None)
+
+    def _refuse(self, rows: list[list[Piece]]) -> NoReturn:
+        """UserError that names the document, of these rows, with a value out of range.
+
+        Looked for only when a micro-batch has one: comparing each document would take longer than reading it.
+        """
+        for piece in itertools.chain.from_iterable(rows):
+            document = self.sets[piece.set][piece.document]
+            values = {"text_ids": document.text_ids, **document.codes}
+            largest = {column: int(array.max(initial=0)) for column, array in values.items()}
+            if column := self._out_of_range(largest):
+                raise UserError(
+                    f"{self._where(piece)}, '{document.key}', is damaged: {column} has the value {largest[column]:,}, "
+                    f"the model has {self.limits[column]:,}, from 0 on; {AGAIN}"
+                )
+        raise AssertionError("a value out of range that is in no document")
+
+    def _where(self, piece: Piece) -> str:
+        return self.sets[piece.set].where(piece.document)

@@ -48,6 +48,13 @@ class Sequence:
             draw=np.zeros(length, dtype=bool),
         )
 
+    def largest(self) -> dict[str, int]:
+        """The largest text id and code of each stream, by the column of a document that it comes from."""
+        return {
+            "text_ids": int(self.tokens.max()),
+            **{stream: int(codes.max()) for stream, codes in self.codes.items()},
+        }
+
     @classmethod
     def joined(cls, sequences: "list[Sequence]") -> "Sequence":
         """Sequences of the same streams, laid end to end."""

@@ -1,5 +1,6 @@
 """Small shard sets of random codes, for tests."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -109,8 +110,9 @@ def write_shard_set(
         for document in documents:
             writer.write(document.row())
             lengths.add(document)
-    lengths.save(root / "part")
+    noted = lengths.save(root / "part")
     index = json.loads((root / "part" / "index.json").read_text())
+    written = [shard["raw_data"]["basename"] for shard in index["shards"]]
     for shard in index["shards"]:
         shard["raw_data"]["basename"] = f"part/{shard['raw_data']['basename']}"
     (root / "index.json").write_text(json.dumps(index))
@@ -119,8 +121,13 @@ def write_shard_set(
         "documents": len(documents),
         "images": sum(len(document.grids) for document in documents),
         "positions": sum(document.positions for document in documents),
+        "shards": [{"folder": "part", "files": _hashed(root / "part", [*written, *noted])}],
         "dualtoken": {"fingerprint": "none", "path": "random", **(dualtoken or {})},
         "text_tokenizer": {"fingerprint": "none", "path": "random", **(text_tokenizer or {})},
     }
     (root / "manifest.json").write_text(json.dumps(manifest))
     return root
+
+
+def _hashed(folder: Path, names: list[str]) -> list[dict]:
+    return [{"file": name, "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()} for name in names]

@@ -79,7 +79,7 @@ def golden_run(folder: Path, shards: Path, engine: str, steps: int) -> PretrainC
 def inputs_of(run: PretrainConfig, streams: list[Stream] = STREAMS) -> setup.Inputs:
     """What `setup.read_inputs` returns where the run's DualToken has `streams`; resolves the run's stages."""
     streams = setup.choose_streams(streams, run.model.streams)
-    sets, held_out = setup.open_sets(run, None, [stream.name for stream in streams])
+    sets, held_out = setup.open_sets(run, None, streams)
     inputs = setup.Inputs(sets, SPECIAL, vocabulary(streams), held_out)
     setup.resolve_stages(run, inputs)
     return inputs

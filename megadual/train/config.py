@@ -15,7 +15,7 @@ from megadual.run import config as shared
 class SetConfig:
     """One shard set and how it is read. A path alone may stand for it."""
 
-    path: str = key(about="shard set made by data_pipeline/tokenize.py")
+    path: str = key(about="shard set made by data_pipeline/tokenize.py: a folder, or a URL (s3://...)")
     weight: float | None = key(None, "its share of the rows; null for all sets: by their positions", over=0)
     draw: float = key(0.5, "share drawn of the images that may be drawn or looked at: of pairs, pages", least=0, most=1)
     loss: str = key(
@@ -44,9 +44,28 @@ class DataConfig:
     validation: list[SetConfig] = key([], "shard sets that are held out, whose mean losses are logged as val_loss")
     validation_every: int | None = key(None, "steps between them; the last step has them too; null: it alone", least=1)
     validation_rows: int = key(256, "packed rows of them, the same ones each time; fewer are read again", least=1)
+    cache: str | None = key(
+        None, "folder on each node's own disk into which shards of sets at URLs come, once a node; needed for those"
+    )
+    cache_gb: float | None = key(
+        None,
+        "GB of it at most, the oldest shards are evicted; give it room for all sets, which are read all over; null: no "
+        "bound",
+        over=0,
+    )
+    verify: bool = key(
+        False, "before training, hash all files of sets on disks and compare with what the sets say, shared among ranks"
+    )
+
+    @property
+    def urls(self) -> list[str]:
+        """The sets that are not on a disk."""
+        return [each.path for each in self.sets + self.validation if "://" in each.path]
 
     def check(self) -> None:
         """UserError for settings of sets that do not go together."""
+        if self.urls and self.cache is None:
+            raise UserError(f"data.sets: '{self.urls[0]}' is a URL: give data.cache, a folder on each node's own disk")
         weighted = [each for each in self.sets if each.weight is not None]
         if weighted and len(weighted) < len(self.sets):
             path = next(each.path for each in self.sets if each.weight is None)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+from megadual.data.cache import Cache
 from megadual.data.dataset import PackedDataset
 from megadual.data.source import Source
 from megadual.engine import choose
@@ -49,7 +50,7 @@ def read_inputs(run: PretrainConfig) -> Inputs:
     check_losses(run, names)
     if run.checkpoint.start:
         resolve_checkpoint(run.checkpoint.start)
-    sets, held_out = open_sets(run, tokenizer, names)
+    sets, held_out = open_sets(run, tokenizer, streams)
     for source in sets + held_out:
         source.documents.check(
             codebooks.fingerprint, run.model.dualtoken, fingerprint(tokenizer), run.model.text_tokenizer
@@ -67,11 +68,12 @@ def check_detector(run: PretrainConfig) -> None:
         raise UserError(f"run.evaluate_detector={detector} is no file; make it with megadual.evaluate train-detector")
 
 
-def open_sets(run: PretrainConfig, tokenizer, streams: list[str]) -> tuple[list[Source], list[Source]]:
+def open_sets(run: PretrainConfig, tokenizer, streams: list[Stream]) -> tuple[list[Source], list[Source]]:
     """The run's shard sets, of training and held out, with the codes of `streams`."""
     data = run.data
+    cache = Cache(data.cache, data.cache_gb) if data.urls else None
     train, held_out = (
-        [Source.open(each, tokenizer, streams) for each in sets] for sets in (data.sets, data.validation)
+        [Source.open(each, tokenizer, streams, cache) for each in sets] for sets in (data.sets, data.validation)
     )
     return train, held_out
 

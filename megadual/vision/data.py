@@ -10,7 +10,6 @@ import io
 import math
 import random
 import tarfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,15 +26,13 @@ from webdataset.tariterators import group_by_keys
 
 from megadual.errors import UserError
 from megadual.keys import key
+from megadual.steady_file import SteadyFile
 from megadual.tars import tar_members
 
 from .tokenizer import centre_crop, to_rgb, to_tensor
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 LOG_ASPECT = math.log(4 / 3)
-# Seconds behind each failed try to read from a shard: minutes, but fewer than other ranks wait for one (NCCL: 10).
-RETRY_PAUSES = (1, 5, 20, 60, 120)
-PIECE = 1 << 20  # bytes
 
 
 @dataclass
@@ -85,60 +82,6 @@ def _matches(name: str) -> list[str]:
         raise UserError(f"shards '{name}' can't be listed: {type(error).__name__}: {error}") from error
 
 
-class Shard:
-    """A shard's bytes in order. A store that fails is asked again for minutes, from the byte that was due.
-
-    UserError where the store knows no such shard. OSError where it goes on failing: a later start may read on.
-    """
-
-    def __init__(self, url: str):
-        self.url, self.position, self.file = url, 0, None
-
-    def read(self, size: int) -> bytes:
-        for pause in (*RETRY_PAUSES, None):
-            try:
-                if self.file is None:
-                    self._open()
-                data = self.file.read(size)
-                if not data and self.url.startswith("pipe:"):
-                    self.file.wait_for_child()  # raises where the command failed: this is not the shard's end then
-                self.position += len(data)
-                return data
-            except Exception as error:  # every store has errors of its own; HTTP's says why in its cause
-                problem = error.__cause__ or error
-            self.close()
-            told = f"shard '{self.url}' can't be read: {type(problem).__name__}: {problem}"
-            missing = isinstance(problem, FileNotFoundError) or getattr(problem, "status", None) == 404
-            if missing and "://" in self.url:  # it may never have been there; a path was, when shards were listed
-                raise UserError(told)
-            if pause is not None:
-                warnings.warn(f"{told}; the next try is in {pause} s", stacklevel=2)
-                time.sleep(pause)
-        raise OSError(told)
-
-    def _open(self) -> None:
-        """`file`, where reading was."""
-        left = self.position
-        if self.url.startswith("pipe:"):
-            self.file = wds.gopen(self.url)
-        else:
-            self.file = fsspec.open(self.url, "rb").open()
-            with contextlib.suppress(ValueError):  # of a server that sends whole files only
-                self.file.seek(left)
-                left = 0
-        while left:
-            piece = self.file.read(min(left, PIECE))
-            if not piece:
-                raise OSError(f"it ends before byte {self.position}, up to which it was read before")
-            left -= len(piece)
-
-    def close(self) -> None:
-        file, self.file = self.file, None
-        if file:
-            with contextlib.suppress(Exception):  # its bytes are read, or it has failed before
-                file.close()
-
-
 def random_crop(image: Image.Image, size: int, min_area: float, rng: random.Random) -> Image.Image:
     """A crop of `min_area` to all of the area and of aspect 3:4 to 4:3, resized to a square (bicubic), no flip.
 
@@ -186,7 +129,7 @@ def shard_samples(shards: list[str]) -> Iterator[dict]:
 def _members(shards: list[str]) -> Iterator[dict]:
     for url in shards:
         try:
-            with contextlib.closing(Shard(url)) as stream:
+            with contextlib.closing(SteadyFile(url)) as stream:
                 yield from tar_members(stream, url)
         except tarfile.TarError as error:
             warnings.warn(f"shard '{url}' is damaged, the rest of it is left out: {error}", stacklevel=2)

@@ -30,6 +30,7 @@ from data_pipeline.plan import make_plan
 from data_pipeline.run import main, tokenize
 from megadual.cluster import worker_count
 from megadual.config import load_config
+from megadual.data.cache import Cache
 from megadual.data.mds import StreamingDataset
 from megadual.data.mds_reader import ShardSet
 from megadual.errors import UserError
@@ -340,6 +341,13 @@ def test_from_bucket_to_bucket(inputs, shards, cluster, s3, tmp_path):
     for key, row in rows.items():
         for column in ("text_ids", "semantic", "pixel", "grids"):
             assert np.array_equal(row[column], expected[key][column])
+
+    in_store, on_disk = ShardSet(f"{s3}/set", cache=Cache(tmp_path / "trainer")), ShardSet(shards)
+    known = {document.key: document for document in (on_disk[i] for i in range(len(on_disk)))}
+    for document in (in_store[i] for i in range(len(in_store))):
+        assert np.array_equal(document.codes["pixel"], known[document.key].codes["pixel"])
+    browse.main([f"{s3}/set", "--output", str(tmp_path / "page.html"), "-n", "3"])
+    assert (tmp_path / "page.html").read_text().count("<article>") == 3
 
     with pytest.raises(UserError, match="cannot write to 's3://nowhere/set'"):
         tokenize(dataclasses.replace(config, output="s3://nowhere/set"))

@@ -52,7 +52,10 @@ def pretrain(*arguments, ok=True):
 def test_trains_and_resumes(inputs, tmp_path):
     run = [*inputs, f"run.dir={tmp_path}", "parallel.pipeline=2"]
     pretrain(*run, "train.steps=2")
-    pretrain(*run, "train.steps=4")
+    # Gone on with the same set at a URL: the same rows.
+    at_url = f"data.sets=[file://{inputs[1].parent}/shards]", f"data.cache={tmp_path}/cache"
+    resumed = pretrain(*run, "train.steps=4", *at_url)
+    assert "not as in" not in resumed.stderr and len(list((tmp_path / "cache").iterdir())) >= 3
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert steps[-1]["loss_text"] < steps[0]["loss_text"]
@@ -62,7 +65,8 @@ def test_trains_and_resumes(inputs, tmp_path):
         "tokens", "tokens_per_s", "model_tflops", "mfu", "fill", "data_wait_s",
     }  # fmt: skip
     assert (tmp_path / "checkpoints" / "latest").read_text() == "00000004"
-    again = pretrain(*run, "train.steps=5", "train.global_batch_tokens=512", "train.seed=7")
+    again = pretrain(*run, "train.steps=5", "train.global_batch_tokens=512", "train.seed=7", "data.verify=true")
+    assert "verified: " in again.stdout
     assert "not as in" in again.stderr and "goes on at row" in again.stderr
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["tokens"] == 4 * 256 + 512

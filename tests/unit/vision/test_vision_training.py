@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from megadual import steady_file
 from megadual.config import load_config
 from megadual.errors import UserError
 from megadual.run.ranks import Ranks
@@ -139,9 +140,9 @@ def test_remote_shards_equal_local_ones(corpus, server):
 
 def test_shards_that_cannot_be_read_are_named(server, monkeypatch):
     """What the store does not have is a mistake, at once; a store that is away may come back for a later start."""
-    monkeypatch.setattr(data, "RETRY_PAUSES", (0, 0))
+    monkeypatch.setattr(steady_file, "RETRY_PAUSES", (0, 0))
     url, _ = server
-    with warnings.catch_warnings(), pytest.raises(UserError, match=f"shard '{url}/none.tar' can't be read: .*404"):
+    with warnings.catch_warnings(), pytest.raises(UserError, match=f"'{url}/none.tar' can't be read: .*404"):
         warnings.simplefilter("error")  # no further try
         read_pairs(f"{url}/none.tar", 16)
     with pytest.warns(UserWarning, match="next try"), pytest.raises(OSError, match="127.0.0.1:1/x.tar' can't be read"):
@@ -156,8 +157,8 @@ class Store:
     def __init__(self, monkeypatch, openings: int, every: int, seekable: bool):
         self.openings, self.every, self.seekable, self.failures, self.served = openings, every, seekable, 0, 0
         self.waits = []
-        monkeypatch.setattr(data.fsspec, "open", lambda url, mode: SimpleNamespace(open=partial(self.open, url)))
-        monkeypatch.setattr(data.time, "sleep", self.waits.append)
+        monkeypatch.setattr(steady_file.fsspec, "open", lambda url, mode: SimpleNamespace(open=partial(self.open, url)))
+        monkeypatch.setattr(steady_file.time, "sleep", self.waits.append)
 
     def fail(self):
         self.failures += 1
@@ -216,7 +217,7 @@ def test_a_listed_shard_is_asked_for_for_minutes_then_the_run_may_start_again(co
 
 
 def test_a_command_that_fails_is_run_again(large, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(steady_file.time, "sleep", lambda seconds: None)
     shard = large.replace("*", "00000")
     local, captions = read_pairs(shard, 16)
     command = f"test -e {tmp_path}/tried && cat {shard} || (touch {tmp_path}/tried; head -c 40000 {shard}; exit 3)"
