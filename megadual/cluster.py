@@ -193,9 +193,7 @@ class WorkerPool:
         elif time.monotonic() - self.last_answer > SECONDS_BEFORE_WORD:
             self.last_answer = time.monotonic()
             if not self.can_grow and not room(self.workers):
-                raise UserError(
-                    f"workers: the cluster has lost its nodes ({resources(self.workers)}); run again to go on"
-                )
+                raise UserError(f"workers: the cluster has lost its nodes: {resources(self.workers)}; run again")
             self.board.message(f"waiting for a worker: {resources(self.workers)}")
 
 

@@ -15,7 +15,7 @@ SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes on a shard
 PIECE = 1 << 20
 SAMPLE_BYTES = 1 << 27  # of a sample's members
 HEADER_BYTES = 1 << 20  # of a header that holds a long name or the like
-HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *tarfile.GNU_TYPES)
+HEADERS = (b"x", b"g", b"X", b"L", b"K")  # their types
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
