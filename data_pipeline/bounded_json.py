@@ -8,7 +8,7 @@ from typing import Any
 
 PIECE = 1 << 20  # bytes or characters, read at a time
 MARKS = 1 << 21  # brackets, braces and commas of one sample: each may stand for a value of 100 bytes
-MANY = f"it has more than {MARKS} values"
+MANY = "it has too many values"
 TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)  # a whole string, or a mark
 NO_SPACE = re.compile(r"[^ \t\n\r]")
 
