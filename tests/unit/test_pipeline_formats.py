@@ -794,7 +794,7 @@ def test_dry_run_says_what_each_input_is(tokenizers, tmp_path):
     said = describe(plan_config, make_plan(plan_config))
     assert "chat.jsonl  0.0 MB  to do: messages\n" in said
     assert "to do: 2 text, 1 unusable: it can be read as messages or as text; say which: read.format=messages\n" in said
-    assert "none.jsonl  0.0 MB  to do: empty\n" in said
+    assert "none.jsonl  0.0 MB  to do: unusable: the file is empty: it has 0 bytes\n" in said
 
 
 @pytest.mark.parametrize(
