@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -165,3 +166,14 @@ def test_one_run_is_at_a_set(config, tmp_path):
         assert working.exists()
     run.tokenize(config())
     assert not working.exists()
+
+
+def test_inputs_that_hold_nothing_are_told_by_the_dry_run(config, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "in" / f"{name}.jsonl").write_bytes(b"")
+    said = describe(config(), make_plan(config()))
+    assert "a.jsonl  0.0 MB  to do: unusable: the file is empty: it has 0 bytes\n" in said
+    assert re.search(r"no estimate: '.*a.jsonl' is empty$", said)
+    (tmp_path / "in" / "folder.jsonl").mkdir()
+    said = describe(config(), make_plan(config()))
+    assert re.search(r"folder.jsonl .*cannot be read now: IsADirectoryError(.|\n)*no estimate: IsADirectoryError", said)
