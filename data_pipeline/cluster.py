@@ -25,6 +25,7 @@ def encode_all(config: PipelineConfig, plan: Plan, board: Board, can_grow: bool)
         begin=lambda worker, shard: worker.encode_shard.options(num_returns="streaming").remote(shard),
         todo=plan.todo,
         board=board,
+        can_grow=can_grow,
     )
     try:
         for _ in range(worker_count(config.workers, len(plan.todo), can_grow)):

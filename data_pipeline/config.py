@@ -2,7 +2,9 @@
 
 from dataclasses import asdict, dataclass, field
 
+from megadual.images import FORMATS as IMAGE_FORMATS
 from megadual.keys import key
+from megadual.tars import SAMPLE_BYTES
 
 FORMATS = ("auto", "conversations", "messages", "cauldron", "interleaved", "mmc4", "edit", "edit_list", "pair", "text")
 
@@ -28,6 +30,15 @@ class ReadConfig:
         ["txt", "caption", "captions"], "names of its captions, likewise; `json:NAME` for a field of a tar's JSON"
     )
     text: str = key("text", "name of the text of documents without images")
+    image_formats: list[str] = key(
+        [*IMAGE_FORMATS], "as PIL names them; an image of any other is unusable, and its decoder never runs"
+    )
+    max_bytes: int = key(
+        SAMPLE_BYTES,
+        "of one sample (a tar's members of one key, a line or an entry of JSON) and of what a parquet file's row group "
+        "may grow by when it is unpacked beyond the usual; larger ones are refused unread, as bombs",
+        least=1,
+    )
 
 
 @dataclass
@@ -88,6 +99,12 @@ class PipelineConfig:
     max_bad_fraction: float = key(
         0.05, "of the samples read, and of the input shards; more failures stop the run", least=0, most=1
     )
+    changed: str = key(
+        "refuse",
+        "inputs that are not as they were when they were read: refuse stops and names them, redo reads them again, "
+        "keep leaves what was made of them",
+        choices=("refuse", "redo", "keep"),
+    )
     read: ReadConfig = field(default_factory=ReadConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
@@ -97,5 +114,6 @@ class PipelineConfig:
         """The settings that decide a shard's bytes; a set holds shards of one recipe only."""
         read = asdict(self.read)
         del read["image_root"]  # a place, as `inputs` are
+        del read["max_bytes"]  # of the machine: may be raised for one input that needs it
         sections = {"read": read, "filters": asdict(self.filters), "encode": asdict(self.encode)}
         return {**sections, "precision": "bf16" if self.workers.gpus else "fp32"}

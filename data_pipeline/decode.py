@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.config import EncodeConfig, FilterConfig
 from data_pipeline.documents import LeftOut, RawDocument, RawImage, Unusable, join
+from megadual.images import FORMATS, open_image
 from megadual.streams import ImageUse, Role, TurnBit
 from megadual.vision.tokenizer import to_rgb
 
@@ -50,23 +51,23 @@ class Decoded:
 
 
 @contextlib.contextmanager
-def _unusable_where_broken() -> Iterator[None]:
+def unusable_where_broken() -> Iterator[None]:
     """Unusable for all that PIL raises on broken data, so that one image costs its sample and not its shard."""
     try:
         yield
     except Unusable:
         raise
     except UnidentifiedImageError as error:
-        raise Unusable("not an image that can be read") from error
+        raise Unusable("not an image of any of read.image_formats") from error
     except Image.DecompressionBombError as error:
         raise Unusable(f"the image is too large: {error}") from error
     except Exception as error:
         raise Unusable(f"the image is broken: {str(error) or type(error).__name__}") from error
 
 
-def _image(data: bytes, max_pixels: int) -> Image.Image:
-    with _unusable_where_broken():
-        image = Image.open(io.BytesIO(data))
+def _image(data: bytes, max_pixels: int, formats: Iterable[str]) -> Image.Image:
+    with unusable_where_broken():
+        image = open_image(io.BytesIO(data), formats)
         if image.width * image.height > max_pixels:
             raise Unusable(f"the image has {image.width} x {image.height} pixels, more than max_pixels {max_pixels}")
         image.load()
@@ -104,13 +105,15 @@ def _filter_captions(turns: list[DecodedTurn], filters: FilterConfig) -> tuple[l
     return [DecodedTurn(Role.CAPTION, each, turns[0].bits) for each in parts], left_out
 
 
-def decode(document: RawDocument, filters: FilterConfig, encode: EncodeConfig) -> Decoded:
+def decode(
+    document: RawDocument, filters: FilterConfig, encode: EncodeConfig, formats: Iterable[str] = FORMATS
+) -> Decoded:
     """Decode and filter one document; Unusable or LeftOut say why there is none."""
     document.load()
     sizes, left_out, captions = [], Counter(document.left_out_images), Counter()
 
     def decoded(part: RawImage) -> DecodedImage | None:
-        image = _image(part.load(), encode.max_pixels)
+        image = _image(part.load(), encode.max_pixels, formats)
         try:
             _filter_image(image, filters)
         except LeftOut as reason:
@@ -119,7 +122,7 @@ def decode(document: RawDocument, filters: FilterConfig, encode: EncodeConfig) -
             left_out[str(reason)] += 1
             return None
         sizes.append(list(image.size))
-        with _unusable_where_broken():
+        with unusable_where_broken():
             return DecodedImage(to_rgb(image), part.use)
 
     turns = []

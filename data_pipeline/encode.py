@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from data_pipeline.config import PipelineConfig
-from data_pipeline.decode import Decoded, decode
+from data_pipeline.decode import Decoded, decode, unusable_where_broken
 from data_pipeline.documents import LeftOut, RawDocument, Unusable
 from data_pipeline.formats import to_document
 from data_pipeline.image_root import open_image_root
 from data_pipeline.images import Codes, ImageEncoder
 from data_pipeline.readers import InputShard, read_samples
+from data_pipeline.source import source_entry
 from data_pipeline.store import open_store
 from data_pipeline.writer import ShardWriter
 from megadual.streams import Document, Marks
@@ -64,8 +65,9 @@ class Encoder:
 
         A batch is written while the device computes the one behind it.
         """
+        source, streams = source_entry(shard, self.config.read.image_root), self.images.config.streams
         with ShardWriter(
-            self.store, shard, self.identity, self.images.config.streams, self.marks, self.config.encode.shard_bytes
+            self.store, source, self.identity, streams, self.marks, self.config.encode.shard_bytes
         ) as writer:
             ahead = None
             for batch, position in self.batches(shard):
@@ -112,7 +114,7 @@ class Encoder:
     def _decoded(self, shard: InputShard) -> Iterator[tuple[str, Outcome, int]]:
         """(key, outcome, bytes read) of each sample, decoded ahead by threads: two batches of images at most."""
         ahead, weight, seen = deque(), 0, set()
-        images = open_image_root(self.config.read.image_root, shard.name)
+        images = open_image_root(self.config.read, shard.name)
 
         def first(outcome: Outcome | Future) -> Outcome:
             """The outcome, unless an earlier sample was the same."""
@@ -124,7 +126,7 @@ class Encoder:
             seen.update([digest] if digest else [])
             return outcome
 
-        for sample, position in read_samples(shard):
+        for sample, position in read_samples(shard, self.config.read.max_bytes):
             try:
                 document = to_document(sample, self.config.read, images)
                 weighs = max(1, len(document.images))
@@ -147,11 +149,12 @@ class Encoder:
             document.load()
             if self.config.filters.duplicates:
                 digest = document.digest()
-            decoded = decode(document, self.config.filters, self.config.encode)
+            decoded = decode(document, self.config.filters, self.config.encode, self.config.read.image_formats)
+            with unusable_where_broken():
+                for part in decoded.images:
+                    part.image = self.images.preprocess(part.image)
         except (Unusable, LeftOut) as reason:
             return digest, reason
-        for part in decoded.images:
-            part.image = self.images.preprocess(part.image)
         return digest, decoded
 
     def encode(self, batch: list[Decoded]) -> Encoding:

@@ -69,7 +69,7 @@ def check_identity(output: str, markers: dict[str, dict], identity: dict) -> Non
             )
         for section in ("read", "filters", "encode"):
             for key, value in identity["recipe"][section].items():
-                if made["recipe"][section].get(key) != value:
+                if made["recipe"][section].get(key, value) != value:  # earlier versions lack some
                     raise UserError(
                         f"'{output}' holds shards made with {section}.{key}={made['recipe'][section].get(key)} "
                         f"({name}), this run has {value}; give the same value or another output"

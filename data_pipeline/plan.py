@@ -16,9 +16,11 @@ from data_pipeline.formats import to_document
 from data_pipeline.image_root import check_image_root, open_image_root
 from data_pipeline.manifest import check_identity, identify
 from data_pipeline.readers import InputShard, list_inputs, read_samples
+from data_pipeline.source import change
 from data_pipeline.store import Store, open_store
 from megadual.config import to_yaml
 from megadual.errors import UserError
+from megadual.images import unknown_formats
 
 SAMPLES_READ_TO_ESTIMATE = 200
 BATCHES_TO_ESTIMATE, BATCH_TO_ESTIMATE = 4, 8
@@ -32,6 +34,7 @@ class Plan:
     store: Store
     inputs: list[InputShard]
     todo: list[InputShard]
+    changed: dict[str, str]  # by name: what is another than when the set's folder was made
     identity: dict
     description: dict
 
@@ -50,6 +53,8 @@ def make_plan(config: PipelineConfig) -> Plan:
     ):
         if value < least:
             raise UserError(f"{name}: {value} must be at least {least}")
+    if unknown := unknown_formats(config.read.image_formats):
+        raise UserError(f"read.image_formats: this PIL reads no {', '.join(unknown)}")
     check_image_root(config.read.image_root)
     inputs = list_inputs(config.inputs)
     identity, description = identify(config)
@@ -62,31 +67,58 @@ def make_plan(config: PipelineConfig) -> Plan:
                 f"'{store.url}/{shard.name}' was made from '{markers[shard.name]['source']}', this run would make it "
                 f"from '{shard.url}'; write the input as before, or give another output"
             )
-    return Plan(store, inputs, [shard for shard in inputs if shard.name not in markers], identity, description)
+    known = [shard for shard in inputs if shard.name in markers]
+    changes = {shard.name: change(markers[shard.name], shard, config.read.image_root) for shard in known}
+    changed = {name: what for name, what in changes.items() if what}
+    again = changed if config.changed == "redo" else {}
+    todo = [shard for shard in inputs if shard.name not in markers or shard.name in again]
+    return Plan(store, inputs, todo, changed, identity, description)
+
+
+def refuse_changed(config: PipelineConfig, plan: Plan) -> None:
+    """UserError where inputs have changed and nobody has said what is to become of what was made of them."""
+    if plan.changed and config.changed == "refuse":
+        raise UserError(f"{tell_changed(plan)}; changed=redo reads such again, changed=keep leaves the set as it is")
+
+
+def tell_changed(plan: Plan) -> str:
+    """How many inputs have changed since they were read, and the first of them."""
+    name, what = next(iter(plan.changed.items()))
+    url = next(shard.url for shard in plan.inputs if shard.name == name)
+    number = "1 input has" if len(plan.changed) == 1 else f"{len(plan.changed)} inputs have"
+    return f"{number} changed since they were read ({'' if len(plan.changed) == 1 else 'the first: '}'{url}': {what})"
 
 
 def describe(config: PipelineConfig, plan: Plan) -> str:
     """The resolved config, the input shards and estimates, as `--dry-run` prints them."""
     todo = [shard.name for shard in plan.todo]
     lines = [to_yaml(config), f"{len(plan.inputs)} input shards, {len(todo)} to do:"]
+    if plan.changed:
+        lines.insert(1, f"{tell_changed(plan)}: changed={config.changed}")
     if todo:
-        open_image_root(config.read.image_root, todo[0])  # once, and not in every thread
+        open_image_root(config.read, todo[0])  # once, and not in every thread
     with ThreadPoolExecutor(THREADS_TO_RECOGNISE) as pool:  # inputs may be far away
         formats = dict(zip(todo, pool.map(lambda shard: _formats(config, shard), plan.todo), strict=True))
     lines += [
         f"  {shard.url}  {shard.size / 1e6:.1f} MB  "
         + (f"to do: {formats[shard.name]}" if shard.name in todo else "done")
+        + (f" (changed: {plan.changed[shard.name]})" if shard.name in plan.changed else "")
         for shard in plan.inputs
     ]
-    return "\n".join(lines + ([_estimate(config, plan)] if todo else []))
+    if todo:
+        try:
+            lines.append(_estimate(config, plan))
+        except OSError as error:
+            lines.append(f"no estimate: {type(error).__name__}: {error}")
+    return "\n".join(lines)
 
 
 def _formats(config: PipelineConfig, shard: InputShard) -> str:
     """What the first samples are recognised as, or why they are unusable."""
     found: Counter = Counter()
     try:
-        images = open_image_root(config.read.image_root, shard.name)
-        for sample, _ in islice(read_samples(shard), SAMPLES_TO_RECOGNISE):
+        images = open_image_root(config.read, shard.name)
+        for sample, _ in islice(read_samples(shard, config.read.max_bytes), SAMPLES_TO_RECOGNISE):
             try:
                 found[to_document(sample, config.read, images).meta["format"]] += 1
             except Unusable as reason:
@@ -101,8 +133,9 @@ def _formats(config: PipelineConfig, shard: InputShard) -> str:
 def _estimate(config: PipelineConfig, plan: Plan) -> str:
     """From the largest input: samples per byte of the first ones, size and time of the few that are encoded."""
     probe = max(plan.todo, key=lambda shard: shard.size)
-    positions = list(islice((position for _, position in read_samples(probe)), SAMPLES_READ_TO_ESTIMATE))
-    if not positions:
+    samples = islice(read_samples(probe, config.read.max_bytes), SAMPLES_READ_TO_ESTIMATE)
+    positions = [position for _, position in samples]
+    if not positions or not positions[-1]:
         return f"no estimate: '{probe.url}' is empty"
     samples = round(sum(shard.size for shard in plan.todo) * len(positions) / positions[-1])
     row_bytes, seconds = _try_encoding(config, plan, probe)

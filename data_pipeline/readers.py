@@ -3,10 +3,12 @@
 import codecs
 import glob
 import gzip
-import json
+import hashlib
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
@@ -17,12 +19,17 @@ import pyarrow
 from pyarrow.parquet import ParquetFile
 from webdataset.tariterators import group_by_keys
 
+from data_pipeline.bounded_json import ArrayReader, bounded_lines, parse_json
 from megadual.errors import UserError
-from megadual.tars import tar_members
+from megadual.tars import SAMPLE_BYTES, Refused, tar_members
 
-ROWS = 64  # of a parquet file, decoded at a time
-JSON_PIECE = 1 << 20  # characters of a JSON array, read at a time
-JSON_ENTRY = 1 << 28  # characters of one of its entries, at most
+ROWS = 64  # of a parquet file, decoded at a time, where they are small
+COLUMNS = 4096  # of a parquet file, at most
+EXPANSION = 32  # times its bytes in the file are what a column of a row group may honestly be
+KEY_CHARACTERS = 200
+RANGE = 10_000_000  # numbers of a brace range
+END = 1 << 16  # bytes at either end of a file, by which it is known again
+THREADS = 16
 SUFFIXES = (".tar", ".parquet", ".json", ".json.gz", ".jsonl", ".jsonl.gz")
 
 
@@ -33,6 +40,7 @@ class InputShard:
     name: str
     url: str
     size: int  # bytes
+    mark: str | None = None  # changes with its content; None where it could not be read
 
     def __str__(self) -> str:
         return self.url
@@ -79,34 +87,74 @@ def list_inputs(patterns: list[str]) -> list[InputShard]:
 
     A pattern that matches nothing and two files of one name raise UserError.
     """
-    shards: dict[str, InputShard] = {}
+    found: dict[str, str] = {}  # name -> URL
     for pattern in map(_spelled_as_matches, patterns):
         fixed = _fixed_folder(pattern)
-        try:
-            parts = list(braceexpand.braceexpand(pattern))
-        except braceexpand.UnbalancedBracesError as error:
-            raise UserError(f"inputs: the braces of '{pattern}' do not match") from error
-        for part in parts:
+        for part in _expanded(pattern):
             urls = _matches(part)
             if not urls:
                 raise UserError(f"inputs: '{part}' matches no file")
             for url in urls:
                 suffix = next((suffix for suffix in SUFFIXES if url.endswith(suffix)), None)
                 if suffix is None:
-                    raise UserError(f"inputs: '{url}' is none of {', '.join(SUFFIXES)}")
+                    fix = "; unpack it" if re.search(r"\.(tar\.\w+|tgz)$", url) else ""
+                    raise UserError(f"inputs: '{url}' is none of {', '.join(SUFFIXES)}{fix}")
                 below = PurePosixPath(url[len(fixed) :].removesuffix(suffix))
                 name = "--".join(below.parts)
-                known = shards.get(name)
-                if known is not None and known.url != url:
+                known = found.setdefault(name, url)
+                if known != url:
                     raise UserError(
-                        f"inputs: '{known.url}' and '{url}' would both become '{name}'; name the folder that holds "
+                        f"inputs: '{known}' and '{url}' would both become '{name}'; name the folder that holds "
                         f"both in one pattern (FOLDER/*/*{suffix}), or make two sets"
                     )
-                filesystem, path = fsspec.core.url_to_fs(url)
-                shards[name] = InputShard(name, url, filesystem.size(path))
-    if not shards:
+    if not found:
         raise UserError("inputs: the list is empty; give at least one path or glob")
-    return [shards[name] for name in sorted(shards)]
+    with ThreadPoolExecutor(THREADS) as pool:  # inputs may be far away
+        return list(pool.map(_input_shard, *zip(*sorted(found.items()), strict=True)))
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    """The paths that a pattern's braces spell."""
+    for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern):
+        if abs(int(last) - int(first)) >= RANGE:
+            raise UserError(f"inputs: the range {{{first}..{last}}} of '{pattern}' has more than {RANGE} numbers")
+    try:
+        yield from braceexpand.braceexpand(pattern)
+    except braceexpand.UnbalancedBracesError as error:
+        raise UserError(f"inputs: the braces of '{pattern}' do not match") from error
+
+
+def _input_shard(name: str, url: str) -> InputShard:
+    """What a file is now; UserError where it can be no input, whenever it is read."""
+    try:
+        url.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"inputs: the name of {url!a} is not UTF-8; rename it") from error
+    filesystem, path = fsspec.core.url_to_fs(url)
+    try:
+        info = filesystem.info(path)
+    except FileNotFoundError as error:
+        raise UserError(f"inputs: '{url}' is not there, or a link that leads nowhere") from error
+    except Exception as error:  # every file system has errors of its own
+        raise UserError(f"inputs: '{url}' cannot be read: {type(error).__name__}: {error}") from error
+    if info["type"] == "other":  # reading a pipe would wait for ever
+        raise UserError(f"inputs: '{url}' is no file")
+    return InputShard(name, url, info["size"], _mark(filesystem, path, info))
+
+
+def _mark(filesystem: fsspec.AbstractFileSystem, path: str, info: dict) -> str | None:
+    """What changes with a file's content: its store's mark, else a hash of its ends; None where it can't be read."""
+    if mark := info.get("ETag") or info.get("etag"):
+        return f"etag {mark}"
+    state = hashlib.blake2b(digest_size=16)
+    try:
+        with filesystem.open(path, "rb") as file:
+            state.update(file.read(END))
+            file.seek(max(0, info["size"] - END))
+            state.update(file.read(END))
+    except Exception:  # every file system has errors of its own; whoever reads the input will tell
+        return None
+    return f"ends {state.hexdigest()}"
 
 
 class Damage(Exception):
@@ -133,25 +181,29 @@ class Source:
         return getattr(self.stream, name)
 
 
-def read_samples(shard: InputShard) -> Iterator[tuple[RawSample, int]]:
+def read_samples(shard: InputShard, limit: int = SAMPLE_BYTES) -> Iterator[tuple[RawSample, int]]:
     """The samples of an input shard in order, each with the bytes of the shard read so far.
 
-    Where a file is damaged the rest of it cannot be read: a last sample says so. Errors of the file system are
-    raised, since trying again may help.
+    One of more than `limit` bytes says so in place of what it holds, and none takes much more memory than that. Where
+    a file is damaged the rest of it cannot be read: a last sample says so. Errors of the file system are raised, since
+    trying again may help.
     """
+    if shard.size == 0:
+        yield RawSample(f"{shard.name}/", damage="the file is empty: it has 0 bytes"), 0
+        return
     suffix = next(suffix for suffix in SUFFIXES if shard.url.endswith(suffix))
     read = {".tar": _read_tar, ".parquet": _read_parquet, ".json": _read_json, ".json.gz": _read_json}
     with fsspec.open(shard.url, "rb") as stream:
         source = Source(stream)
         try:
-            yield from read.get(suffix, _read_json_lines)(shard, source)
+            yield from read.get(suffix, _read_json_lines)(shard, source, limit)
         except Damage as damage:
             if source.error:
                 raise source.error from None
             yield RawSample(f"{shard.name}/", damage=str(damage)), shard.size
 
 
-def _read_tar(shard: InputShard, stream: Source) -> Iterator[tuple[RawSample, int]]:
+def _read_tar(shard: InputShard, stream: Source, limit: int) -> Iterator[tuple[RawSample, int]]:
     """Webdataset samples; a last one also names each member that a sample holds twice."""
     twice, damage = [], []
 
@@ -161,45 +213,99 @@ def _read_tar(shard: InputShard, stream: Source) -> Iterator[tuple[RawSample, in
 
     def members() -> Iterator[dict]:
         try:
-            yield from tar_members(stream, shard.url)
+            yield from tar_members(stream, shard.url, limit)
         except tarfile.TarError as error:  # kept, so that what is complete of the last sample still comes
             damage.append(error)
 
     for sample in group_by_keys(members(), handler=keep_first_of_two):
         found = {suffix: data for suffix, data in sample.items() if not suffix.startswith("__")}
+        refused = next((data.reason for data in found.values() if isinstance(data, Refused)), "")
         key = sample["__key__"].encode("utf-8", "replace").decode()  # names in a tar may be any bytes
-        yield RawSample(f"{shard.name}/{key}", found), stream.tell()
+        yield RawSample(f"{shard.name}/{key}", {} if refused else found, refused), stream.tell()
     for error in twice:
         yield RawSample(f"{shard.name}/", damage=f"damaged tar: {error.args[0]}"), shard.size
     for error in damage:
         raise Damage(f"damaged tar: {error}")
 
 
-def _read_parquet(shard: InputShard, stream: Source) -> Iterator[tuple[RawSample, int]]:
+def _read_parquet(shard: InputShard, stream: Source, limit: int) -> Iterator[tuple[RawSample, int]]:
     """Rows; a `key` column, as img2dataset writes it, names them, else their number."""
     done = 0
+
+    def position() -> int:
+        return shard.size * min(done, rows_in_all) // max(rows_in_all, 1)
+
     try:
         # Buffered, so that a row group of any size is not read whole.
         file = ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
-        for batch in file.iter_batches(ROWS):
-            for row in batch.to_pylist():
-                key = row.get("key") or f"{done:08d}"
-                done += 1
-                yield RawSample(f"{shard.name}/{key}", row), shard.size * done // file.metadata.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
+        rows_in_all = file.metadata.num_rows
+        if file.metadata.num_columns > COLUMNS:
+            raise Damage(f"it has {file.metadata.num_columns} columns, more than {COLUMNS}")
+        for number in range(file.num_row_groups):
+            group = file.metadata.row_group(number)
+            columns = [group.column(i) for i in range(group.num_columns)]
+            if refused := _refused(columns, group.num_rows, limit):
+                damage = f"row group {number} with its {group.num_rows} rows is refused: {refused}"
+                yield RawSample(f"{shard.name}/{done:08d}", damage=damage), position()
+                done += group.num_rows
+                continue
+            # A page that all rows share is repeated in each: the larger, the fewer at a time.
+            largest = max((column.total_uncompressed_size for column in columns), default=0)
+            rows = max(1, min(ROWS, limit // max(largest, 1)))
+            for batch in file.iter_batches(rows, row_groups=[number]):
+                for row in _rows(batch):
+                    key = f"{shard.name}/{_row_key(row, done)}"
+                    done += 1
+                    yield RawSample(key, row) if isinstance(row, dict) else RawSample(key, damage=row), position()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise Damage(f"damaged parquet after {done} rows: {error}") from error
 
 
-def _read_json_lines(shard: InputShard, stream: Source) -> Iterator[tuple[RawSample, int]]:
+def _refused(columns: list, rows: int, limit: int) -> str:
+    """Why a row group is not read, by what the file says of it; empty where it is."""
+    stored = sum(column.total_compressed_size for column in columns)
+    size = sum(column.total_uncompressed_size for column in columns)
+    expands = sum(max(0, each.total_uncompressed_size - EXPANSION * each.total_compressed_size) for each in columns)
+    if expands > limit:
+        return f"its {stored} bytes become {size}, and read.max_bytes={limit}"
+    if size > limit * rows:
+        return f"{size} bytes, for each row more than read.max_bytes={limit}"
+    return ""
+
+
+def _rows(batch: pyarrow.RecordBatch) -> Iterator[dict | str]:
+    """The rows, or why one has no values in Python: text that isn't UTF-8, a date beyond the calendar ..."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except Exception:  # of whatever conversion
+        pass
+    for number in range(batch.num_rows):
+        try:
+            (row,) = batch.slice(number, 1).to_pylist()
+        except Exception as error:
+            row = f"the row has a value that can't be read: {error}"
+        yield row
+
+
+def _row_key(row: dict | str, number: int) -> str:
+    key = row.get("key") if isinstance(row, dict) else None
+    return str(key)[:KEY_CHARACTERS] if isinstance(key, (str, int)) and key != "" else f"{number:08d}"
+
+
+def _read_json_lines(shard: InputShard, stream: Source, limit: int) -> Iterator[tuple[RawSample, int]]:
     """One JSON object a line, named by the number of its line."""
     lines = gzip.GzipFile(fileobj=stream) if shard.url.endswith(".gz") else stream
     number = -1
     try:
-        for number, line in enumerate(lines):
+        for number, line in enumerate(bounded_lines(lines, limit)):
             key = f"{shard.name}/{number:08d}"
+            if line is None:
+                yield RawSample(key, damage=f"the line has more than read.max_bytes={limit} bytes"), stream.tell()
+                continue
             try:
-                members = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also where it is not UTF-8
+                members = parse_json(line)
+            except ValueError as error:  # also where it is not UTF-8
                 yield RawSample(key, damage=f"the line is not JSON: {error}"), stream.tell()
                 continue
             yield _json_object(key, members, "the line"), stream.tell()
@@ -211,7 +317,7 @@ def _json_object(key: str, value: Any, what: str) -> RawSample:
     return RawSample(key, value) if isinstance(value, dict) else RawSample(key, damage=f"{what} is not a JSON object")
 
 
-def _read_json(shard: InputShard, stream: Source) -> Iterator[tuple[RawSample, int]]:
+def _read_json(shard: InputShard, stream: Source, limit: int) -> Iterator[tuple[RawSample, int]]:
     """The objects of one array, named by their numbers; lines, where the file is none."""
     plain = gzip.GzipFile(fileobj=stream) if shard.url.endswith(".gz") else stream
     number = 0
@@ -220,66 +326,12 @@ def _read_json(shard: InputShard, stream: Source) -> Iterator[tuple[RawSample, i
         plain.seek(0)
         if not is_array:
             stream.seek(0)
-            yield from _read_json_lines(shard, stream)
+            yield from _read_json_lines(shard, stream, limit)
             return
-        for entry in _ArrayReader(plain):
+        for entry in ArrayReader(plain, limit):
             yield _json_object(f"{shard.name}/{number:08d}", entry, "the entry"), stream.tell()
             number += 1
     except (ValueError, RecursionError) as error:  # also where it is not UTF-8
         raise Damage(f"damaged JSON after {number} entries: {error}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise Damage(f"damaged gzip after {number} entries: {error}") from error
-
-
-class _ArrayReader:
-    """The entries of a JSON array of any size, of which little more than one is held. ValueError where it is broken."""
-
-    def __init__(self, stream: Any):
-        self.stream, self.utf8 = stream, codecs.getincrementaldecoder("utf-8-sig")()
-        self.decoder, self.text, self.at = json.JSONDecoder(), "", 0
-
-    def __iter__(self) -> Iterator[Any]:
-        self._take("[")
-        if self._mark() == "]":
-            return
-        while True:
-            yield self._value()
-            if self._take(",]") == "]":
-                break
-        if self._mark():
-            raise ValueError("there is more behind the array")
-
-    def _more(self) -> bool:
-        # As much as there is, so that an entry of many pieces is not read again for each.
-        piece = self.stream.read(max(JSON_PIECE, len(self.text) - self.at))
-        self.text, self.at = self.text[self.at :] + self.utf8.decode(piece, final=not piece), 0
-        return bool(piece)
-
-    def _mark(self) -> str:
-        """The next character that is no space; empty at the end."""
-        while True:
-            rest = self.text[self.at : self.at + 1]
-            if rest and not rest.isspace():
-                return rest
-            if rest:
-                self.at += 1
-            elif not self._more():
-                return ""
-
-    def _take(self, marks: str) -> str:
-        mark = self._mark()
-        if not mark or mark not in marks:
-            found = f"'{mark}'" if mark else "the end"
-            raise ValueError(f"{found} where {' or '.join(marks)} must stand")
-        self.at += 1
-        return mark
-
-    def _value(self) -> Any:
-        self._mark()
-        while True:
-            try:
-                value, self.at = self.decoder.raw_decode(self.text, self.at)
-                return value
-            except json.JSONDecodeError as error:  # or is there more of it?
-                if len(self.text) - self.at > JSON_ENTRY or not self._more():
-                    raise ValueError(f"{error.msg}") from error

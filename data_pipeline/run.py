@@ -6,7 +6,8 @@ from data_pipeline.board import Board
 from data_pipeline.cluster import encode_all
 from data_pipeline.config import PipelineConfig
 from data_pipeline.manifest import commonest_reason, write_manifest, write_quarantine
-from data_pipeline.plan import Plan, describe, make_plan
+from data_pipeline.plan import Plan, describe, make_plan, refuse_changed
+from data_pipeline.source import change
 from megadual.cluster import connect
 from megadual.config import parse_command_line
 from megadual.errors import UserError, command
@@ -37,8 +38,16 @@ def tokenize(config: PipelineConfig) -> dict:
     manifest, what is committed stays, and running again goes on from there.
     """
     plan = make_plan(config)
+    refuse_changed(config, plan)
+    with plan.store.run():
+        return _tokenize(config, plan)
+
+
+def _tokenize(config: PipelineConfig, plan: Plan) -> dict:
     store = plan.store
-    store.prepare()
+    if plan.changed and config.changed == "redo":  # readers find no set until it is described anew
+        for name in ("manifest.json", "index.json"):
+            store.remove(name)
     failed, speed = encode_todo(config, plan)
 
     markers = store.markers()
@@ -51,8 +60,8 @@ def tokenize(config: PipelineConfig) -> dict:
         raise UserError(
             f"{quarantined} of {samples} samples are unusable: {commonest_reason(store, markers)}. That is more than "
             f"max_bad_fraction={config.max_bad_fraction}; see {store.url}/quarantine.jsonl, then mend the inputs or "
-            "raise max_bad_fraction. No input is read twice: to have one read again, mended or with another "
-            f"read.image_root, remove its folder (most are in {most})"
+            "raise max_bad_fraction. With changed=redo inputs are read again that were mended or get another "
+            f"read.image_root; to have any other read again remove its folder (most are in {most})"
         )
     if len(failed) > config.max_bad_fraction * len(plan.inputs):
         reasons = "".join(f"\n  {url}: {error}" for url, error in failed.items())
@@ -60,13 +69,19 @@ def tokenize(config: PipelineConfig) -> dict:
             f"{len(failed)} of {len(plan.inputs)} input shards failed {config.workers.attempts} times, more than "
             f"max_bad_fraction={config.max_bad_fraction}; run again when they can be read:{reasons}"
         )
-    missing = [shard.name for shard in plan.inputs if shard.name not in markers and shard.url not in failed]
+    missing = [
+        shard.name
+        for shard in plan.todo
+        if shard.url not in failed
+        and (shard.name not in markers or change(markers[shard.name], shard, config.read.image_root))
+    ]
     if missing:
         reason = f" ({commonest_reason(store, markers)})" if quarantined else ""
         raise UserError(
             f"stopped early, since more than max_bad_fraction={config.max_bad_fraction} of what this run finished is "
             f"unusable{reason}: {len(missing)} of {len(plan.inputs)} input shards are not done; see {store.url}/"
-            "quarantine.jsonl, then mend the inputs or raise max_bad_fraction, and run again"
+            "quarantine.jsonl, then mend the inputs (with changed=redo those are read again) or raise "
+            "max_bad_fraction, and run again"
         )
     manifest = write_manifest(store, markers, failed, plan.description)
     store.clean()

@@ -9,16 +9,19 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable
 
-from data_pipeline.readers import InputShard
 from data_pipeline.store import MARKER, Store
 from megadual.data.mds import NotedLengths, document_writer
 from megadual.streams import Document, Marks
 
 QUARANTINE = "bad.jsonl"
+REASON_CHARACTERS = 1000
 
 
 def quarantine_line(key: str, reason: str) -> str:
-    return json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n"
+    """A line that can be written whatever the two hold: names of files may be any bytes, JSON half a surrogate pair."""
+    line = {"key": key, "reason": reason[:REASON_CHARACTERS]}
+    line = {name: text.encode("utf-8", "backslashreplace").decode() for name, text in line.items()}
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 class ShardWriter:
@@ -28,11 +31,12 @@ class ShardWriter:
     """
 
     def __init__(
-        self, store: Store, shard: InputShard, identity: dict, streams: Iterable[str], marks: Marks, size_limit: int
+        self, store: Store, source: dict, identity: dict, streams: Iterable[str], marks: Marks, size_limit: int
     ):
-        self.store, self.shard, self.identity = store, shard, identity
+        """`source`: what is made into this folder, as `manifest.source_of` says it."""
+        self.store, self.source, self.identity = store, source, identity
         # Unique, since a worker whose driver was killed may still be writing the same shard.
-        self.folder = store.new_folder(f"{shard.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}")
+        self.folder = store.new_folder(f"{source['folder']}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}")
         self.mds = document_writer(self.folder, streams, size_limit)
         self.bad = open(self.folder / QUARANTINE, "w", encoding="utf-8")
         self.counts = Counter(samples=0, documents=0, images=0, positions=0, text_ids=0, quarantined=0)
@@ -77,8 +81,7 @@ class ShardWriter:
             for name in self.lengths.save(self.folder)
         ]
         marker = {
-            "folder": self.shard.name,
-            "source": self.shard.url,
+            **self.source,
             **self.counts,
             "left_out": dict(sorted(self.left_out.items())),
             "left_out_images": dict(sorted(self.left_out_images.items())),
@@ -87,4 +90,4 @@ class ShardWriter:
             "identity": self.identity,
         }
         (self.folder / MARKER).write_text(json.dumps(marker, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        self.store.commit(self.folder, self.shard.name)
+        self.store.commit(self.folder, self.source["folder"])

@@ -73,16 +73,21 @@ def resources(workers: Workers) -> str:
     )
 
 
+def room(workers: Workers) -> int:
+    """Workers for which the nodes that are alive have room, also while others hold it."""
+    needs = {"CPU": workers.cpus, "GPU": workers.gpus}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(
+        min((int(node.get(name, 0) / share) for name, share in needs.items() if share), default=1) for node in nodes
+    )
+
+
 def worker_count(workers: Workers, tasks: int, can_grow: bool) -> int:
     """Workers to start: as many as asked for, else as there is room for, but no more than tasks.
 
     UserError where there is room for none; where they were asked for and the cluster can grow, they may wait for it.
     """
-    needs = {"CPU": workers.cpus, "GPU": workers.gpus}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitting = sum(
-        min((int(node.get(name, 0) / share) for name, share in needs.items() if share), default=1) for node in nodes
-    )
+    fitting = room(workers)
     if fitting == 0 and not (workers.count and can_grow):
         raise UserError(f"workers: {resources(workers)}")
     return min(workers.count or fitting, tasks)
@@ -101,8 +106,11 @@ class WorkerPool:
         begin: Callable[[Any, Any], Any],
         todo: Iterable,
         board: Board,
+        can_grow: bool = True,
     ):
-        """`new_worker()` is an actor, `begin(actor, task)` the generator of how far it is with the task."""
+        """`new_worker()` is an actor, `begin(actor, task)` the generator of how far it is with the task. A cluster that
+        can't grow is not waited for once it has lost its nodes."""
+        self.can_grow = can_grow
         self.workers, self.new_worker, self.begin, self.board = workers, new_worker, begin, board
         self.todo = deque(todo)
         self.attempts: Counter[str] = Counter()
@@ -184,6 +192,8 @@ class WorkerPool:
             self.last_answer = time.monotonic()
         elif time.monotonic() - self.last_answer > SECONDS_BEFORE_WORD:
             self.last_answer = time.monotonic()
+            if not self.can_grow and not room(self.workers):
+                raise UserError(f"workers: the cluster has lost its nodes: {resources(self.workers)}; run again")
             self.board.message(f"waiting for a worker: {resources(self.workers)}")
 
 

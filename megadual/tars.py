@@ -1,13 +1,45 @@
-"""Members of a webdataset tar, with damage told: tarfile alone takes a broken header for the end."""
+"""Members of a webdataset tar, with damage told: tarfile alone takes a broken header for the end.
+
+Nothing that a tar says of itself takes more memory than its sample may have.
+"""
 
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import BinaryIO, Self
+
+from webdataset.tariterators import base_plus_ext
 
 SKIPPED = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes on a shard
 PIECE = 1 << 20
+SAMPLE_BYTES = 1 << 27  # of a sample's members
+HEADER_BYTES = 1 << 20  # of a header that holds a long name or the like
+HEADERS = (b"x", b"g", b"X", b"L", b"K")  # their types
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass(frozen=True)
+class Refused:
+    """In the place of a member's bytes: why they were not read."""
+
+    reason: str
+
+
+class _Plain:
+    """A tar's stream; tarfile.ReadError where it is compressed: a few KB of it could be GB."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.begun = stream, False
+
+    def read(self, size: int) -> bytes:
+        piece = self.stream.read(size)
+        if not self.begun:
+            self.begun = True
+            for mark, name in COMPRESSED.items():
+                if piece.startswith(mark):
+                    raise tarfile.ReadError(f"it is compressed ({name}); tars are read uncompressed, unpack it")
+        return piece
 
 
 class _StrictInfo(tarfile.TarInfo):
@@ -27,19 +59,39 @@ class _StrictInfo(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
 
+    @classmethod
+    def frombuf(cls, *arguments, **named) -> Self:
+        info = super().frombuf(*arguments, **named)
+        if info.size < 0 or (info.type in HEADERS and info.size > HEADER_BYTES):
+            raise tarfile.ReadError(f"a header that says to have {info.size} bytes")
+        return info
 
-def tar_members(stream: BinaryIO, url: str) -> Iterator[dict]:
-    """The files of a tar (also a compressed one) in order, as webdataset's `group_by_keys` takes them.
 
-    tarfile.TarError where the tar is damaged or cut off. Errors of `stream` other than EOFError are raised as they are.
+def tar_members(stream: BinaryIO, url: str, limit: int = SAMPLE_BYTES) -> Iterator[dict]:
+    """The files of a tar in order, as webdataset's `group_by_keys` takes them; the data of some is Refused: sparse
+    ones, and those with which a sample has more than `limit` bytes.
+
+    tarfile.TarError where the tar is damaged, cut off or compressed. Errors of `stream` are raised as they are.
     """
+    sample, total = None, 0
     try:
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictInfo) as tar:
+        with tarfile.open(fileobj=_Plain(stream), mode="r|", tarinfo=_StrictInfo) as tar:
             for member in tar:
                 if member.isreg() and not SKIPPED.match(member.name):
-                    file = tar.extractfile(member)
-                    assert file is not None  # as it is of a regular file
-                    yield {"fname": member.name, "data": file.read(), "__url__": url}
+                    key = base_plus_ext(member.name)[0]
+                    total = member.size + (total if key == sample else 0)
+                    sample = key
+                    yield {"fname": member.name, "data": _data(tar, member, total, limit), "__url__": url}
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
-    except (EOFError, zlib.error) as error:  # of the decompression
-        raise tarfile.ReadError(f"broken compression: {error}") from error
+    except (ValueError, IndexError, OverflowError) as error:  # tarfile's, of numbers that are none
+        raise tarfile.ReadError(f"broken header: {error}") from error
+
+
+def _data(tar: tarfile.TarFile, member: tarfile.TarInfo, total: int, limit: int) -> bytes | Refused:
+    if member.issparse():
+        return Refused(f"'{member.name}' is sparse: it says to be {member.size} bytes, most of which are not there")
+    if not 0 <= member.size <= total <= limit:
+        return Refused(f"with '{member.name}' the sample's members have {total} bytes, more than max_bytes={limit}")
+    file = tar.extractfile(member)
+    assert file is not None  # as it is of a regular file
+    return file.read()

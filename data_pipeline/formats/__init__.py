@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from data_pipeline.config import ReadConfig
-from data_pipeline.documents import RawDocument, Unusable
+from data_pipeline.documents import LeftOut, RawDocument, Unusable
 from data_pipeline.formats import conversations, edits, pages, pairs
 from data_pipeline.formats.sample import Sample
 from data_pipeline.image_root import ImageRoot
@@ -55,7 +55,12 @@ def to_document(raw: RawSample, read: ReadConfig, images: ImageRoot | None = Non
     if raw.damage:
         raise Unusable(raw.damage)
     sample = Sample(raw, read, images)
-    name = recognise(sample) if read.format == "auto" else read.format
-    document = FORMATS[name].read(sample)
+    try:
+        name = recognise(sample) if read.format == "auto" else read.format
+        document = FORMATS[name].read(sample)
+    except (Unusable, LeftOut):
+        raise
+    except Exception as error:  # of a value where no reader expects its like: it costs this sample only
+        raise Unusable(f"it can't be laid out: {type(error).__name__}: {error}") from error
     document.meta["format"] = name
     return document

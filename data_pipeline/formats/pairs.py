@@ -1,8 +1,8 @@
 """Pairs of an image with its captions, and texts without images."""
 
-import json
 from typing import Any
 
+from data_pipeline.bounded_json import parse_json
 from data_pipeline.documents import LeftOut, RawDocument, RawTurn, Unusable
 from data_pipeline.formats.sample import Sample, kind, text
 from megadual.streams import Role
@@ -45,8 +45,8 @@ def _captions(sample: Sample) -> tuple[str, list[str]]:
         value = sample.members[member]
         if field:
             try:
-                value = json.loads(value)[field]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                value = parse_json(value)[field]
+            except (ValueError, KeyError, TypeError) as error:
                 raise Unusable(f"no caption: {member} has no field '{field}'") from error
         return name, _spelt(value, several=(field or member).endswith("captions"))
     raise Unusable("no caption: the sample has none of " + ", ".join(sample.read.captions))
@@ -56,8 +56,8 @@ def _spelt(value: Any, several: bool) -> list[str]:
     """A text or a list of them; under a name like `captions` also spelt as JSON, a list or an object (BAGEL's)."""
     if several and isinstance(value, (str, bytes)):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(value)
+        except ValueError as error:
             raise Unusable("the captions are not JSON") from error
         if not isinstance(value, (list, dict)):
             raise Unusable(f"the captions are JSON, but {kind(value)}, neither a list nor an object")

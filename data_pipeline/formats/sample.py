@@ -2,10 +2,10 @@
 
 import base64
 import binascii
-import json
 import re
 from typing import Any
 
+from data_pipeline.bounded_json import parse_json
 from data_pipeline.config import ReadConfig
 from data_pipeline.documents import RawImage, Unusable
 from data_pipeline.image_root import ImageRoot
@@ -20,8 +20,8 @@ class Sample:
         self.fields = self.members
         if isinstance(self.members.get("json"), bytes):  # a tar's
             try:
-                described = json.loads(self.members["json"])
-            except (ValueError, RecursionError) as error:
+                described = parse_json(self.members["json"])
+            except ValueError as error:
                 raise Unusable("its .json is not JSON") from error
             self.fields = described if isinstance(described, dict) else {}
 

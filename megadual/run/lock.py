@@ -44,10 +44,14 @@ def sole_trainer(folder: Path, store: Store, rank: int, world: int):
 
 
 class RunLock:
-    """Holds `folder/lock.json` between `acquire` and `release`. One process of a run has it."""
+    """Holds `folder/lock.json` between `acquire` and `release`. One process of a run has it.
 
-    def __init__(self, folder: Path, beat_s: float = 5.0):
+    `key` and `value` are what messages call the folder by: the key of the config that names it.
+    """
+
+    def __init__(self, folder: Path, beat_s: float = 5.0, key: str = "run.dir", value: str | None = None):
         self.path, self.beat_s = Path(folder) / LOCK, beat_s
+        self.key, self.place = key, f"{key} '{folder if value is None else value}'"
         self.me = {"owner": secrets.token_hex(8), "host": _machine(), "pid": os.getpid()}
         self.me |= {"name": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID")}
         self._released = threading.Event()
@@ -83,7 +87,7 @@ class RunLock:
                 holder = _read(self.path)
                 if holder is not None and holder != self.me:
                     where = f"{holder['name']}, process {holder['pid']}"
-                    print(f"error: run.dir '{self.path.parent}' was taken over by {where}", file=sys.stderr, flush=True)
+                    print(f"error: {self.place} was taken over by {where}", file=sys.stderr, flush=True)
                     os._exit(exits.LOST_RUN)  # it was not seen for long
                 if holder is not None:
                     os.utime(self.path)
@@ -96,8 +100,8 @@ class RunLock:
         if lives(self.path, self.beat_s):
             job = f", Slurm job {holder['job']}" if holder["job"] else ""
             raise UserError(
-                f"run.dir '{self.path.parent}' is in use by process {holder['pid']} on {holder['name']}{job}; "
-                "stop that one, or give another run.dir"
+                f"{self.place} is in use by process {holder['pid']} on {holder['name']}{job}; "
+                f"stop that one, or give another {self.key}"
             )
         successor = self.path.with_name(f".successor-of-{holder['owner']}")  # one start at a time
         try:

@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys
 
 from megadual.errors import UserError
+from megadual.images import open_image
 from megadual.keys import key
 from megadual.steady_file import SteadyFile
-from megadual.tars import tar_members
+from megadual.tars import Refused, tar_members
 
 from .tokenizer import centre_crop, to_rgb, to_tensor
 
@@ -110,20 +111,25 @@ def _image_bytes(sample: dict) -> bytes:
 
 
 def _open(sample: dict, transform: Callable[[Image.Image], Image.Image]) -> tuple[Tensor, str]:
-    image = Image.open(io.BytesIO(_image_bytes(sample)))
+    image = open_image(io.BytesIO(_image_bytes(sample)))
     return to_tensor(transform(image)), sample.get("txt", b"").decode().strip()
 
 
-def _skip(sample: dict, error: Exception) -> None:
+def _skip(sample: dict, error: Exception | str) -> None:
     warnings.warn(f"skipped '{sample['__url__']}' sample '{sample['__key__']}': {error}", stacklevel=2)
 
 
 def shard_samples(shards: list[str]) -> Iterator[dict]:
     """The samples of shards, in order: {"__key__", "__url__", member's suffix: its bytes}.
 
-    A damaged shard is read to its damage, with a warning.
+    A damaged shard is read to its damage, and a sample with a member that is refused is left out, with a warning.
     """
-    return group_by_keys(_members(shards), handler=wds.warn_and_continue)
+    for sample in group_by_keys(_members(shards), handler=wds.warn_and_continue):
+        refused = [data.reason for data in sample.values() if isinstance(data, Refused)]
+        if refused:
+            _skip(sample, refused[0])
+        else:
+            yield sample
 
 
 def _members(shards: list[str]) -> Iterator[dict]:

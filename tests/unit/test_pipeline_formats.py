@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from data_pipeline import browse, config, formats, readers
+from data_pipeline import bounded_json, browse, config, formats
 from data_pipeline.config import EncodeConfig, FilterConfig, PipelineConfig, ReadConfig
 from data_pipeline.decode import decode
 from data_pipeline.documents import LeftOut, RawDocument, Unusable
@@ -64,7 +64,7 @@ def scripts(path: Path, **read) -> dict[str, list[str] | str]:
     said = {}
     (shard,) = list_inputs([str(path)])
     settings = ReadConfig(**read)
-    images = open_image_root(settings.image_root, shard.name)
+    images = open_image_root(settings, shard.name)
     for sample, _ in read_samples(shard):
         try:
             document = to_document(sample, settings, images)
@@ -599,7 +599,7 @@ def test_a_failed_read_of_an_image_is_no_missing_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("piece", [1, 2, 7, 64])
 def test_arrays_are_cut_anywhere(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(readers, "JSON_PIECE", piece)
+    monkeypatch.setattr(bounded_json, "PIECE", piece)
     entries = [
         {"text": 'brackets ]}, quotes " and \\ é 漢字 🎉', "n": [1, -2.5e3, None, {"a": []}]},
         {},
@@ -794,7 +794,7 @@ def test_dry_run_says_what_each_input_is(tokenizers, tmp_path):
     said = describe(plan_config, make_plan(plan_config))
     assert "chat.jsonl  0.0 MB  to do: messages\n" in said
     assert "to do: 2 text, 1 unusable: it can be read as messages or as text; say which: read.format=messages\n" in said
-    assert "none.jsonl  0.0 MB  to do: empty\n" in said
+    assert "none.jsonl  0.0 MB  to do: unusable: the file is empty: it has 0 bytes\n" in said
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,7 @@
 """The pipeline before any encoding: which shards there are, what is in them, why a sample is unusable."""
 
-import bz2
-import gzip
 import io
 import json
-import lzma
 import random
 import re
 import subprocess
@@ -127,9 +124,8 @@ HEADER = 10 * 3 * 512  # where the header of 10.txt begins: a header and two blo
         (lambda tar: tar[: HEADER + 100], "truncated header"),
         (lambda tar: tar[: HEADER + 700], "unexpected end of data"),
         (lambda tar: tar[:HEADER] + bytes(512) + tar[HEADER + 512 :], "more behind the end marker"),
-        (lambda tar: gzip.compress(tar)[:-100], "unexpected end of data|no end marker|truncated header"),
     ],
-    ids=["checksum", "cut at a header", "cut in a header", "cut in data", "zeroed header", "cut gzip"],
+    ids=["checksum", "cut at a header", "cut in a header", "cut in data", "zeroed header"],
 )
 def test_every_damage_of_a_tar_is_told(tmp_path, damage, reason):
     """Also what tarfile takes for the end of a tar; and always in the same words."""
@@ -137,13 +133,12 @@ def test_every_damage_of_a_tar_is_told(tmp_path, damage, reason):
     (tmp_path / "a.tar").write_bytes(damage((tmp_path / "a.tar").read_bytes()))
     (shard,) = list_inputs([f"{tmp_path}/*.tar"])
     *samples, last = (sample for sample, _ in read_samples(shard))
-    assert len(samples) == 10 or "gzip" in damage.__code__.co_names
+    assert len(samples) == 10
     assert not any(sample.damage for sample in samples)
     assert re.fullmatch(f"damaged tar: .*({reason})", last.damage)
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
-def test_whole_tar_is_not_called_damaged(tmp_path, pack):
+def test_whole_tar_is_not_called_damaged(tmp_path):
     """Long names have headers of their own, and some tools pad a tar with more zeros."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
@@ -151,7 +146,7 @@ def test_whole_tar_is_not_called_damaged(tmp_path, pack):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    (tmp_path / "a.tar").write_bytes(pack(buffer.getvalue() + bytes(3 << 20)))
+    (tmp_path / "a.tar").write_bytes(buffer.getvalue() + bytes(3 << 20))
     (shard,) = list_inputs([f"{tmp_path}/*.tar"])
     assert [sample.members for sample, _ in read_samples(shard)] == [{"txt": b"a"}, {"txt": b"b"}]
 
@@ -166,15 +161,13 @@ class Dropped(io.FileIO):
 
 
 @pytest.mark.parametrize("error", [FSTimeoutError(), ConnectionError("reset"), EOFError(), RuntimeError("of a store")])
-@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.parquet", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet", "a.jsonl.gz"])
 def test_failed_read_is_no_damage(tmp_path, monkeypatch, name, error):
     """It is raised, for another attempt: a shard must not be committed without the samples behind it."""
     noise = random.Random(0).randbytes
-    path = tmp_path / name.replace(".tar.gz", ".tar")
-    if ".tar" in name:
+    path = tmp_path / name
+    if name == "a.tar":
         write_tar(path, [(f"{number}.txt", noise(600)) for number in range(200)])
-        if name.endswith(".gz"):
-            path.write_bytes(gzip.compress(path.read_bytes()))
     elif name == "a.parquet":
         write_img2dataset_parquet(path, rows=250)
     else:

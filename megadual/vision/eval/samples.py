@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from megadual.errors import UserError
+from megadual.images import open_image
 
 from ..data import IMAGES, list_shards, shard_samples
 from ..tokenizer import centre_crop, to_tensor
@@ -59,7 +60,7 @@ class SampleReader(IterableDataset):
                 continue
             try:
                 data = image.read_bytes() if isinstance(image, Path) else image
-                yield to_tensor(centre_crop(Image.open(io.BytesIO(data)), self.size)), name, caption, label
+                yield to_tensor(centre_crop(open_image(io.BytesIO(data)), self.size)), name, caption, label
                 if label is None:
                     yield f"{name}: its label can't be read"
             except UnidentifiedImageError:
