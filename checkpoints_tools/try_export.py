@@ -85,8 +85,8 @@ def open_model(folder: str):
             raise ValueError(f"its weights do not fit its config.json: {', '.join(map(str, lacking[:4]))}")
         return model.eval()
     except Exception as error:  # of the folder's code, or of transformers
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        sys.exit(f"error: --model '{folder}' can't be opened: {reason}")
+        reason = " ".join(str(error).split())[:400]
+        sys.exit(f"error: --model '{folder}' can't be opened: {type(error).__name__}: {reason}")
 
 
 def is_json(folder: str, name: str) -> bool:

@@ -165,6 +165,7 @@ def export(run: PretrainConfig, checkpoint: Path, output: Path, max_shard_size: 
     config = model_config(run, tokenizer, dualtoken, exported.meta["model.norm.weight"].dtype)
     exported.check(config)
     meta = {name: exported.meta[name] for name in exported_shapes(config)}  # in the model's order, whatever the layout
+    card = model_card(run, checkpoint, meta)
 
     partial, replaced = (output.with_name(f".{state}-{output.name}") for state in ("partial", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)
@@ -173,7 +174,7 @@ def export(run: PretrainConfig, checkpoint: Path, output: Path, max_shard_size: 
     with tqdm(exported.tensors(), total=len(meta), unit="tensor", mininterval=interval) as bar:
         write_folder(partial, meta, bar, max_shard_size)
     write_settings(partial, run, tokenizer, config)
-    (partial / "README.md").write_text(model_card(run, checkpoint, meta))
+    (partial / "README.md").write_text(card)
     check_output(output)  # which has been there for a while
     shutil.rmtree(replaced, ignore_errors=True)
     if output.exists():

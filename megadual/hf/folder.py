@@ -71,5 +71,5 @@ def open_folder(folder: str | Path, device: str | None = None) -> MegaDualForCau
 
 
 def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    """Its beginning: some say what is wrong on their second line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"

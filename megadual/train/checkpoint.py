@@ -163,8 +163,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def check(checkpoint: Path) -> None:
-    """UserError where a file of the checkpoint is not what was written (collective)."""
+    """UserError where a file of the checkpoint is not what was written, or it does not say its step (collective)."""
     verify(checkpoint, NEEDED)
+    read_progress(checkpoint)
 
 
 def load_run_config(checkpoint: Path) -> PretrainConfig:
@@ -195,7 +196,7 @@ def check_model(run: PretrainConfig, checkpoint: Path) -> None:
         stored = OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG))["model"]
         stored |= {f"head.{name}": value for name, value in stored["head"].items()}
     except Exception as error:  # of YAML's reader, or of what lies in it
-        raise UserError(f"'{checkpoint / CONFIG}' is not a run's config: {error}") from error
+        raise UserError(f"'{checkpoint / CONFIG}' is not a run's config: {' '.join(str(error).split())}") from error
     model = vars(run.model) | {f"head.{name}": value for name, value in vars(run.model.head).items()}
     if wrong := [name for name in SHAPE if name in stored and stored[name] != model[name]]:
         differ = "; ".join(f"model.{name} is {stored[name]}, the run's is {model[name]}" for name in wrong)
