@@ -25,7 +25,8 @@ cpu.install()
 
 from megadual.config import load_config  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
-from megadual.hf.export import exported_shapes, model_config  # noqa: E402
+from megadual.hf.export import model_config  # noqa: E402
+from megadual.hf.folder import exported_shapes  # noqa: E402
 from megadual.hf.mapping import Sizes, origins  # noqa: E402
 from megadual.hf.tensors import write_checkpoint, write_folder  # noqa: E402
 from megadual.model.dual_lm import Vocabulary  # noqa: E402

@@ -9,7 +9,6 @@ over or misshapen is listed by name and nothing is written.
 
 import argparse
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -58,13 +57,18 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict without DistributedDataParallel's prefix, and the names of what lies beside it in the file."""
     try:
         stored = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"--weights '{path}' can't be read as tensors: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of unpickling tensors and nothing else: whatever wrong bytes lead to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--weights '{path}' can't be read as tensors: {reason}") from error
     state = stored.get("state_dict", stored) if isinstance(stored, dict) else {}
-    if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not state or not all(map(_is_entry, state.items())):
         raise UserError(f"--weights '{path}' holds no state dict, neither by itself nor under 'state_dict'")
     beside = sorted(set(stored) - {"state_dict"}) if state is not stored else []
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}, beside
+
+
+def _is_entry(entry: tuple[Any, Any]) -> bool:
+    return isinstance(entry[0], str) and isinstance(entry[1], Tensor)
 
 
 def siglip_config(folder: Path | None, rqvaesiglip: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
@@ -75,7 +79,10 @@ def siglip_config(folder: Path | None, rqvaesiglip: dict[str, Any], state: dict[
     if folder is None and (named / "config.json").is_file():
         folder = named
     if folder is not None:
-        return SiglipConfig.from_pretrained(folder).to_dict()
+        try:
+            return SiglipConfig.from_pretrained(folder).to_dict()
+        except Exception as error:  # of transformers' checks
+            raise UserError(f"'{folder / 'config.json'}' is no SigLIP's: {str(error).splitlines()[0]}") from error
     prefix, decoder = "siglip_model.", take(rqvaesiglip, "ddconfig", "rqvaesiglip")
     shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in state.items() if name.startswith(prefix)}
     try:

@@ -71,6 +71,31 @@ def first(option: str, pattern: str, found: Iterator, count: int) -> list:
     return taken
 
 
+def open_model(folder: str):
+    """The model; ends the program where it can't be opened, or the folder lacks a part of it."""
+    missing = [
+        name for name in ("config.json", "generation_config.json", "tokenizer.json") if not is_json(folder, name)
+    ]
+    if missing:
+        sys.exit(f"error: --model '{folder}': {', '.join(missing)} is missing or not JSON")
+    try:
+        model, told = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+        lacking = sorted(name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in told[kind])
+        if lacking:
+            raise ValueError(f"its weights do not fit its config.json: {', '.join(map(str, lacking[:4]))}")
+        return model.eval()
+    except Exception as error:  # of the folder's code, or of transformers
+        reason = " ".join(str(error).split())[:400]
+        sys.exit(f"error: --model '{folder}' can't be opened: {type(error).__name__}: {reason}")
+
+
+def is_json(folder: str, name: str) -> bool:
+    try:
+        return isinstance(json.loads(Path(folder, name).read_text()), dict)
+    except (OSError, ValueError):
+        return False
+
+
 class Trial:
     """The model at work; each method saves pictures in `output` and returns records of them."""
 
@@ -151,8 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         work["edits"] = (Trial.edit, first("--edits", args.edits, edits(args.edits), args.edit))
 
     args.output.mkdir(parents=True, exist_ok=True)
-    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).eval()
-    trial = Trial(model, args.output, args.cfg_scale, args.seed)
+    trial = Trial(open_model(args.model), args.output, args.cfg_scale, args.seed)
     done = []
     for name, (use, given) in work.items():
         records = list(tqdm(use(trial, given), desc=name, mininterval=1 if sys.stderr.isatty() else 10))

@@ -276,7 +276,7 @@ def _read_yaml_chain(path: Path) -> list[tuple[str, DictConfig]]:
     try:
         layer = OmegaConf.load(path)
     except Exception as error:
-        raise UserError(f"config file '{path}' is not valid YAML: {error}") from error
+        raise UserError(f"config file '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(layer, DictConfig):
         raise UserError(f"config file '{path}' must hold a mapping of keys, not a list")
     base = layer.pop("base", None)

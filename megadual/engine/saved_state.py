@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megadual.engine import sharded
 from megadual.model.dual_lm import DualLM
+from megadual.run.tensor_files import TensorFiles
 
 # Prefix of a checkpoint's entry -> what it is of a parameter's optimizer state: its fp32 copy, or a moment.
 OPTIMIZER_STATE = {sharded.STATE.format(key): key for key in ("param", *sharded.MOMENTS)}
@@ -50,12 +51,12 @@ class SavedState(ABC):
         self.parameters: dict[str, torch.nn.Parameter] = {}
         self.entries, self.shapes, self.buffers = {}, {}, {}
         for i, chunk in enumerate(self.chunks):
-            entries = chunk.sharded_state_dict(metadata=dict(sharded.METADATA))
+            entries, buffers = sharded.named_entries(chunk)
             for name, parameter in chunk.named_parameters():
                 key = f"{i}.{name}"
                 self.parameters[key], self.entries[key] = parameter, entries[name]
                 self.shapes[key] = parameter.shape
-            self.buffers |= {f"{i}.{name}": entries[name] for name, _ in chunk.named_buffers() if name in entries}
+            self.buffers |= {f"{i}.{name}": entry for name, entry in buffers.items()}
 
     @property
     def updates(self) -> int:
@@ -77,10 +78,20 @@ class SavedState(ABC):
         return sharded.ShardedWrite(state, folder)
 
     def load(self, folder: Path, step: int, updates: int) -> None:
-        """Fill from what either engine's `save` wrote under any layout after `step` steps."""
+        """Fill from what either engine's `save` wrote under any layout after `step` steps.
+
+        UserError where that is of another model.
+        """
+        files = TensorFiles(folder)
+        entries = [
+            self._entry(name, prefix, tensor.to("meta"))
+            for name in self.parameters
+            for prefix, tensor in self._empty(name)
+        ]
+        sharded.check_fits(entries, list(self.buffers.values()), files)
         total = sum(math.prod(shape) for shape in self.shapes.values())
         parts = torch.tensor([total // LOADED_AT_ONCE + 1], device=torch.cuda.current_device())
-        dist.all_reduce(parts, op=dist.ReduceOp.MAX)  # reading is collective, and stages differ in size
+        dist.all_reduce(parts, op=dist.ReduceOp.MAX)
         group, owners = data_parallel_group(), self._owners()
         for part in range(parts.item()):
             names = list(self.parameters)[part :: parts.item()]
@@ -89,7 +100,7 @@ class SavedState(ABC):
                 name: {prefix: self._entry(name, prefix, tensor) for prefix, tensor in self._empty(name)}
                 for name in mine
             }
-            loaded = sharded.read(entries, folder)
+            loaded = sharded.read(entries, files)
             for name in names:
                 parameter, read = self.parameters[name], loaded.get(name)
                 for prefix, empty in self._empty(name):

@@ -1,4 +1,4 @@
-"""Sharded state on disk, the same for both engines and every layout: torch_dist files by megatron-core.
+"""Sharded state on disk, the same for both engines and every layout: torch_dist files, written by megatron-core.
 
 Entries have the names of the whole model: `decoder.layers.3.mlp.linear_fc2.weight` is a weight, and with
 `optimizer.state.` and `param`, `exp_avg` or `exp_avg_sq` before it, its fp32 copy or one of AdamW's moments.
@@ -7,15 +7,14 @@ Entries have the names of the whole model: `decoder.layers.3.mlp.linear_fc2.weig
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megadual.engine import megatron_internals
 from megadual.errors import UserError
 from megadual.run.checkpoints import checksum
+from megadual.run.ranks import Ranks
+from megadual.run.tensor_files import TensorFiles
 
 METADATA = {"non_homogeneous_layers": True}
 STATE = "optimizer.state.{}."  # of an AdamW state's entries
@@ -46,40 +45,70 @@ class ShardedWrite:
         self._save.finish()
 
 
-def read(state: dict, folder: Path) -> dict:
-    """`state` with its sharded tensors read from `folder` (collective)."""
-    return dist_checkpointing.load(state, str(folder))
+def read(state: dict, files: TensorFiles) -> dict:
+    """`state` with its sharded tensors filled from `files`, by each rank for itself."""
+    return {name: _filled(entry, files) for name, entry in state.items()}
+
+
+def _filled(entry, files: TensorFiles):
+    if isinstance(entry, dict):
+        return read(entry, files)
+    if isinstance(entry, list):
+        return [_filled(part, files) for part in entry]
+    if isinstance(entry, ShardedTensorFactory):
+        return entry.merge_fn(_filled(entry.build(), files))
+    assert not entry.prepend_axis_num and entry.flattened_range is None, entry.key
+    files.read(entry.key, entry.global_offset, entry.data)
+    return entry.data
+
+
+def check_fits(entries: list, buffers: list, files: TensorFiles) -> None:
+    """UserError names tensors that the checkpoint has and the model has not, the other way round, or in another size.
+
+    `entries` are what this rank reads, `buffers` what is of the model but not read (collective).
+    """
+    read: dict[str, tuple[int, ...]] = {}
+    model: dict[str, tuple[int, ...]] = {}
+    for of_rank, held in Ranks.current().gather((_sizes(entries), _sizes(buffers))):
+        read |= of_rank
+        model |= of_rank | held
+    stored = files.sizes
+    faults = [
+        f"{name} is {stored.get(name, 'missing')}, the run's is {model.get(name, 'missing')}"
+        for name in sorted(read.keys() | files.weights)
+        if stored.get(name) != model.get(name)
+    ]
+    if faults:
+        more = f"; and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise UserError(f"checkpoint '{files.folder}' does not fit the run's model: {'; '.join(faults[:4])}{more}")
+
+
+def _sizes(entries: list) -> dict[str, tuple[int, ...]]:
+    """Of the whole tensors that entries are parts of."""
+    parts = [nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry] for entry in entries]
+    return {part.key: tuple(part.global_shape) for each in parts for part in each}
 
 
 @torch.no_grad()
 def load_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
     """Fill the parameters of this rank's model chunks from a checkpoint of any layout and precision (collective).
 
-    UserError names the parameters that the checkpoint does not have, or has in another size.
+    UserError as `check_fits` has it.
     """
-    wanted = [_parameters(chunk) for chunk in chunks]
-    metadata = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    sizes = {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
-    faults = [
-        f"{part.key} is {sizes.get(part.key, 'missing')}, the run's is {tuple(part.global_shape)}"
-        for entries in wanted
-        for entry in entries.values()
-        for part in nested_values(entry.build() if isinstance(entry, ShardedTensorFactory) else [entry])
-        if sizes.get(part.key) != tuple(part.global_shape)
-    ]
-    if faults:
-        raise UserError(f"checkpoint '{folder}' does not fit the run's model: {'; '.join(faults[:4])}")
-    loaded = read({str(i): entries for i, entries in enumerate(wanted)}, folder)
-    for i, chunk in enumerate(chunks):
+    files, named = TensorFiles(folder), [named_entries(chunk) for chunk in chunks]
+    wanted = [entry for entries, _ in named for entry in entries.values()]
+    check_fits(wanted, [entry for _, buffers in named for entry in buffers.values()], files)
+    for chunk, (entries, _) in zip(chunks, named, strict=True):
         parameters = dict(chunk.named_parameters())
-        for name, tensor in loaded[str(i)].items():
+        for name, tensor in read(entries, files).items():
             parameters[name].copy_(tensor)
 
 
-def _parameters(chunk: torch.nn.Module) -> dict:
-    """The chunk's parameters by local name, as entries of a sharded state."""
+def named_entries(chunk: torch.nn.Module) -> tuple[dict, dict]:
+    """The entries of the chunk's parameters, and of the buffers that are saved, by local name."""
     state = chunk.sharded_state_dict(metadata=dict(METADATA))
-    return {name: state[name] for name, _ in chunk.named_parameters()}
+    buffers = {name: state[name] for name, _ in chunk.named_buffers() if name in state}
+    return {name: state[name] for name, _ in chunk.named_parameters()}, buffers
 
 
 def hold_moments(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> None:

@@ -21,10 +21,21 @@ AUTO_MAP = {
 
 def write_code(folder: Path) -> None:
     """Write the files of AUTO_MAP and of all that they need."""
-    classes = {f"megadual.hf.{entry.partition('.')[0]}" for entry in AUTO_MAP.values()}
-    for module in classes.union(*map(_needed, classes)):
+    classes, modules = _modules()
+    for module in modules:
         named = _named(_needed(module) - _imported(module)) if module in classes else ""
         (folder / f"{_file_name(module)}.py").write_text(_rewritten(module) + named)
+
+
+def code_files() -> set[str]:
+    """The names of what `write_code` writes."""
+    return {f"{_file_name(module)}.py" for module in _modules()[1]}
+
+
+def _modules() -> tuple[set[str], set[str]]:
+    """Those of AUTO_MAP's classes, and these with all that they need."""
+    classes = {f"megadual.hf.{entry.partition('.')[0]}" for entry in AUTO_MAP.values()}
+    return classes, classes.union(*map(_needed, classes))
 
 
 def _file_name(module: str) -> str:

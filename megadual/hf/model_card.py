@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from megadual.train.checkpoint import PROGRESS
+from megadual.train.checkpoint import read_progress
 from megadual.train.config import PretrainConfig
 
 _TRAINED_BY = ("engine", "model", "data", "parallel", "train")  # the sections of a run's config that are shown
@@ -17,7 +17,7 @@ def model_card(run: PretrainConfig, checkpoint: Path, meta: dict[str, Tensor]) -
     llm = sum(tensor.numel() for name, tensor in meta.items() if not name.startswith("dualtoken."))
     heads = dict.fromkeys(name.split(".")[1] for name in meta if name.startswith("heads."))
     streams = f"the {'stream' if len(heads) == 1 else 'streams'} {' and '.join(heads)} of"
-    step = json.loads((checkpoint / PROGRESS).read_text())["step"]
+    step = read_progress(checkpoint)["step"]
     return f"""---
 library_name: transformers
 pipeline_tag: any-to-any

@@ -5,7 +5,6 @@ Tensors are read, converted and written one at a time.
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -27,20 +26,21 @@ cpu.install()
 from megadual.config import load_config  # noqa: E402
 from megadual.errors import UserError  # noqa: E402
 from megadual.hf.configuration_megadual import MegaDualConfig  # noqa: E402
-from megadual.hf.export import exported_shapes, model_config, read_dualtoken  # noqa: E402
+from megadual.hf.export import DUALTOKEN, check_dualtoken, model_config, read_dualtoken  # noqa: E402
+from megadual.hf.folder import exported_shapes, is_export, read_export  # noqa: E402
 from megadual.hf.mapping import Sizes, origins  # noqa: E402
-from megadual.hf.tensors import FolderTensors, write_checkpoint, write_folder  # noqa: E402
+from megadual.hf.tensors import FolderTensors, read_json, write_checkpoint, write_folder  # noqa: E402
 from megadual.model.dual_lm import Vocabulary  # noqa: E402
 from megadual.model.init import initial  # noqa: E402
+from megadual.run.checkpoints import EDITABLE  # noqa: E402
 from megadual.text import load_text_tokenizer, save_text_tokenizer  # noqa: E402
 from megadual.train.checkpoint import seal_weights  # noqa: E402
 from megadual.train.config import PretrainConfig  # noqa: E402
 
-DUALTOKEN = "dualtoken."
 TABLES = {"model.embed_tokens.weight", "lm_head.weight"}
 VISUAL = re.compile(r"projector\.|heads\.")
 FILES = ["*.safetensors", "*.json"]
-RUN = "run.yaml"
+RUN = EDITABLE
 
 
 def find_model(name: str) -> Path:
@@ -58,12 +58,15 @@ def find_model(name: str) -> Path:
 
 def read_config(folder: Path) -> PretrainedConfig:
     """A Qwen2Config or a MegaDualConfig; UserError for any other model, and for what the trainer does not compute."""
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    if kind == "megadual":
-        return MegaDualConfig.from_pretrained(folder)
+    if is_export(folder):
+        return read_export(folder)[0]
+    kind = read_json(folder / "config.json").get("model_type")
     if kind != "qwen2":
         raise UserError(f"--model '{folder}' is of type '{kind}'; give a Qwen2.5 language model or an exported folder")
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of transformers' checks
+        raise UserError(f"'{folder / 'config.json'}' describes no model: {str(error).splitlines()[0]}") from error
     rope = config.rope_parameters
     if rope["rope_type"] != "default":
         raise UserError(f"--model '{folder}' scales its positions ({rope['rope_type']}), which the trainer does not")
@@ -107,7 +110,11 @@ def read_tokenizer(folder: Path, other: str | None) -> tuple[PreTrainedTokenizer
     """
     own = {}
     if (folder / "tokenizer.json").is_file():
-        own = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
+        try:
+            own = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
+        except Exception as error:  # of tokenizers' reader
+            reason = str(error).splitlines()[0]
+            raise UserError(f"'{folder / 'tokenizer.json'}' is no tokenizer that can be read: {reason}") from error
     elif not other:
         raise UserError(f"--model '{folder}' has no tokenizer.json; give --text-tokenizer DIR")
     tokenizer = load_text_tokenizer(other or folder)
@@ -151,6 +158,7 @@ class Conversion:
         found = {name: tuple(tensor.shape) for name, tensor in self.folder.meta.items() if name != left_out}
         wanted = {name: tuple(tensor.shape) for name, tensor in self.shapes.items() if name not in self.fresh}
         if self.dualtoken:
+            check_dualtoken(self.dualtoken, self.shapes)
             wanted = {name: shape for name, shape in wanted.items() if not name.startswith(DUALTOKEN)}
         for name in TABLES & found.keys() & wanted.keys():
             if found[name][0] >= self.kept:
@@ -218,6 +226,8 @@ def convert(args: argparse.Namespace) -> None:
     kept = min(kept, (source.text_config if exported else source).vocab_size)
 
     run, folder = run_config(source, args), FolderTensors(path)
+    if "model.norm.weight" not in folder.meta:
+        raise UserError(f"--model '{path}' holds no 'model.norm.weight'; is it a language model's folder?")
     dtype = folder.meta["model.norm.weight"].dtype
     run.train.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     dualtoken = source.dualtoken_config() if exported else read_dualtoken(run)
@@ -233,9 +243,9 @@ def convert(args: argparse.Namespace) -> None:
             return conversion.read(name)
 
         write_checkpoint(partial, conversion.meta, read)
-    seal_weights(partial, run)
     save_text_tokenizer(tokenizer, partial / "text_tokenizer")
     if exported:
         write_own_dualtoken(folder, source, partial / "dualtoken")
+    seal_weights(partial, run)
     write_run(run, args.output, partial / RUN, args.base)
     partial.rename(args.output)

@@ -6,17 +6,18 @@ is read; and `read(name)`.
 
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megadual.errors import UserError
+from megadual.run.tensor_files import TensorFiles
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,29 +39,18 @@ class CheckpointTensors:
     """The full, unsharded weights of a pretraining checkpoint of any layout, by their global names."""
 
     def __init__(self, checkpoint: Path):
-        self._reader = _Reader(checkpoint)
+        self._files = TensorFiles(checkpoint)
+        entries = {name: self._files.entries[name] for name in self._files.weights}
         self.meta = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for name, entry in self._reader.read_metadata().state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+            for name, entry in entries.items()
         }
+        self.folder = checkpoint
 
     def read(self, name: str) -> Tensor:
         tensor = torch.empty_like(self.meta[name], device="cpu")
-        with warnings.catch_warnings(action="ignore"):  # that there is no process group
-            dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True)
+        self._files.read(name, (0,) * tensor.dim(), tensor)
         return tensor
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the checkpoint's index once, not for every tensor."""
-
-    def __init__(self, checkpoint: Path):
-        super().__init__(str(checkpoint))
-        self._metadata = super().read_metadata()
-
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        return self._metadata
 
 
 class FolderTensors:
@@ -68,23 +58,66 @@ class FolderTensors:
 
     def __init__(self, folder: Path):
         self.folder, self._files = folder, {}
-        index = folder / INDEX
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {WEIGHTS}
+        index = self._index()
         self.meta: dict[str, Tensor] = {}
-        for file in sorted(names):
+        for file in sorted({*index.values()} if index else {WEIGHTS}):
             if not (folder / file).is_file():
                 raise UserError(f"'{folder}' holds no {file}; weights are read from *.safetensors only")
-            with safe_open(folder / file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    part = tensors.get_slice(name)
-                    if part.get_dtype() not in DTYPES:
-                        raise UserError(f"'{folder / file}': '{name}' is {part.get_dtype()}; use the unquantised model")
-                    self.meta[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
-                    self._files[name] = folder / file
+            for name, part in self._parts(folder / file):
+                if part.get_dtype() not in DTYPES:
+                    raise UserError(f"'{folder / file}': '{name}' is {part.get_dtype()}; use the unquantised model")
+                self.meta[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+                self._files[name] = folder / file
+        if index and (wrong := [name for name in index.keys() | self.meta.keys() if index.get(name) != self._at(name)]):
+            raise UserError(f"'{folder / INDEX}' does not say where {min(wrong)} is; copy or make the folder anew")
+
+    def _index(self) -> dict[str, str] | None:
+        """The file that each tensor is in, where there are several."""
+        path = self.folder / INDEX
+        if not path.is_file():
+            return None
+        index = read_json(path).get("weight_map")
+        if not isinstance(index, dict) or not all(Path(str(file)).name == file for file in index.values()):
+            raise UserError(f"'{path}' has no weight_map of the files beside it")
+        return index
+
+    def _at(self, name: str) -> str | None:
+        return self._files[name].name if name in self._files else None
+
+    def _parts(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """The file's tensors, not read yet."""
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                yield from ((name, tensors.get_slice(name)) for name in tensors.keys())
+        except SafetensorError as error:
+            raise UserError(f"'{path}' is damaged: {error}") from error
 
     def read(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as tensors:  # opened anew, so that its pages are let go
             return tensors.get_tensor(name)
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file holds; UserError where it is missing, or holds no object."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"is not JSON: {error}"
+        raise UserError(f"'{path}' {reason}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"'{path}' holds no JSON object")
+    return found
+
+
+def misfits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """In words how tensors differ by name and shape from those that are expected; "" where they don't."""
+    faults = [
+        f"'{name}' is {tuple(found[name].shape) if name in found else 'missing'}, expected "
+        f"{tuple(expected[name].shape) if name in expected else 'no such tensor'}"
+        for name in sorted(found.keys() | expected.keys())
+        if name not in found or name not in expected or found[name].shape != expected[name].shape
+    ]
+    return "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
 
 
 def write_folder(

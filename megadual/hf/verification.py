@@ -1,16 +1,19 @@
-"""Is an exported folder the checkpoint that it was made from? Every tensor bitwise, and the logits of real samples.
+"""Is an exported folder the checkpoint that it was made from? Every tensor bitwise, how it reads and generates, and the
+logits of real samples.
 
 Tensors are compared one at a time, in both directions of the mapping table. For the logits the trainer's model runs
 here, on packed samples of a shard set, then the exported one in a process of its own that cannot import megadual; both
 in fp32, which needs 4 bytes a parameter.
 """
 
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +34,10 @@ from megadual.data.source import Source  # noqa: E402
 from megadual.engine.groups import initialize_groups  # noqa: E402
 from megadual.engine.megatron import build_chunks  # noqa: E402
 from megadual.errors import UserError  # noqa: E402
-from megadual.hf.export import Exported  # noqa: E402
+from megadual.hf.configuration_megadual import MegaDualConfig  # noqa: E402
+from megadual.hf.export import Exported, model_config, read_dualtoken, write_settings  # noqa: E402
 from megadual.hf.mapping import origins, to_hf  # noqa: E402
-from megadual.hf.tensors import CheckpointTensors, FolderTensors  # noqa: E402
+from megadual.hf.tensors import CheckpointTensors, FolderTensors, read_json  # noqa: E402
 from megadual.streams import Lengths, Marks  # noqa: E402
 from megadual.text import load_text_tokenizer  # noqa: E402
 from megadual.train.checkpoint import load_run_config  # noqa: E402
@@ -46,8 +50,8 @@ READINGS = ((True, False, False), (False, False, False), (True, True, False), (T
 
 
 def same(left: Tensor, right: Tensor) -> bool:
-    """Bitwise, in shape and dtype too."""
-    if (left.shape, left.dtype) != (right.shape, right.dtype):
+    """Bitwise, in shape and dtype too; NaN is like nothing, itself included."""
+    if (left.shape, left.dtype) != (right.shape, right.dtype) or left.isnan().any():
         return False
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right)))
 
@@ -57,7 +61,8 @@ def compare_tensors(expected: Exported, folder: FolderTensors) -> list[str]:
     trainer, sizes = expected.trainer, expected.sizes
     common = expected.meta.keys() & folder.meta.keys()
     different = sorted(expected.meta.keys() ^ folder.meta.keys())
-    back = {name: origin for name, origin in origins(common).items() if common.issuperset(origin.names)}
+    fitting = {name for name in common if expected.meta[name].shape == folder.meta[name].shape}
+    back = {name: origin for name, origin in origins(common).items() if fitting.issuperset(origin.names)}
     for name in tqdm(trainer.meta, unit="tensor", mininterval=1 if sys.stderr.isatty() else 10):
         tensor = trainer.read(name)
         for hf_name, part in to_hf(name, tensor, sizes).items():
@@ -71,6 +76,28 @@ def compare_tensors(expected: Exported, folder: FolderTensors) -> list[str]:
         if hf_name in common and not same(folder.read(hf_name), expected.dualtoken.read(name)):
             different.append(hf_name)
     return different
+
+
+def compare_settings(run: PretrainConfig, config: MegaDualConfig, tokenizer, folder: Path) -> list[str]:
+    """Files that are missing or say something else than an export of today would: config, tokenizer, how it generates.
+
+    Of the code that the folder carries they must be there: what it does is seen in the logits.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        write_settings(Path(scratch), run, tokenizer, config)
+        expected = {path.name: _setting(path) for path in Path(scratch).iterdir()}
+        return sorted(name for name in expected if _setting(folder / name) != expected[name])
+
+
+def _setting(path: Path) -> Any:
+    """What a file says, None where it is missing."""
+    if not path.is_file():
+        return None
+    if path.suffix == ".py":
+        return "there"
+    if path.suffix != ".json":
+        return path.read_bytes()
+    return {name: value for name, value in read_json(path).items() if name != "transformers_version"}
 
 
 def kinds_of(lengths: Lengths) -> dict[str, np.ndarray]:
@@ -149,7 +176,8 @@ def exported_logits(folder: Path, samples: list[Sequence], image: int, python: s
         environment = os.environ | {"HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"the exported model in '{folder}' does not run:\n{done.stderr.strip()[-2000:]}")
+            reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise UserError(f"the exported model in '{folder}' does not run: {reason}")
         found = load_file(outputs)
     return {key: torch.cat([found[f"{i}.{key}"] for i in range(len(samples))]) for key in ("text", *samples[0].codes)}
 
@@ -165,35 +193,48 @@ def compare_logits(
     ours["text"] = ours["text"][:, :text_size]
     theirs = exported_logits(folder, samples, inputs.marks.image, python)
     differences = {stream: (ours[stream] - theirs[stream]).abs().max().item() for stream in ours}
+    finite = all(map(math.isfinite, differences.values()))
     return {
         "samples": len(samples),
         "kinds": kinds,
         "logits_compared": {stream: logits.numel() for stream, logits in ours.items()},
-        "logit_std": {stream: logits.std().item() for stream, logits in ours.items()},
-        "max_abs_logit_diff_per_stream": differences,
-        "max_abs_logit_diff": max(differences.values()),
+        "logit_std": {stream: _number(logits.std().item()) for stream, logits in ours.items()},
+        "max_abs_logit_diff_per_stream": {stream: _number(most) for stream, most in differences.items()},
+        "max_abs_logit_diff": max(differences.values()) if finite else None,
         "tolerance": TOLERANCE,
     }
 
 
-def verify(checkpoint: Path, folder: Path, count: int, data: str | None, python: str) -> dict:
-    """The report: tensors compared and different, and the largest difference of the logits of each stream.
+def _number(x: float) -> float | None:
+    """JSON has no NaN."""
+    return x if math.isfinite(x) else None
 
-    `count` documents of the shard set `data` (None: of the run's sets) are compared on; `python` runs the export.
+
+def verify(checkpoint: Path, folder: Path, count: int, data: str | None, python: str) -> dict:
+    """The report: tensors and files compared and different, and the largest difference of the logits of each stream.
+
+    `count` documents of the shard set `data` (None: of the run's sets) are compared on; `python` runs the export. A
+    difference that is not finite is None, and no equality.
     """
     run = load_run_config(checkpoint)
     if data:
         run.data.sets = [SetConfig(data)]
     if count and not run.data.sets:
         raise UserError(f"checkpoint '{checkpoint}' was made without data; give --data SET, or --samples 0")
-    text_size = len(load_text_tokenizer(run.model.text_tokenizer))
-    trainer, exported = CheckpointTensors(checkpoint), FolderTensors(folder)
-    different = compare_tensors(Exported(run, trainer, text_size), exported)
+    tokenizer = load_text_tokenizer(run.model.text_tokenizer)
+    text_size, exported = len(tokenizer), FolderTensors(folder)
+    trainer = CheckpointTensors(checkpoint)
+    expected = Exported(run, trainer, text_size)
+    config = model_config(run, tokenizer, read_dualtoken(run), expected.meta["model.norm.weight"].dtype)
+    expected.check(config)
+    different, files = compare_tensors(expected, exported), compare_settings(run, config, tokenizer, folder)
     report = {
         "checkpoint": checkpoint.name,
         "tensors_compared": len(exported.meta),
         "tensors_different": different,
+        "files_different": files,
     }
     report |= compare_logits(run, trainer, folder, text_size, count, python) if count else {}
-    report["equal"] = not different and report.get("max_abs_logit_diff", 0.0) <= TOLERANCE
+    most = report.get("max_abs_logit_diff", 0.0)
+    report["equal"] = not different and not files and most is not None and most <= TOLERANCE
     return report

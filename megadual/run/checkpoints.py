@@ -18,6 +18,7 @@ from megadual.run.ranks import Ranks
 
 LATEST = "latest"
 CHECKSUMS = "checksums.json"
+EDITABLE = "run.yaml"  # beside weights to start from: a run's keys, which its user may change
 PARTIAL = ".partial-"
 # What a disk says that may be well again when training starts anew, which jobs do by themselves.
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EREMOTEIO, errno.EAGAIN, errno.EINTR}
@@ -55,16 +56,15 @@ class CheckpointFolder:
     def complete(
         self, step: int, checksums: dict[str, str], describe: Callable[[Path], object] = lambda folder: None
     ) -> None:
-        """Make the partial checkpoint the latest one, and prune the oldest.
+        """Make the partial checkpoint the latest one, with the files that `describe` adds, and prune the oldest.
 
-        `checksums` are known already; those of other files are computed here. What `describe` adds to the folder then
-        has none.
+        `checksums` are known already; those of other files are computed here.
         """
 
         def publish() -> None:
             partial, final = self.partial(step), self.final(step)
-            seal(partial, checksums)
             describe(partial)
+            seal(partial, checksums)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             pointer = self.folder / f".{LATEST}"
@@ -107,33 +107,79 @@ class CheckpointFolder:
             shutil.rmtree(partial)
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, None where the run has none."""
-        pointer = self.folder / LATEST
-        return self.folder / pointer.read_text().strip() if pointer.is_file() else None
+        """The newest complete checkpoint, None where the run has none; UserError where its pointer is broken."""
+        return pointed(self.folder) if os.path.lexists(self.folder / LATEST) else None
 
     def to_resume(self) -> Path | None:
-        """The latest one as rank 0 sees it: shared disks answer late."""
-        return Ranks.current().gather(self.latest())[0]
+        """The latest one as rank 0 sees it: shared disks answer late (collective)."""
+        latest: Path | UserError | None = None
+        if Ranks.current().main:
+            try:
+                latest = self.latest()
+            except UserError as error:
+                latest = error
+        if isinstance(latest := Ranks.current().gather(latest)[0], UserError):
+            raise latest
+        return latest
+
+
+def pointed(folder: Path) -> Path:
+    """The checkpoint of a run's checkpoints `folder` that its pointer names; UserError where that is none."""
+    try:
+        name = (folder / LATEST).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        name = ""
+    if not name.isdigit() or not (folder / name).is_dir():
+        there = sorted(path.name for path in folder.iterdir() if path.name.isdigit())
+        fix = f"write the name of one to it: {', '.join(there[-3:])}" if there else "there is none beside it: remove it"
+        raise UserError(f"'{folder / LATEST}' names no checkpoint ({name[:40]!r}); {fix}")
+    return folder / name
 
 
 def seal(folder: Path, checksums: dict[str, str]) -> None:
     """Write the checksums of all files in `folder`; `checksums` are those that are known already."""
-    others = [path.name for path in folder.iterdir() if path.name not in checksums]
-    checksums = checksums | {name: checksum(folder / name) for name in others}
-    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
+    checksums = checksums | {name: checksum(folder / name) for name in _files(folder) - checksums.keys()}
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1, sort_keys=True))
 
 
-def verify(checkpoint: Path) -> None:
-    """UserError if a file is not what was written; ranks share the files out (collective)."""
+def verify(checkpoint: Path, needed: tuple[str, ...]) -> None:
+    """UserError if a file is not what was written, or there is one more; ranks share the files out (collective).
+
+    `needed`: files without which it is no checkpoint.
+    """
     ranks = Ranks.current()
-    written = json.loads((checkpoint / CHECKSUMS).read_text())
-    names = sorted(written)[ranks.rank :: ranks.size]
-    wrong = [n for n in names if not (checkpoint / n).is_file() or checksum(checkpoint / n) != written[n]]
-    if damaged := sorted(name for part in ranks.gather(wrong) for name in part):
-        raise UserError(
-            f"checkpoint '{checkpoint}' is damaged: {', '.join(damaged)}; remove the folder and write the name of "
-            f"an older one to '{checkpoint.parent / LATEST}'"
-        )
+    try:
+        written = _checksums(checkpoint)
+    except (OSError, ValueError) as error:
+        damage = [f"{CHECKSUMS} ({'missing' if isinstance(error, FileNotFoundError) else error})"]
+    else:
+        there = _files(checkpoint)
+        damage = [f"{name} (missing)" for name in (written.keys() | {*needed}) - there]
+        damage += [f"{name} (not in {CHECKSUMS})" for name in there - written.keys()]
+        mine = sorted(there & written.keys())[ranks.rank :: ranks.size]
+        damage += [name for name in mine if checksum(checkpoint / name) != written[name]]
+    if damaged := sorted({name for part in ranks.gather(damage) for name in part}):
+        more = f" and {len(damaged) - 4} more" if len(damaged) > 4 else ""
+        pointer = checkpoint.parent / LATEST
+        fix = f"write the name of an older one to '{pointer}'" if pointer.is_file() else "make or copy it anew"
+        raise UserError(f"checkpoint '{checkpoint}' is damaged: {', '.join(damaged[:4])}{more}; remove it, and {fix}")
+
+
+def _files(folder: Path) -> set[str]:
+    """The files that have checksums, by their paths in `folder`."""
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return files - {CHECKSUMS, EDITABLE}
+
+
+def _checksums(checkpoint: Path) -> dict[str, str]:
+    """ValueError where the file holds something else."""
+    try:
+        written = json.loads((checkpoint / CHECKSUMS).read_text())
+    except ValueError as error:
+        raise ValueError("not JSON") from error
+    if not isinstance(written, dict) or not written or not all(isinstance(each, str) for each in written.values()):
+        raise ValueError("no checksums")
+    return written
 
 
 def checksum(path: str | Path) -> str:

@@ -21,6 +21,8 @@ from megadual.run import exits
 from megadual.run.nodes import broadcast
 
 LOCK = "lock.json"
+# Of a lock that a disk has broken. One that lives touches it all the same.
+UNKNOWN: dict = {"owner": "unknown", "host": None, "pid": 0, "name": "an unknown machine", "job": None}
 
 
 @contextlib.contextmanager
@@ -64,13 +66,18 @@ class RunLock:
         mine = self.path.with_name(f".lock-{self.me['owner']}")
         mine.write_text(json.dumps(self.me))
         try:
-            while True:
-                try:
-                    os.link(mine, self.path)  # atomic, on NFS too
+            while not _linked(mine, self.path):
+                holder = _read(self.path)
+                if holder is None:
+                    continue
+                if lives(self.path, self.beat_s):
+                    job = f", Slurm job {holder['job']}" if holder["job"] else ""
+                    raise UserError(
+                        f"{self.place} is in use by process {holder['pid']} on {holder['name']}{job}; "
+                        f"stop that one, or give another {self.key}"
+                    )
+                if self._replaced(self.path, holder, mine):
                     break
-                except FileExistsError:
-                    if self._replaced_dead(mine):
-                        break
         finally:
             mine.unlink(missing_ok=True)
         threading.Thread(target=self._beat, daemon=True).start()
@@ -85,37 +92,33 @@ class RunLock:
         while not self._released.wait(self.beat_s):
             with contextlib.suppress(OSError, ValueError):  # a shared disk's bad moment: the next beat tries again
                 holder = _read(self.path)
-                if holder is not None and holder != self.me:
+                if holder not in (None, UNKNOWN, self.me):
                     where = f"{holder['name']}, process {holder['pid']}"
                     print(f"error: {self.place} was taken over by {where}", file=sys.stderr, flush=True)
                     os._exit(exits.LOST_RUN)  # it was not seen for long
                 if holder is not None:
                     os.utime(self.path)
 
-    def _replaced_dead(self, mine: Path) -> bool:
-        """Put `mine` in a dead holder's place. False where the lock has changed meanwhile: look again."""
-        holder = _read(self.path)
-        if holder is None:
-            return False
-        if lives(self.path, self.beat_s):
-            job = f", Slurm job {holder['job']}" if holder["job"] else ""
-            raise UserError(
-                f"{self.place} is in use by process {holder['pid']} on {holder['name']}{job}; "
-                f"stop that one, or give another {self.key}"
-            )
-        successor = self.path.with_name(f".successor-of-{holder['owner']}")  # one start at a time
-        try:
-            os.link(mine, successor)
-        except FileExistsError:
-            time.sleep(self.beat_s / 5)
-            return False
-        try:
-            if _read(self.path) != holder:  # an earlier successor has it
+    def _replaced(self, path: Path, holder: dict, mine: Path) -> bool:
+        """Put `mine` in the place of a dead holder's file. False where that has changed meanwhile: look again.
+
+        One start at a time does so: it has `.successor-of-OWNER`, a lock too, which is replaced in the same way where
+        a start was killed that had it.
+        """
+        successor = path.with_name(f".successor-of-{holder['owner']}")
+        if not _linked(mine, successor):
+            other = _read(successor)
+            if other is None or lives(successor, self.beat_s) or not self._replaced(successor, other, mine):
                 return False
-            os.replace(mine, self.path)
+        try:
+            if _read(path) != holder:  # an earlier successor has it
+                return False
+            replacement = path.with_name(f".replacement-{self.me['owner']}")
+            os.link(mine, replacement)
+            os.replace(replacement, path)
             return True
         finally:
-            successor.unlink()
+            successor.unlink(missing_ok=True)
 
 
 def lives(path: Path, beat_s: float = 5.0) -> bool:
@@ -138,11 +141,25 @@ def _machine() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
 
 
-def _read(path: Path) -> dict | None:
+def _linked(mine: Path, path: Path) -> bool:
+    """Have `path` be a link to `mine`; False where there is such a file. Atomic, on NFS too."""
     try:
-        return json.loads(path.read_text())
+        os.link(mine, path)
+        return True
+    except FileExistsError:
+        return False
+
+
+def _read(path: Path) -> dict | None:
+    """A lock's holder: UNKNOWN where the file names none, None where there is no file."""
+    try:
+        holder = json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    except ValueError:
+        return UNKNOWN
+    known = isinstance(holder, dict) and holder.keys() >= UNKNOWN.keys()
+    return holder if known and str(holder["owner"]).isalnum() and type(holder["pid"]) is int else UNKNOWN
 
 
 def _touched(path: Path) -> int | None:

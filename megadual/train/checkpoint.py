@@ -4,26 +4,34 @@ RUN/checkpoints/00000100/ (megadual/run/checkpoints.py) holds torch_dist shards 
 run's config.yaml.
 """
 
+import dataclasses
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megadual.config import load_config, to_yaml
 from megadual.engine.protocol import Engine
 from megadual.engine.sharded import ShardedWrite
 from megadual.errors import UserError
-from megadual.run.checkpoints import LATEST, CheckpointFolder, seal, verify, what_failed
+from megadual.model.config import HeadConfig
+from megadual.run.checkpoints import LATEST, CheckpointFolder, pointed, seal, verify, what_failed
 from megadual.run.ranks import Ranks
+from megadual.run.tensor_files import INDEX
 from megadual.train.config import PretrainConfig
 
 CONFIG = "config.yaml"
 PROGRESS = "progress.json"
+NEEDED = (INDEX, CONFIG, PROGRESS)
+# Keys of the model that shapes, and what tensors of a shape mean, depend on.
+SHAPE = ("layers", "hidden", "ffn", "heads", "kv_heads", "tie_embeddings")
+SHAPE += tuple(f"head.{field.name}" for field in dataclasses.fields(HeadConfig))
 
 
 class _Saving(threading.Thread):
@@ -106,10 +114,11 @@ class Checkpointer(CheckpointFolder):
     def load(self, engine: Engine, checkpoint: Path) -> dict:
         """Fill the engine from a checkpoint of any layout; returns the `step` it was made after and `data`.
 
-        UserError names the files that are not what was written.
+        UserError names the files that are not what was written, and what does not fit the run's model.
         """
-        verify(checkpoint)
-        progress = json.loads((checkpoint / PROGRESS).read_text())
+        check(checkpoint)
+        check_model(self.run, checkpoint)
+        progress = read_progress(checkpoint)
         engine.load(checkpoint, progress["step"], progress["updates"])
         return progress
 
@@ -122,23 +131,23 @@ def _describe(folder: Path, run: PretrainConfig, progress: dict) -> None:
 def seal_weights(folder: Path, run: PretrainConfig) -> None:
     """Make a checkpoint for `checkpoint.start` of a folder with torch.distributed.checkpoint's files of the weights.
 
-    Their entries have the names that `hf.tensors.CheckpointTensors` gives. For tools: needs no process group.
+    Their entries have the names that `hf.tensors.CheckpointTensors` gives. All that is in the folder then belongs to
+    it. For tools: needs no process group.
     """
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    torch.save({}, folder / "common.pt")  # megatron-core before 0.17 looks for it
-    seal(folder, {})
     _describe(folder, run, {"step": 0, "updates": 0})
+    seal(folder, {})
 
 
 def starting_weights(run: PretrainConfig) -> Path | None:
     """The checkpoint whose weights the run starts from; None to start from its own latest, or from its seed.
 
-    Verified (collective).
+    Verified, and of the run's model (collective).
     """
     if not run.checkpoint.start or Checkpointer(run).to_resume():
         return None
     checkpoint = resolve_checkpoint(run.checkpoint.start)
-    verify(checkpoint)
+    check(checkpoint)
+    check_model(run, checkpoint)
     return checkpoint
 
 
@@ -146,13 +155,49 @@ def resolve_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder from itself, a run's folder, or its `checkpoints` folder (the latest one there)."""
     path = Path(path)
     for folder in (path, path / "checkpoints"):
-        if (folder / LATEST).is_file():
-            return folder / (folder / LATEST).read_text().strip()
-    if not (path / CONFIG).is_file() or not (path / ".metadata").is_file():
+        if os.path.lexists(folder / LATEST):
+            return pointed(folder)
+    if not any((path / name).exists() for name in NEEDED):
         raise UserError(f"'{path}' is not a checkpoint: expected RUN, RUN/checkpoints or RUN/checkpoints/STEP")
     return path
 
 
+def check(checkpoint: Path) -> None:
+    """UserError where a file of the checkpoint is not what was written, or it does not say its step (collective)."""
+    verify(checkpoint, NEEDED)
+    read_progress(checkpoint)
+
+
 def load_run_config(checkpoint: Path) -> PretrainConfig:
-    """The resolved config that the checkpoint was written with."""
-    return load_config(PretrainConfig, checkpoint / CONFIG)
+    """The resolved config that the checkpoint was written with, once all of its files have been checked."""
+    check(checkpoint)
+    try:
+        return load_config(PretrainConfig, checkpoint / CONFIG)
+    except UserError as error:
+        raise UserError(f"checkpoint '{checkpoint}': {CONFIG}: {error}") from error
+
+
+def read_progress(checkpoint: Path) -> dict:
+    """`step`, `updates` of the optimizer, and `data`, the data's position, where there is one."""
+    try:
+        progress = json.loads((checkpoint / PROGRESS).read_text())
+        if not all(type(progress[name]) is int and progress[name] >= 0 for name in ("step", "updates")):
+            raise ValueError("step and updates must be counts")
+        if not isinstance(progress.get("data"), dict | None):
+            raise ValueError("data is no position")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{checkpoint / PROGRESS}' does not say how far training was: {error}") from error
+    return progress
+
+
+def check_model(run: PretrainConfig, checkpoint: Path) -> None:
+    """UserError names the keys of the model's shape that the checkpoint's model has otherwise."""
+    try:
+        stored = OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG))["model"]
+        stored |= {f"head.{name}": value for name, value in stored["head"].items()}
+    except Exception as error:  # of YAML's reader, or of what lies in it
+        raise UserError(f"'{checkpoint / CONFIG}' is not a run's config: {' '.join(str(error).split())}") from error
+    model = vars(run.model) | {f"head.{name}": value for name, value in vars(run.model.head).items()}
+    if wrong := [name for name in SHAPE if name in stored and stored[name] != model[name]]:
+        differ = "; ".join(f"model.{name} is {stored[name]}, the run's is {model[name]}" for name in wrong)
+        raise UserError(f"checkpoint '{checkpoint}' does not fit the run's model: {differ}")

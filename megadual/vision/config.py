@@ -191,10 +191,13 @@ class DualTokenConfig:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise ValueError(f"no DualToken in '{folder}': it holds no config.json")
-        stored = json.loads(path.read_text())
-        if stored.pop("model_type", None) != "dualtoken":
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"'{path}' is not JSON: {error}") from error
+        if not isinstance(stored, dict) or stored.pop("model_type", None) != "dualtoken":
             raise ValueError(f"'{path}' is not a DualToken's: its model_type is not 'dualtoken'")
         try:
             return cls.from_dict(stored)
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # of a value of another type
             raise ValueError(f"'{path}': {error}") from error

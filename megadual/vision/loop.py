@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from megadual.errors import UserError
 from megadual.run import exits
@@ -69,6 +70,11 @@ class Trainer(ABC):
         A step that `approve` refuses changes no weight.
         """
 
+    def is_finite(self) -> bool:
+        """Whether weights and codebooks are numbers: the last update may have left none."""
+        modules = (part for part in self.parts.values() if isinstance(part, nn.Module))
+        return all(bool(x.isfinite().all()) for module in modules for x in module.state_dict().values())
+
     def save(self, files: CheckpointFolder) -> None:
         """Write the state after `steps_done` steps (collective)."""
         ranks = self.ranks.gather({**self.data_state, "rng": torch.get_rng_state()})
@@ -84,24 +90,23 @@ class Trainer(ABC):
 
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint (collective); UserError where it is damaged or does not fit this run."""
-        verify(checkpoint)
+        verify(checkpoint, (STATE,))
         try:
             state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
+            ranks, step = state["ranks"], state["step"]
         except Exception as error:
-            reason = str(error).splitlines()[0]
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # of torch's, the second says what
             raise UserError(
                 f"checkpoint '{checkpoint}' does not fit this run ({reason}); give another run.dir"
             ) from error
-        if len(state["ranks"]) != self.ranks.size:
-            raise UserError(
-                f"checkpoint '{checkpoint}' is of {len(state['ranks'])} ranks, this run has {self.ranks.size}"
-            )
-        mine = state["ranks"][self.ranks.rank]
+        if len(ranks) != self.ranks.size:
+            raise UserError(f"checkpoint '{checkpoint}' is of {len(ranks)} ranks, this run has {self.ranks.size}")
+        mine = ranks[self.ranks.rank]
         torch.set_rng_state(mine["rng"])
         self.data_state = {"batches": mine["batches"], "positions": mine["positions"]}
-        self.steps_done = state["step"]
+        self.steps_done = step
 
 
 def judged(metrics: dict[str, float]) -> StepResult:
@@ -160,6 +165,10 @@ def fit(
                 end(exits.BAD_LOSS)
         stopping = session.stop.agreed()
         if stopping or config.checkpoint.due(step, steps):
+            if not trainer.is_finite():  # alike on all ranks
+                if log:
+                    log.message(f"error: step {step} has left weights that are no numbers; no checkpoint is made of it")
+                end(exits.BAD_LOSS)
             trainer.save(files)
             session.beat()
             if log:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -227,7 +227,7 @@ class DualToken(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "DualToken":
-        """Read what save_pretrained wrote, in eval mode on `device`; ValueError where something is missing."""
+        """Read what save_pretrained wrote, in eval mode on `device`; ValueError where that is not all there."""
         with torch.device("meta"):  # weights that are about to be read need no random numbers
             model = cls(DualTokenConfig.load(folder))
         model.to_empty(device=device)
@@ -240,8 +240,12 @@ class DualToken(nn.Module):
         return model.eval()
 
     def load_weights(self, folder: str | Path) -> None:
-        """Take the weights that save_pretrained wrote; RuntimeError where they do not fit."""
-        load_model(self, str(_weights_file(folder)), device=str(next(self.parameters()).device))
+        """Take the weights that save_pretrained wrote; ValueError where they are damaged or do not fit."""
+        path = _weights_file(folder)
+        try:
+            load_model(self, str(path), device=str(next(self.parameters()).device))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"'{path}' has not the weights of its config.json: {_first_lines(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -304,6 +308,11 @@ def fingerprint(config: DualTokenConfig, codebooks: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _first_lines(error: Exception) -> str:
+    """Of torch's errors the second line says what is wrong."""
+    return " ".join(line.strip() for line in str(error).splitlines()[:2])
+
+
 def _weights_file(folder: str | Path) -> Path:
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
@@ -332,11 +341,16 @@ def read_codebooks(folder: str | Path) -> CodebookSet:
             f"'{folder}': the streams {', '.join(by_depth)} have a codebook for each depth; data and language models "
             "take one for all depths"
         )
-    with safe_open(str(_weights_file(folder)), framework="pt") as weights:
-        vectors = {
-            stream: weights.get_tensor(f"quantizers.{stream}.codebooks.0.weight")[:-1].float()
-            for stream in config.streams
-        }
+    path, vectors = _weights_file(folder), {}
+    try:
+        with safe_open(str(path), framework="pt") as weights:
+            for name, stream in config.streams.items():
+                codes = weights.get_tensor(f"quantizers.{name}.codebooks.0.weight")[:-1].float()
+                if codes.shape != (stream.codebook_size, stream.code_dim):
+                    raise ValueError(f"'{path}': stream '{name}' has codes of another shape than in its config.json")
+                vectors[name] = codes
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged, or no DualToken's: {error}") from error
     return CodebookSet(
         config.code_streams, vectors, fingerprint(config, vectors), config.grid, config.feeding("picture")
     )

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
-from megadual.engine import sharded
+from megadual.engine import groups, sharded
 from megadual.errors import UserError
 from megadual.hf.tensors import CheckpointTensors
 from megadual.testing import layouts, tiny
@@ -179,10 +179,44 @@ def test_start_from_weights(run_in, uninterrupted, weights_only, tmp_path, layou
     assert lr == uninterrupted[0][0]["lr"]  # the schedule starts anew
 
 
-def test_start_of_another_size_is_refused(run_in, weights_only, tmp_path):
-    run = run_in(tmp_path, f"checkpoint.start={weights_only}", "model.ffn=96")
-    with pytest.raises(RuntimeError, match=r"UserError: .*linear_fc1.weight is \(256, 64\), the run's is \(192, 64\)"):
-        run_distributed(first_loss, 1, run, 0)
+def refusals(runs) -> list[str]:
+    """What is said of each run as it resumes, or takes the weights that it starts from."""
+    said = []
+    for run in runs:
+        end = groups.destroy_groups
+        try:
+            engine, _ = tiny.build(run)
+            end = engine.shutdown
+            if not run.checkpoint.start:
+                checkpointer = Checkpointer(run)
+                checkpointer.load(engine, checkpointer.to_resume())
+            said.append("")
+        except UserError as error:
+            said.append(str(error))
+        end()
+    return said
+
+
+OTHERS = {
+    "model.layers=2": "model.layers is 4, the run's is 2",
+    "model.layers=6": "model.layers is 4, the run's is 6",
+    "model.ffn=96": "model.ffn is 128, the run's is 96",
+    "model.head.layers=1": "model.head.layers is 2, the run's is 1",
+    "model.kv_heads=4": "model.kv_heads is 2, the run's is 4",
+    "model.heads=8": "model.heads is 4, the run's is 8",
+    "model.tie_embeddings=true": "model.tie_embeddings is False, the run's is True",
+    "model.streams=[pixel]": "heads.semantic",
+}
+
+
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+@pytest.mark.parametrize("how", ["start", "resume"])
+def test_a_checkpoint_of_another_shape_is_refused(run_in, weights_only, tmp_path, engine, how):
+    place = weights_only.parent / "run" if how == "resume" else tmp_path
+    start = [f"checkpoint.start={weights_only}"] if how == "start" else []
+    runs = [run_in(place, f"engine={engine}", *start, other) for other in OTHERS]
+    for said, expected in zip(run_distributed(refusals, 1, runs)[0], OTHERS.values(), strict=True):
+        assert "does not fit the run's model: " in said and expected in said and len(said) < 1000 and "\n" not in said
 
 
 @pytest.mark.parametrize("parts, then", [("projector", "llm,projector"), ("heads", "projector,llm,heads")])

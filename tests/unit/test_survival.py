@@ -104,6 +104,49 @@ def test_of_two_that_find_a_dead_holder_one_wins(tmp_path):
     won[0].release()
 
 
+def _die_taking_over(folder: Path, depth: int) -> None:
+    """Killed between two steps: when it has the lock of taking over, or that of taking that over, and so on."""
+    replace, left = os.replace, [depth]
+
+    def die(*args):
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        replace(*args)
+
+    os.replace = die
+    RunLock(folder, BEAT).acquire()
+
+
+def test_a_start_that_is_killed_while_it_takes_over_leaves_no_harm(tmp_path):
+    (tmp_path / LOCK).write_text(json.dumps(RunLock(tmp_path).me | {"pid": 1 << 30}))
+    for depth in (0, 0, 1, 2):
+        killed = multiprocessing.Process(target=_die_taking_over, args=(tmp_path, depth))
+        killed.start()
+        killed.join(30)
+        assert killed.exitcode == -signal.SIGKILL
+    assert list(tmp_path.glob(".successor-of-*"))
+    lock = RunLock(tmp_path, BEAT)
+    start = threading.Thread(target=lock.acquire, daemon=True)
+    start.start()
+    start.join(30)
+    assert not start.is_alive() and json.loads((tmp_path / LOCK).read_text()) == lock.me
+    with pytest.raises(UserError, match="in use"):
+        RunLock(tmp_path, BEAT).acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'{"owner": "../x", "pid": "1"}'])
+def test_a_lock_that_a_disk_has_broken_is_taken_over(tmp_path, content):
+    (tmp_path / LOCK).write_bytes(content)
+    lock = RunLock(tmp_path, BEAT)
+    lock.acquire()
+    (tmp_path / LOCK).write_bytes(content)  # while it is held: it goes on
+    with pytest.raises(UserError, match="in use by process 0 on an unknown machine"):
+        RunLock(tmp_path, BEAT).acquire()
+    assert not list(tmp_path.glob(".successor-of-*"))
+
+
 def test_watchdog_shows_stacks_and_wakes_stopped_ranks(tmp_path):
     """Two ranks: one stops beating, the other is stopped as a whole."""
     code = """

@@ -247,6 +247,37 @@ def test_spikes_are_skipped_and_named_until_there_are_too_many(make):
     assert read_starts(config.run.dir)[0]["ended"] == "bad loss"
 
 
+def _spoil(monkeypatch, at: int, after: bool) -> None:
+    """Have weights be NaN from a step on, or from its end."""
+    step = TokenizerTrainer.step
+
+    def spoilt(trainer, approve=None):
+        def spoil() -> None:
+            if trainer.steps_done >= at:
+                with torch.no_grad():
+                    trainer.model.prequant["pixel"][0].proj.weight.fill_(torch.nan)
+
+        if not after:
+            spoil()
+        metrics = step(trainer, approve)
+        if after:
+            spoil()
+        return metrics
+
+    monkeypatch.setattr(TokenizerTrainer, "step", spoilt)
+
+
+@pytest.mark.parametrize("bad_loss, at, after", [("stop", 2, False), ("skip", 2, False), ("stop", 3, True)])
+def test_a_run_ends_at_nan_and_keeps_what_it_had(make, monkeypatch, bad_loss, at, after):
+    config = make("train.steps=3", f"train.bad_loss={bad_loss}", "train.max_skipped=1", "checkpoint.every=1")
+    _spoil(monkeypatch, at, after)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == exits.BAD_LOSS and not (Path(config.run.dir) / "dualtoken").exists()
+    assert CheckpointFolder(config.run.dir, keep=1).latest().name == "00000002"
+    assert read_starts(config.run.dir)[0]["ended"] == "bad loss"
+
+
 def test_a_run_logs_reconstructions_to_wandb(make, inputs):
     config = make(f"data.heldout={inputs[0]}", "run.wandb=offline", "train.steps=2", "checkpoint.every=1")
     train(config)
