@@ -42,8 +42,8 @@ from megadual.engine.predict import Prediction, predict, rates_of  # noqa: E402
 from megadual.train import setup  # noqa: E402
 
 WARM = 5  # steps that are not counted
-_PLAIN = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false"]
 _TP, _PP = ["parallel.tensor=2", "parallel.sequence=true"], ["parallel.pipeline=2"]
+_TP4 = ["parallel.tensor=4", "parallel.sequence=true"]
 _ZERO = {stage: ["engine=deepspeed", f"parallel.zero_stage={stage}"] for stage in (1, 3)}
 _CUT, _3B, _7B = "7b_one_gpu.yaml", "3b_384.yaml", "7b.yaml"
 
@@ -56,25 +56,25 @@ LAYOUTS = {
     "CP2, rows of 32,768": (2, _CUT, ["parallel.context=2", "train.seq_len=32768"]),
     "ZeRO-1 DP2": (2, _CUT, _ZERO[1]),
     "ZeRO-3 DP2": (2, _CUT, _ZERO[3]),
-    "3B DP2": (2, "3b.yaml", _PLAIN),
-    "3B, rows of 8,192, recompute DP2": (2, _3B, _PLAIN),
+    "3B DP2": (2, "3b.yaml", []),
+    "3B, rows of 8,192, recompute DP2": (2, _3B, ["train.recompute=true"]),
     "DP4": (4, _CUT, []),
     "TP2+SP DP2": (4, _CUT, _TP),
     "TP2+SP PP2": (4, _CUT, _TP + _PP),
     "PP2 DP2": (4, _CUT, _PP),
     "PP2xVPP2 DP2": (4, _CUT, [*_PP, "parallel.virtual_pipeline=2"]),
-    "TP4+SP": (4, _CUT, ["parallel.tensor=4", "parallel.sequence=true"]),
+    "TP4+SP": (4, _CUT, _TP4),
     "ZeRO-1 DP4": (4, _CUT, _ZERO[1]),
     "ZeRO-3 DP4": (4, _CUT, _ZERO[3]),
-    "3B DP4": (4, "3b.yaml", _PLAIN),
-    "3B TP2+SP DP2": (4, "3b.yaml", _PLAIN + _TP),
-    "7B TP2+SP PP2": (4, _7B, _PLAIN + _TP + _PP),
-    "7B TP4+SP": (4, _7B, [*_PLAIN, "parallel.tensor=4", "parallel.sequence=true"]),
+    "3B DP4": (4, "3b.yaml", []),
+    "3B TP2+SP DP2": (4, "3b.yaml", _TP),
+    "7B TP2+SP PP2": (4, _7B, _TP + _PP),
+    "7B TP4+SP": (4, _7B, _TP4),
     "DP8": (8, _CUT, []),
     "TP2+SP PP2 DP2": (8, _CUT, _TP + _PP),
-    "3B DP8": (8, "3b.yaml", _PLAIN),
-    "7B TP2+SP PP2 DP2": (8, _7B, _PLAIN + _TP + _PP),
-    "7B TP4+SP DP2": (8, _7B, [*_PLAIN, "parallel.tensor=4", "parallel.sequence=true"]),
+    "3B DP8": (8, "3b.yaml", []),
+    "7B TP2+SP PP2 DP2": (8, _7B, _TP + _PP),
+    "7B TP4+SP DP2": (8, _7B, _TP4),
 }
 
 
@@ -148,7 +148,7 @@ def overrides_of(name: str, args: argparse.Namespace) -> list[str]:
     return [
         f"model.dualtoken={args.inputs}/dualtoken", f"model.text_tokenizer={args.inputs}/text_tokenizer",
         f"data.sets=[{args.inputs}/shards]", f"train.global_batch_tokens={positions}", f"train.steps={args.steps}",
-        "train.warmup_steps=2", "checkpoint.every=null", "run.wandb=disabled", *own, *args.set,
+        "train.warmup_steps=2", "checkpoint.every=null", "run.wandb=disabled", "parallel.layout=given", *own, *args.set,
     ]  # fmt: skip
 
 

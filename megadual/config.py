@@ -25,9 +25,14 @@ NEAR = 0.8  # how alike a wrong key and the one that was meant are at least
 
 
 def load_config(
-    schema: type[Config], path: str | Path | Sequence[str | Path] | None = None, overrides: Sequence[str] = ()
+    schema: type[Config],
+    path: str | Path | Sequence[str | Path] | None = None,
+    overrides: Sequence[str] = (),
+    assumed: Sequence[str] = (),
 ) -> Config:
     """A `schema` from its defaults, then the YAML at `path` (or several, in order), then `overrides`.
+
+    `assumed` are overrides too, of what nothing else gives.
 
     A YAML file may name another one to start from, relative to itself, under `base`. Unknown keys, values of the wrong
     type or out of their bounds raise UserError. Where the schema has a method `resolve`, that fills what depends on
@@ -36,14 +41,8 @@ def load_config(
     merged = OmegaConf.structured(schema)
     paths = [path] if isinstance(path, (str, Path)) else path or []
     layers = [layer for path in paths for layer in _read_yaml_chain(Path(path))]
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"override '{override}' is not of the form key=value")
-        try:
-            layers.append(("command line", OmegaConf.from_dotlist([override])))
-        except Exception as error:
-            raise UserError(f"override '{override}' can't be read: {error}") from error
-    for place, layer in layers:
+    layers += map(_read_override, overrides)
+    for place, layer in [*map(_read_override, assumed), *layers]:
         layer = OmegaConf.create(_spelled_out(OmegaConf.to_container(layer), schema))
         _check_keys(layer, schema, place, _Names.of(schema))
         try:
@@ -61,6 +60,15 @@ def load_config(
     return config
 
 
+def _read_override(override: str) -> tuple[str, DictConfig]:
+    if "=" not in override:
+        raise UserError(f"override '{override}' is not of the form key=value")
+    try:
+        return "command line", OmegaConf.from_dotlist([override])
+    except Exception as error:
+        raise UserError(f"override '{override}' can't be read: {error}") from error
+
+
 def check_values(config) -> None:
     """UserError names the first value that is out of its bounds."""
     for name, field, value in _values(config):
@@ -76,17 +84,31 @@ def to_yaml(config) -> str:
 
 
 def parse_command_line(
-    schema: type[Config], description: str, argv: list[str] | None = None
+    schema: type[Config], description: str, argv: list[str] | None = None, planned: Sequence[str] = ()
 ) -> tuple[Config, argparse.Namespace]:
-    """The command line every entry point shares. Returns (config, args)."""
+    """The command line every entry point shares. Returns (config, args).
+
+    With `planned`, --dry-run --gpus N plans a start elsewhere, and what is not given is then as `planned` has it.
+    """
     parser = argparse.ArgumentParser(
         description=description, epilog=describe_keys(schema), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", action="append", help="YAML file with this run's keys; a later one adds to it")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and plan, then stop")
+    if planned:
+        parser.add_argument(
+            "--gpus", type=int, help="with --dry-run: plan for so many; what is not here, data too, is assumed"
+        )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set config keys, dotted, as listed below")
     args = parser.parse_intermixed_args(argv)
-    return load_config(schema, args.config, args.overrides), args
+    elsewhere = planned and args.gpus is not None
+    if elsewhere and not args.dry_run:
+        raise UserError(
+            f"--gpus {args.gpus} is for --dry-run alone; a start has the processes that a launcher or run.ranks gives"
+        )
+    if elsewhere and args.gpus < 1:
+        raise UserError(f"--gpus {args.gpus} must be at least 1")
+    return load_config(schema, args.config, args.overrides, planned if elsewhere else ()), args
 
 
 def describe_keys(schema: type) -> str:

@@ -2,7 +2,8 @@
 
 On a cluster: sbatch slurm/pretrain_7b.sh, or torchrun --nproc_per_node N pretrain/pretrain.py --config FILE ...
 On one machine `python pretrain/pretrain.py ...` does: it starts run.ranks processes itself, by default tensor x
-pipeline x context ones.
+pipeline x context ones, or with parallel.layout=auto one for each GPU. `--dry-run --gpus N` plans a start on N GPUs
+anywhere, and needs no data.
 """
 
 import os
@@ -11,40 +12,55 @@ import sys
 from megadual.config import parse_command_line, to_yaml
 from megadual.engine.environment import set_environment
 from megadual.engine.topology import topology
-from megadual.errors import command
+from megadual.errors import UserError, command
 from megadual.run.local import become_ranks, hold_stop_signals
-from megadual.train.config import PretrainConfig
+from megadual.train.config import PLANNED, PretrainConfig, check_picked
 
 
 @command
 def main() -> None:
-    run, args = parse_command_line(PretrainConfig, __doc__)
+    run, args = parse_command_line(PretrainConfig, __doc__, planned=PLANNED)
     launched, parallel = "RANK" in os.environ, run.parallel
-    alone = run.run.ranks or parallel.tensor * parallel.pipeline * parallel.context
-    world = int(os.environ["WORLD_SIZE"]) if launched else alone
-    layout = topology(run, world)
+    if args.gpus is None and launched != ("WORLD_SIZE" in os.environ):
+        raise UserError("of RANK and WORLD_SIZE only one is set; a launcher sets both, a start on this machine neither")
+    check_picked(run, args.overrides)
+    given = parallel.layout == "given"
+    alone = run.run.ranks or (parallel.tensor * parallel.pipeline * parallel.context if given else None)
+    world = args.gpus or (int(os.environ["WORLD_SIZE"]) if launched else alone)
+    if given:
+        topology(run, world)
 
     set_environment(run)
 
     # From here on torch and megatron-core are needed; a wrong config has been told before they load.
+    import torch
+
     from megadual.engine import cpu
 
     cpu.install()
     from megadual.data.verification import verify
     from megadual.run.session import session
     from megadual.train import setup
+    from megadual.train.assume import read_or_assume
     from megadual.train.loop import Loop
 
-    inputs = setup.read_inputs(run)
-    setup.check_detector(run)
+    elsewhere = args.gpus is not None
+    inputs = read_or_assume(run) if elsewhere else setup.read_inputs(run)
+    world = world or torch.cuda.device_count() or 1
+    layout = setup.settle(run, world, inputs, here=not elsewhere)
+    set_environment(run)  # again: the layout may have been picked just now
+    if not elsewhere:
+        setup.check_detector(run)
     if args.dry_run:
-        print(to_yaml(run) + "\n" + setup.plan(run, layout, inputs))
+        if os.environ.get("RANK", "0") == "0":
+            print(to_yaml(run) + "\n" + setup.plan(run, layout, inputs))
         return
     if not launched and world > 1:
         become_ranks(world, __file__, sys.argv[1:])
     if not launched:  # DeepSpeed asks for these
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     with session(run.run, run) as opened:
+        setup.check_agreed(run, opened.ranks)
         if run.data.verify:
             sets = [source.documents for source in inputs.sets + inputs.validation]
             files = verify(sets, opened.ranks, opened.beat)

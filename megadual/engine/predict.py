@@ -1,18 +1,23 @@
 """How fast a layout will train, from rates that were measured on its type of GPU.
 
 A micro-batch takes a stage its products, the bytes of everything between them, the adding of its gradients, and its
-tensor- and context-parallel exchanges. A step is all micro-batches through the slowest stage, the pipeline's filling
-and emptying, the optimizer, and what of the data-parallel exchanges nothing hides. How much is drawn differs from one
-micro-batch to the next: pipeline stages wait for those that draw most.
+tensor-, context- and pipeline-parallel exchanges. A step is all micro-batches through the slowest stage, the pipeline's
+filling and emptying, the optimizer, what of the data-parallel exchanges nothing hides, and waiting: for the rank that
+draws most and for the slowest GPU. How much is drawn differs from one micro-batch to the next too: pipeline stages wait
+for those that draw most.
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
+from statistics import NormalDist
 
+import numpy as np
 import torch
 import yaml
 
+from megadual.data.dealing import deal
 from megadual.engine.estimate import GIB, StageEstimate, drawn_deviation, estimate
 from megadual.engine.stages import Traffic
 from megadual.engine.topology import Topology
@@ -36,6 +41,10 @@ GRADIENTS_EXPOSED = 0.75  # of their reduction over data-parallel ranks nothing 
 ZERO_3_BYTES = 12  # a weight and micro-batch: gathered twice, its gradient reduced; fitted
 TENSOR_LOSS = 0.1  # of the products' rate, each time that tensor parallelism halves them; fitted
 STAGE_WAITS = 0.4  # expected excess of a normal number over its mean, where less is no gain
+# Weights of a bucket, whose gradients are reduced at once: megatron-core's, at least and for each data-parallel rank.
+BUCKET, BUCKET_A_RANK = 40_000_000, 1_000_000
+STEP_DEVIATION = 0.01  # standard deviation of one GPU's time for a step, of that time; assumed, not measured
+STEPS_DEALT = 4  # in which the rank that draws most is looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +55,7 @@ class Rates:
     memory: float
     inside: float
     between: float
+    hop: float
     gpus: int
 
 
@@ -57,6 +67,7 @@ class Prediction:
     tokens_per_s: float
     mfu: float
     peak_gib: float
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)  # what the step's seconds go to
 
 
 def rates_of(gpu: str | None = None) -> tuple[str, Rates]:
@@ -76,27 +87,53 @@ def predict(
     name, rates = measured
     parallel, train = run.parallel, run.train
     stages = estimate(run, layout, vocabulary, traffic)
-    slowest = max(_micro_batch_s(run, vocabulary, traffic, stages, number, rates) for number in range(len(stages)))
-    rounds = layout.microbatches + (parallel.pipeline - 1) / parallel.virtual_pipeline
-    step_s = rounds * slowest + max(_update_s(run, layout, vocabulary, stage, rates) for stage in stages)
-    filled = train.global_batch_tokens * traffic.fill
-    flops = step_flops(
-        run.model, vocabulary, filled, filled * traffic.attended, filled * traffic.image, filled * traffic.text,
-        filled * traffic.drawn, train.parts,
-    )  # fmt: skip
+    times = [_micro_batch_s(run, layout, vocabulary, traffic, stages, number, rates) for number in range(len(stages))]
+    computing, exchanging = max(times, key=sum)
+    update, reducing = max((_update_s(run, layout, vocabulary, stage, rates) for stage in stages), key=sum)
+    parts = {
+        "computing": layout.microbatches * computing,
+        "exchanges of layers": layout.microbatches * exchanging,
+        "pipeline's bubble": (parallel.pipeline - 1) / parallel.virtual_pipeline * (computing + exchanging),
+        "optimizer": update,
+        "exchanges of gradients": reducing,
+        "rank that draws most": _drawn_most_s(run, layout, vocabulary, traffic, rates),
+    }
+    parts["slowest GPU"] = STEP_DEVIATION * expected_most(layout.world) * sum(parts.values())
+    step_s = sum(parts.values())
     a_gpu = 1 / step_s / layout.world
-    return Prediction(step_s, train.global_batch_tokens * a_gpu, flops * a_gpu / PEAKS[name], stages[0].total / GIB)
+    return Prediction(
+        step_s,
+        train.global_batch_tokens * a_gpu,
+        flops_of(run, vocabulary, traffic) * a_gpu / PEAKS[name],
+        stages[0].total / GIB,
+        parts,
+    )
+
+
+def flops_of(run: PretrainConfig, vocabulary: Vocabulary, traffic: Traffic) -> float:
+    """Model FLOPs of a step."""
+    filled = run.train.global_batch_tokens * traffic.fill
+    return step_flops(
+        run.model, vocabulary, filled, filled * traffic.attended, filled * traffic.image, filled * traffic.text,
+        filled * traffic.drawn, run.train.parts,
+    )  # fmt: skip
+
+
+def expected_most(count: int) -> float:
+    """By how many standard deviations the largest of `count` normal numbers is expected to be over their mean."""
+    return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))  # Blom's approximation
 
 
 def _micro_batch_s(
     run: PretrainConfig,
+    layout: Topology,
     vocabulary: Vocabulary,
     traffic: Traffic,
     stages: list[StageEstimate],
     number: int,
     rates: Rates,
-) -> float:
-    """One micro-batch, forward and backward, through stage `number`."""
+) -> tuple[float, float]:
+    """One micro-batch, forward and backward, through stage `number`: what it computes, and what it exchanges."""
     model, parallel, train, stage = run.model, run.parallel, run.train, stages[number]
     each = work(model, vocabulary).with_backward(train.parts, parallel.pipeline > 1)
     tensor, split = parallel.tensor, parallel.tensor if parallel.sequence else 1
@@ -113,12 +150,9 @@ def _micro_batch_s(
         drawn = filled * traffic.drawn
         if parallel.pipeline > 1:
             drawn += STAGE_WAITS * drawn_deviation(filled, traffic)
-        multiply_adds += text * each.text_target + drawn / split * each.drawn_target
-        moved += text * vocabulary.padded_text_size * LOGIT_BYTES
-        head = model.head
-        between = 2 * head.layers * (WIDTH_PASSES * head.width + FFN_PASSES * head.ffn)
-        of_codes = sum(s.depth * (between + s.codebook_size * LOGIT_BYTES) for s in vocabulary.streams)
-        moved += drawn / split * of_codes
+        of_heads = _drawn_position(run, vocabulary)
+        multiply_adds += text * each.text_target + drawn / split * of_heads[0]
+        moved += text * vocabulary.padded_text_size * LOGIT_BYTES + drawn / split * of_heads[1]
     moved += stage.trained * GRADIENT_BYTES[run.engine]
 
     width = 2 if train.precision == "bf16" else 4
@@ -126,24 +160,71 @@ def _micro_batch_s(
     if parallel.context > 1:  # keys and values of all ranks, and hidden states for the visual heads, there and back
         kv = model.kv_heads * (model.hidden // model.heads) / tensor
         exchanged += 2 * positions * (stage.layers * 2 * kv + model.hidden) * width * (parallel.context - 1)
-    if parallel.pipeline > 1:
-        exchanged += 2 * positions * model.hidden * width / split
+    exchange_s = exchanged / (rates.inside if tensor * parallel.context <= rates.gpus else rates.between)
+    if parallel.pipeline > 1:  # megatron-core's stages lie as far apart as they can
+        sent = 2 * positions * model.hidden * width / split * parallel.virtual_pipeline
+        exchange_s += sent / (rates.inside if layout.world <= rates.gpus else rates.between)
     if run.engine == "deepspeed" and parallel.zero_stage == 3:
-        exchanged += stage.trained * ZERO_3_BYTES / 2
+        exchange_s += stage.trained * ZERO_3_BYTES / 2 / _data_bus(run, layout, rates)
     products = rates.products * (1 - TENSOR_LOSS) ** math.log2(tensor)
-    return 2 * multiply_adds / products + moved / rates.memory + exchanged / rates.inside
+    return 2 * multiply_adds / products + moved / rates.memory, exchange_s
+
+
+def _drawn_position(run: PretrainConfig, vocabulary: Vocabulary) -> tuple[float, float]:
+    """The visual heads' multiply-adds, and the bytes they move between products, for a position that is drawn."""
+    head = run.model.head
+    each = work(run.model, vocabulary).with_backward(run.train.parts, run.parallel.pipeline > 1)
+    between = 2 * head.layers * (WIDTH_PASSES * head.width + FFN_PASSES * head.ffn)
+    moved = sum(s.depth * (between + s.codebook_size * LOGIT_BYTES) for s in vocabulary.streams)
+    return each.drawn_target, moved
+
+
+def _data_bus(run: PretrainConfig, layout: Topology, rates: Rates) -> float:
+    """Bytes/s of a collective's bus over data-parallel ranks.
+
+    They lie beside each other, tensor-parallel ranks between them: what of them is on one host shares that host's
+    links to the others.
+    """
+    ranks, beside = layout.data * run.parallel.context, max(rates.gpus // run.parallel.tensor, 1)
+    return rates.inside if ranks <= beside else min(rates.inside, beside * rates.between)
 
 
 def _update_s(
     run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, stage: StageEstimate, rates: Rates
-) -> float:
+) -> tuple[float, float]:
     """The optimizer's step of a stage, and exchanges of gradients and weights that nothing hides."""
     parallel = run.parallel
     ranks = layout.data * parallel.context
     seconds = stage.trained * (OPTIMIZER_BYTES / ranks + ZEROING_BYTES) / rates.memory
-    bus = rates.inside if layout.world <= rates.gpus else rates.between
-    seconds += stage.trained * (4 * GRADIENTS_EXPOSED + 2) * (ranks - 1) / ranks / bus
+    exchanged = stage.trained * (4 * GRADIENTS_EXPOSED + 2) * (ranks - 1) / ranks / _data_bus(run, layout, rates)
+    buckets = math.ceil(stage.trained / max(BUCKET, BUCKET_A_RANK * ranks))
+    exchanged += (GRADIENTS_EXPOSED + 1) * buckets * (ranks - 1) * rates.hop  # rings
     if parallel.sequence:  # the visual heads' gradients are summed over tensor-parallel ranks
         heads = sum(sizes.HeadWeights.of(run.model, stream).total for stream in vocabulary.streams)
-        seconds += heads * 4 * 2 * (parallel.tensor - 1) / parallel.tensor / rates.inside
-    return seconds
+        exchanged += heads * 4 * 2 * (parallel.tensor - 1) / parallel.tensor / rates.inside
+    return seconds, exchanged
+
+
+def _drawn_most_s(
+    run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traffic: Traffic, rates: Rates
+) -> float:
+    """What the data-parallel rank that draws most in a step takes longer than the average one."""
+    parallel = run.parallel
+    if not traffic.drawn or layout.data == 1:
+        return 0.0
+    images = max(round(run.train.seq_len * traffic.fill / traffic.attended), 1)  # of a row, one a document
+    share = min(traffic.drawn / traffic.image, 1.0)
+    excess = _most_images(images, share, layout.rows_per_step, layout.data) * traffic.attended * traffic.image
+    multiply_adds, moved = _drawn_position(run, vocabulary)
+    split = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    return excess / split * (2 * multiply_adds / rates.products + moved / rates.memory)
+
+
+@functools.lru_cache
+def _most_images(images: int, share: float, rows: int, ranks: int) -> float:
+    """How many more images than the average rank that one draws which draws most, of `rows` of `images` dealt out."""
+    random, most = np.random.default_rng(0), []
+    for _ in range(STEPS_DEALT):
+        drawn = random.binomial(images, share, rows).astype(float)
+        most.append(max(drawn[of_rank].sum() for of_rank in deal(drawn, ranks)) - drawn.sum() / ranks)
+    return float(np.mean(most))

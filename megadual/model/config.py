@@ -1,6 +1,6 @@
 """The model's keys, and named shapes that fill them.
 
-The Qwen2.5 shapes take the sizes of the released models; heads are the paper's.
+The Qwen2.5 shapes (3b, 7b, 14b, 32b) take the sizes of the released base models; heads are the paper's.
 """
 
 import dataclasses
@@ -21,6 +21,14 @@ PRESETS = {
     ),
     "7b": dict(
         layers=28, hidden=3584, ffn=18944, heads=28, kv_heads=4, rope_base=1e6, norm_eps=1e-6, tie_embeddings=False,
+        head=_PAPER_HEAD,
+    ),
+    "14b": dict(
+        layers=48, hidden=5120, ffn=13824, heads=40, kv_heads=8, rope_base=1e6, norm_eps=1e-5, tie_embeddings=False,
+        head=_PAPER_HEAD,
+    ),
+    "32b": dict(
+        layers=64, hidden=5120, ffn=27648, heads=40, kv_heads=8, rope_base=1e6, norm_eps=1e-5, tie_embeddings=False,
         head=_PAPER_HEAD,
     ),
 }  # fmt: skip

@@ -28,7 +28,10 @@ class RunConfig:
         choices=("cuda", "cpu", None),
     )
     ranks: int | None = key(
-        None, "processes of a start on this machine without a launcher; null: as few as the layout takes", least=1
+        None,
+        "processes of a start on this machine without a launcher; null: as few as the layout takes, or with "
+        "parallel.layout=auto one for each GPU",
+        least=1,
     )
     hang_timeout: float | None = key(
         1200.0, "seconds without progress after which a rank shows its stacks and exits; null: never", over=0

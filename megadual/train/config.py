@@ -10,6 +10,13 @@ from megadual.model.config import ModelConfig
 from megadual.model.freezing import PARTS
 from megadual.run import config as shared
 
+NOT_GIVEN = "not-given"
+# What a plan without inputs (train/assume.py) has for keys that nothing gives.
+PLANNED = [
+    f"model.dualtoken={NOT_GIVEN}", f"model.text_tokenizer={NOT_GIVEN}", f"data.sets=[{NOT_GIVEN}]",
+    f"run.dir={NOT_GIVEN}",
+]  # fmt: skip
+
 
 @dataclasses.dataclass
 class SetConfig:
@@ -87,13 +94,19 @@ class DataConfig:
 class ParallelConfig:
     """Sizes of the parallel groups; what is left of the world is data parallel."""
 
+    layout: str = key(
+        "given",
+        "auto: in place of tensor, pipeline, virtual_pipeline, stage_layers, sequence and train.recompute, whatever "
+        "the plan predicts to be fastest among what fits, anew at each start",
+        choices=("given", "auto"),
+    )
     tensor: int = key(1, "ranks that share each layer's products", least=1)
     pipeline: int = key(1, "stages, each with a part of the layers", least=1)
     virtual_pipeline: int = key(1, "model chunks per pipeline stage (megatron)", least=1)
     stage_layers: list[int] | None = key(None, "layers of each chunk, first to last; null: cut by cost", least=0)
     context: int = key(1, "ranks that share each sequence, its attention and activations (megatron)", least=1)
     sequence: bool = key(False, "sequence parallelism over the tensor-parallel group")
-    gpu_memory_gib: float = key(80.0, "GiB of one GPU, for the plan's warning", over=0)
+    gpu_memory_gib: float = key(80.0, "GiB of one GPU: what a layout has to fit", over=0)
     zero_stage: int = key(
         1,
         "what data-parallel ranks split: 1 optimizer state, 2 gradients too, 3 weights too (deepspeed)",
@@ -171,3 +184,11 @@ class PretrainConfig:
                 f"run.samples_every={drawn_every} draws the prompts in run.samples from checkpoints: give some, and a "
                 f"multiple of checkpoint.every={saved_every}"
             )
+
+
+def check_picked(run: PretrainConfig, overrides: list[str]) -> None:
+    """UserError where the command line gives a size that parallel.layout=auto would replace."""
+    picked = ["parallel." + name for name in ("tensor", "pipeline", "virtual_pipeline", "stage_layers", "sequence")]
+    for override in overrides:
+        if run.parallel.layout == "auto" and override.partition("=")[0] in [*picked, "train.recompute"]:
+            raise UserError(f"{override} is given, but parallel.layout=auto picks that; add parallel.layout=given")

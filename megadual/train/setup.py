@@ -1,21 +1,29 @@
 """From a run's config to what it trains on and with, checked before any process group exists."""
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
+from megadual.config import load_config
 from megadual.data.cache import Cache
 from megadual.data.dataset import PackedDataset
 from megadual.data.source import Source
 from megadual.engine import choose
 from megadual.engine.estimate import estimate, table
+from megadual.engine.predict import flops_of
 from megadual.engine.protocol import Engine
 from megadual.engine.stages import Traffic, costs, split_layers
-from megadual.engine.topology import Topology
+from megadual.engine.topology import Topology, topology
 from megadual.errors import UserError
 from megadual.model.dual_lm import Vocabulary
+from megadual.run import record, session
 from megadual.run.hooks import Hook
 from megadual.run.profiler import Profiler
+from megadual.run.ranks import Ranks
 from megadual.streams import TEXT, Marks, Stream
 from megadual.text import fingerprint, load_text_tokenizer
 from megadual.train.checkpoint import resolve_checkpoint, starting_weights
@@ -26,16 +34,21 @@ from megadual.train.scoring import Scoring
 from megadual.train.validation import SEED, Validation
 from megadual.vision import read_codebooks
 
+REPEATED = 4  # epochs up to which text that is read again teaches about as much as new text
+
 
 @dataclasses.dataclass
 class Inputs:
     """What a run reads: the shard sets, and what its tokenizers give the model."""
 
     sets: list[Source]
-    marks: Marks
+    marks: Marks | None  # None in a plan without data
     vocabulary: Vocabulary
     validation: list[Source] = dataclasses.field(default_factory=list)
     traffic: Traffic | None = None  # set by `resolve_stages`
+    epochs: list[float] = dataclasses.field(default_factory=list)  # of each set, in the whole run; set by the same
+    assumed: list[str] = dataclasses.field(default_factory=list)  # what a plan has in place of inputs (train/assume.py)
+    chosen: str = ""  # how the layout was picked, for people; set by `settle`
 
 
 def read_inputs(run: PretrainConfig) -> Inputs:
@@ -99,12 +112,68 @@ def check_losses(run: PretrainConfig, streams: list[str]) -> None:
 
 
 def resolve_stages(run: PretrainConfig, inputs: Inputs) -> None:
-    """Measure what the data asks of the model; by that set `run.parallel.stage_layers`, where it is null."""
-    parallel, train = run.parallel, run.train
-    inputs.traffic = Traffic.of(PackedDataset(inputs.sets, inputs.marks, train.seq_len, 1, 1, train.seed))
+    """Measure what the data asks of the model; by that set `run.parallel.stage_layers`, where it is null.
+
+    Not where the layout is still to be picked (`settle`).
+    """
+    train = run.train
+    data = PackedDataset(inputs.sets, inputs.marks, train.seq_len, 1, 1, train.seed)
+    inputs.traffic = Traffic.of(data)
+    filled = train.steps * train.global_batch_tokens * inputs.traffic.fill
+    shares = np.diff(data.rows.bounds, prepend=0, append=1)
+    positions = [int(rows.full[rows.kept].sum()) for rows in data.rows.sets]
+    inputs.epochs = [filled * share / each for share, each in zip(shares.tolist(), positions, strict=True)]
+    if run.parallel.layout == "given":
+        cut_stages(run, inputs)
+
+
+def cut_stages(run: PretrainConfig, inputs: Inputs) -> None:
+    """Set `run.parallel.stage_layers` by cost, where it is null."""
+    parallel = run.parallel
     if parallel.stage_layers is None:
         cost = costs(run, inputs.vocabulary, inputs.traffic)
         parallel.stage_layers = split_layers(run.model.layers, parallel.pipeline * parallel.virtual_pipeline, cost)
+
+
+def settle(run: PretrainConfig, world: int, inputs: Inputs, here: bool = True) -> Topology:
+    """The layout of a run whose inputs are read; with parallel.layout=auto the one that is picked, put into `run`.
+
+    The same on every rank, as all have the same inputs. `here`: it is to start on this machine's kind of hosts, and
+    not only to be planned. UserError where none can work.
+    """
+    if run.parallel.layout == "given":
+        cut_stages(run, inputs)
+        return topology(run, world)
+    (name, rates), by = choose.rates_here()
+    if here and "LOCAL_WORLD_SIZE" in os.environ:
+        rates = dataclasses.replace(rates, gpus=int(os.environ["LOCAL_WORLD_SIZE"]))
+    before = _last_layout(run)
+    found = choose.search(run, world, inputs.vocabulary, inputs.traffic, (name, rates))
+    best = found.best()
+    run.parallel, run.train = best.run.parallel, best.run.train
+    inputs.chosen = f"parallel.layout=auto picks {best.name} for {world} processes{by}:\n{found.table()}"
+    if before and before != (world, best.name):
+        inputs.chosen += f"\npicked anew: the last start had {before[1]} on {before[0]} processes"
+    return best.layout
+
+
+def _last_layout(run: PretrainConfig) -> tuple[int, str] | None:
+    """The processes and the layout of this run's last start; None where there was none that can be read."""
+    folder = Path(run.run.dir)
+    with contextlib.suppress(UserError, IndexError, OSError):
+        world, last = record.read_starts(folder)[-1]["world"], load_config(PretrainConfig, folder / session.CONFIG)
+        return world, choose.describe(last, topology(last, world))
+    return None
+
+
+def check_agreed(run: PretrainConfig, ranks: Ranks) -> None:
+    """UserError where ranks have picked different layouts, as they may on GPUs of different types."""
+    picked = ranks.gather((dataclasses.asdict(run.parallel), run.train.recompute))
+    if other := next((rank for rank, each in enumerate(picked) if each != picked[0]), None):
+        raise UserError(
+            f"parallel.layout=auto picks another layout on rank {other} than on rank 0: are their GPUs of different "
+            "types? give one instead"
+        )
 
 
 def engine(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary) -> Engine:
@@ -122,25 +191,44 @@ def engine(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary) -> Eng
 
 def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
     """What the run is about to do, for people."""
-    documents = sum(len(source.documents) for source in inputs.sets)
-    vocabulary, streams = inputs.vocabulary, inputs.vocabulary.streams
-    about = (
-        f"pretrain: {run.train.steps} steps of {run.train.global_batch_tokens:,} positions "
-        f"({layout.rows_per_step} rows of {run.train.seq_len}, {layout.microbatches} micro-batches a rank) "
-        f"on {documents:,} documents\n"
-        f"layout: engine={run.engine} {layout.describe(run)} on {layout.world} processes, {run.train.precision}\n"
+    vocabulary, streams, train = inputs.vocabulary, inputs.vocabulary.streams, run.train
+    documents = f"{sum(len(source.documents) for source in inputs.sets):,} documents" if inputs.sets else "assumed data"
+    flops = train.steps * flops_of(run, vocabulary, inputs.traffic)
+    about = [
+        *(f"assumed: {each}" for each in inputs.assumed),
+        f"pretrain: {train.steps} steps of {train.global_batch_tokens:,} positions "
+        f"({layout.rows_per_step} rows of {train.seq_len}, {layout.microbatches} micro-batches a rank) on {documents}",
+        f"in all: {train.steps * train.global_batch_tokens:,} positions, {flops:.2e} model FLOPs" + _epochs(inputs),
+        *_repeated(inputs),
+        f"layout: engine={run.engine} {layout.describe(run)} on {layout.world} processes, {train.precision}",
         f"model: {run.model.layers} layers of {run.model.hidden}, {vocabulary.text_size:,} text tokens; "
-        + ", ".join(f"{stream.name}: {stream.depth} codes among {stream.codebook_size:,}" for stream in streams)
-    )
+        + ", ".join(f"{stream.name}: {stream.depth} codes among {stream.codebook_size:,}" for stream in streams),
+    ]
     if inputs.validation:
-        held_out, every = (
-            sum(len(source.documents) for source in inputs.validation),
-            run.data.validation_every or run.train.steps,
-        )
-        about += f"\nheld out: {run.data.validation_rows} rows of {held_out:,} documents, every {every} steps"
+        held_out = sum(len(source.documents) for source in inputs.validation)
+        every = run.data.validation_every or train.steps
+        about.append(f"held out: {run.data.validation_rows} rows of {held_out:,} documents, every {every} steps")
+    if inputs.chosen:
+        about.append(inputs.chosen)
     stages = estimate(run, layout, vocabulary, inputs.traffic)
     speed = choose.about(run, layout, vocabulary, inputs.traffic)
-    return about + "\n" + table(stages, run.parallel.gpu_memory_gib) + speed
+    return "\n".join(about) + "\n" + table(stages, run.parallel.gpu_memory_gib) + speed
+
+
+def _epochs(inputs: Inputs) -> str:
+    read = [f"{epochs:.3g}" for epochs in inputs.epochs]
+    if len(read) > 1:
+        read = [f"'{source.config.path}' {epochs}" for source, epochs in zip(inputs.sets, read, strict=True)]
+    return f"; epochs: {', '.join(read)}" if read else ""
+
+
+def _repeated(inputs: Inputs) -> list[str]:
+    return [
+        f"remark: the {len(source.documents):,} documents of '{source.config.path}' are read {epochs:,.0f} times; what "
+        f"is read more than about {REPEATED} times teaches ever less"
+        for source, epochs in zip(inputs.sets, inputs.epochs, strict=False)
+        if epochs > REPEATED
+    ]
 
 
 def dataset(run: PretrainConfig, sets: list[Source], marks: Marks, layout: Topology, data_rank: int) -> PackedDataset:

@@ -80,6 +80,58 @@ def test_dry_run_prints_config_and_plan(inputs, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def dry_run(monkeypatch, capsys, *arguments, **environment) -> str:
+    """What --dry-run prints, in this process."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["", "--dry-run", *map(str, arguments)])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    main()
+    return capsys.readouterr().out
+
+
+def test_a_plan_needs_no_inputs(inputs, monkeypatch, capsys):
+    told = dry_run(monkeypatch, capsys, "--gpus=64", "--config=pretrain/configs/7b.yaml")
+    for line in (
+        r"assumed: not here: shard set 'not-given', model.dualtoken 'not-given', model.text_tokenizer 'not-given'",
+        r"assumed: a text tokenizer of 151,936 ids",
+        r"assumed: the DualToken siglip2-so400m-256-rvq4 \(model.dualtoken may name another: ",
+        r"assumed: documents of a caption of 600 tokens and an image of 256 positions, of which 50% are drawn",
+        r"in all: 209,715,200,000 positions, \d\.\d\de\+2\d model FLOPs$",
+        r"parallel.layout=auto picks tensor=\d .*data=\d+ for 64 processes",
+        r"expected on \w+: \d+\.\d\d s a step, [\d,]+ tokens/s a GPU, [\d,]+ in all, MFU \d\d\.\d%, \d+\.\d days for",
+    ):
+        assert re.search(f"^{line}", told, re.MULTILINE), line
+    named = dry_run(monkeypatch, capsys, "--gpus=64", "--config=pretrain/configs/7b.yaml",
+                    "model.dualtoken=siglip2-so400m-384-rvq8", "data.sets=[{path: nowhere, draw: 1.0}]")  # fmt: skip
+    assert "shard set 'nowhere'" in named and "an image of 729 positions, of which 100% are drawn" in named
+    assert "semantic: 8 codes among 16,384" in named
+    given = OmegaConf.load(inputs[1])
+    some = dry_run(monkeypatch, capsys, "--gpus=2", *inputs, "model.dualtoken=nowhere", "parallel.pipeline=2")
+    assert "assumed: not here: model.dualtoken 'nowhere'\n" in some and "assumed: a text tokenizer" not in some
+    assert "pipeline=2 data=1 on 2 processes" in some and given.data.sets[0].path in some
+
+
+def test_a_plan_with_all_inputs_reads_them(inputs, monkeypatch, capsys):
+    told = dry_run(monkeypatch, capsys, "--gpus=4", *inputs, "train.steps=1000", "parallel.layout=auto")
+    assert "assumed" not in told and "60 documents" in told and "for 4 processes" in told
+    assert re.search(r"remark: the 60 documents of '\S+' are read \d+ times", told)
+    assert "remark" not in dry_run(monkeypatch, capsys, "--gpus=1", *inputs, "train.steps=1")
+    assert dry_run(monkeypatch, capsys, *inputs, RANK="1", WORLD_SIZE="2") == ""
+
+
+def test_auto_trains_and_picks_again_when_the_processes_change(inputs, tmp_path):
+    run = [*inputs, f"run.dir={tmp_path}", "parallel.layout=auto"]
+    first = pretrain(*run, "run.ranks=2", "train.steps=2")
+    recorded = OmegaConf.load(tmp_path / "config.yaml").parallel
+    assert recorded.layout == "auto" and recorded.tensor * recorded.pipeline in (1, 2)
+    assert re.search(r"parallel.layout=auto picks .* for 2 processes", first.stdout) and "anew" not in first.stdout
+    assert "anew" not in pretrain(*run, "run.ranks=2", "train.steps=3").stdout
+    last = pretrain(*run, "run.ranks=1", "train.steps=4")
+    assert re.search(r"picked anew: the last start had .* on 2 processes", last.stdout)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("model", ["3b", "7b", "3b_384", "7b_384"])
 @pytest.mark.parametrize("stage, parts, draws, lr, rows", [
     ("1_projector", ["projector"], {0.0}, 1e-3, 64),
@@ -93,14 +145,11 @@ def test_stages_of_the_paper(inputs, tmp_path, monkeypatch, capsys, model, stage
     configs = [f"--config=pretrain/configs/{name}.yaml" for name in (model, f"stages/{stage}")]
     given = OmegaConf.load(inputs[1])
     own = [f"model.{key}={given.model[key]}" for key in ("dualtoken", "text_tokenizer")]
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("SETS", str(tmp_path))
-    named = re.findall(r"shards\}/([\w-]+)", Path(f"pretrain/configs/stages/{stage}.yaml").read_text())
+    named = re.findall(r"shards\}/([\w-]+)", (ROOT / f"pretrain/configs/stages/{stage}.yaml").read_text())
     for name in named:
         (tmp_path / name).symlink_to(given.data.sets[0].path)
-    monkeypatch.setattr(sys, "argv", ["", *configs, *own, "run.dir=nowhere", "--dry-run"])
-    main()
-    config, _, plan = capsys.readouterr().out.partition("\n\n")
+    told = dry_run(monkeypatch, capsys, *configs, *own, "run.dir=nowhere", "--gpus=8", SETS=str(tmp_path))
+    config, _, plan = told.partition("\n\n")
     run = OmegaConf.create(config)
     assert [each.path for each in run.data.sets] == [str(tmp_path / name) for name in named]
     assert (list(run.train.parts), {each.draw for each in run.data.sets}, run.train.lr) == (parts, draws, lr)
@@ -119,6 +168,9 @@ def test_stages_of_the_paper(inputs, tmp_path, monkeypatch, capsys, model, stage
     (["run.evaluate_every=2", "run.evaluate_detector=nowhere"], "run.evaluate_detector=nowhere is no file"),
     (["checkpoint.start=nowhere"], "'nowhere' is not a checkpoint"),
     (["run.profile=[3]"], "run.profile=[3] must be two steps"),
+    (["--gpus=8"], "--gpus 8 is for --dry-run alone"),
+    (["--gpus=0", "--dry-run"], "--gpus 0 must be at least 1"),
+    (["parallel.layout=auto", "parallel.tensor=2"], "parallel.tensor=2 is given, but parallel.layout=auto picks that"),
 ])  # fmt: skip
 def test_wrong_input(inputs, tmp_path, arguments, message):
     done = pretrain(*inputs, f"run.dir={tmp_path}", "train.steps=2", *arguments, ok=False)

@@ -9,7 +9,8 @@ from megadual.config import describe_keys, load_config, to_yaml
 from megadual.engine.topology import topology
 from megadual.errors import UserError
 from megadual.keys import key
-from megadual.train.config import PretrainConfig
+from megadual.model import sizes
+from megadual.train.config import PretrainConfig, check_picked
 from megadual.vision.siglip import TrainSiglipConfig
 
 REQUIRED = [
@@ -116,6 +117,24 @@ def test_presets_fill_only_what_is_null():
     assert (run.model.layers, run.model.hidden, run.model.head.width, run.model.head.layers) == (4, 3584, 64, 3)
     with pytest.raises(UserError, match="model.preset '8b' is unknown"):
         config("model.preset=8b")
+
+
+@pytest.mark.parametrize("preset, weights", [
+    ("3b", 3_085_938_688), ("7b", 7_615_616_512), ("14b", 14_770_033_664), ("32b", 32_763_876_352),
+])  # fmt: skip
+def test_presets_are_as_large_as_the_released_models(preset, weights):
+    """As counted in their files, where the tables have rows that no token needs."""
+    model = config(f"model.preset={preset}").model
+    table = sizes.text_table(model, 151_936 if model.tie_embeddings else 152_064).total
+    assert model.layers * sizes.layer(model).total + model.hidden + (2 - model.tie_embeddings) * table == weights
+
+
+def test_what_auto_picks_is_not_given():
+    run = config("parallel.layout=auto")
+    check_picked(run, ["train.steps=3"])
+    check_picked(config(), ["parallel.tensor=2"])
+    with pytest.raises(UserError, match="parallel.tensor=2 is given, but parallel.layout=auto picks that"):
+        check_picked(run, ["train.steps=3", "parallel.tensor=2"])
 
 
 @pytest.mark.parametrize("world, overrides, message", [

@@ -16,3 +16,9 @@ def test_all_rows_evenly():
 
 def test_one_rank_keeps_the_order():
     assert deal([3.0, 9.0, 1.0], 1) == [[0, 1, 2]]
+
+
+def test_to_who_has_the_least_so_far():
+    """Of several the first; who has as many rows as the others takes no more."""
+    assert deal([5.0, 4.0, 3.0, 3.0, 2.0, 1.0], 3) == [[0, 5], [1, 4], [2, 3]]
+    assert deal([9.0, 1.0, 1.0, 1.0], 2) == [[0, 3], [1, 2]]

@@ -1,5 +1,7 @@
 """From a run's config to what it trains on: which streams, which losses, and what doesn't belong together."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -62,6 +64,17 @@ def test_the_model_has_the_streams_that_are_chosen(run_with):
         assert torch.equal(chosen.vocabulary.codebooks[stream], vectors)
     plan = setup.plan(run, topology(run, 1), chosen)
     assert "semantic: 3 codes among 32, pixel: 3 codes among 32" in plan
+
+
+def test_epochs_are_how_often_documents_are_read(run_with):
+    run = run_with("train.steps=40")
+    inputs, layout = setup.read_inputs(run), topology(run, 1)
+    data = setup.dataset(run, inputs.sets, inputs.marks, layout, 0)
+    read = Counter(key for step in range(40) for batch in data.step(step) for key in batch.keys)
+    assert inputs.epochs == [pytest.approx(read.total() / len(read), rel=0.1)]
+    assert f"documents of '{inputs.sets[0].config.path}' are read {inputs.epochs[0]:,.0f} times" in (
+        setup.plan(run, layout, inputs)
+    )
 
 
 @pytest.mark.parametrize("overrides, message", [

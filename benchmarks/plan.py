@@ -1,0 +1,191 @@
+"""The tables and the picture of docs/scaling.md: what the plan predicts on 8 to 4,096 GPUs, and how far it is off.
+
+python benchmarks/plan.py [--page docs/scaling.md]
+
+Arithmetic alone (megadual/engine/predict.py, rates.yaml), which needs no GPU, data or tokenizers, for the layouts that
+parallel.layout=auto picks. The tables go where the page has their names, the picture to pictures/scaling.svg beside it.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from scaling import LAYOUTS, ROOT, config_of, overrides_of
+
+from megadual.config import load_config
+from megadual.engine.choose import Candidate, Search, search
+from megadual.engine.predict import Rates, predict, rates_of
+from megadual.errors import UserError, command
+from megadual.train import assume, setup
+from megadual.train.config import PLANNED, PretrainConfig
+
+GPU, DUALTOKEN, TOKENS = "H100", "siglip2-so400m-384-rvq8", 10**12
+MODELS = ("3b", "7b", "14b", "32b")
+BATCHES = {8: 2**21, 64: 2**21, 512: 2**22, 4096: 2**24}  # positions a step, by GPUs
+CURVE = [2**i for i in range(3, 13)]  # GPUs
+ROWS_A_GPU = 8  # of the curve
+NATURAL = ("computing", "optimizer")  # parts of a step that are no loss
+
+# Tokens/s a GPU and MFU, four H100s, 2026-11-26 (docs/log.md), by name in benchmarks/scaling.py.
+MEASURED = {
+    "one GPU": (44_148, 0.516), "DP2": (42_647, 0.500), "DP4": (40_478, 0.475), "PP2": (35_719, 0.429),
+    "TP2+SP": (36_101, 0.426), "ZeRO-1 DP2": (32_985, 0.394), "ZeRO-3 DP2": (22_107, 0.255),
+    "3B DP2": (20_993, 0.483), "7B TP2+SP PP2": (9_556, 0.434),
+}  # fmt: skip
+
+
+def inputs_of(config: Path, overrides: list[str]) -> tuple[PretrainConfig, setup.Inputs]:
+    run = load_config(PretrainConfig, config, [*overrides, f"model.dualtoken={DUALTOKEN}"], PLANNED)
+    return run, assume.read_or_assume(run)
+
+
+def planned(model: str, gpus: int, batch: int, measured: tuple[str, Rates]) -> Search:
+    run, inputs = inputs_of(ROOT / f"pretrain/configs/{model}.yaml", [f"train.global_batch_tokens={batch}"])
+    return search(run, gpus, inputs.vocabulary, inputs.traffic, measured)
+
+
+def beside_measured(measured: tuple[str, Rates]) -> str:
+    """What was measured, and the plan's errors. All layouts had the same 32 rows a step."""
+    args = argparse.Namespace(micro_batches=8, gpus=4, inputs="not-here", steps=14, set=[])
+    lines, errors = [], []
+    for name, (tokens, mfu) in MEASURED.items():
+        gpus = LAYOUTS[name][0]
+        own = [each for each in overrides_of(name, args) if not each.startswith("model.dualtoken")]
+        run, inputs = inputs_of(config_of(name), own)
+        layout = setup.settle(run, gpus, inputs)
+        expected = predict(run, layout, inputs.vocabulary, inputs.traffic, measured)
+        errors.append(expected.tokens_per_s / tokens - 1)
+        lines.append(
+            f"| {name} | {gpus} | {tokens:,} | {expected.tokens_per_s:,.0f} | {errors[-1]:+.1%} | {mfu:.3f} | "
+            f"{expected.mfu:.3f} |"
+        )
+    mean, most = sum(map(abs, errors)) / len(errors), max(errors, key=abs)
+    return "\n".join([
+        "| layout | GPUs | measured, tokens/s a GPU | predicted | error | measured MFU | predicted |",
+        "| --- | --- | --- | --- | --- | --- | --- |", *lines,
+        "", f"Mean error {mean:.1%}, the largest {most:+.1%}.",
+    ])  # fmt: skip
+
+
+def headline(measured: tuple[str, Rates]) -> str:
+    lines = [
+        f"| model | GPUs | batch | layout | GiB | s a step | tokens/s a GPU | in all | MFU | days for {TOKENS:.0e} |",
+        "| --- " * 10 + "|",
+    ]
+    for model in MODELS:
+        for gpus, batch in BATCHES.items():
+            found = planned(model, gpus, batch, measured)
+            lines.append(f"| {model.upper()} | {gpus:,} | {batch / 2**20:.0f} Mi | {_figures(found, gpus)} |")
+    return "\n".join(lines)
+
+
+def _figures(found: Search, gpus: int) -> str:
+    try:
+        best = found.best()
+    except UserError:
+        least = min(found.candidates, key=lambda each: each.most_gib)
+        return f"none fits: {_short(least)} takes {least.most_gib:.0f} GiB |" + " - |" * 5 + " -"
+    expected = best.prediction
+    whole = expected.tokens_per_s * gpus
+    return (
+        f"{_short(best)} | {best.most_gib:.0f} | {expected.step_s:.2f} | {expected.tokens_per_s:,.0f} | "
+        f"{whole / 1e6:.2f} M | {expected.mfu:.1%} | {TOKENS / whole / 86400:,.1f}"
+    )
+
+
+def _short(candidate: Candidate) -> str:
+    parallel, data = candidate.run.parallel, candidate.layout.data
+    parts = [f"TP{parallel.tensor}"] if parallel.tensor > 1 else []
+    virtual = f"x{parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
+    parts += [f"PP{parallel.pipeline}{virtual}"] if parallel.pipeline > 1 else []
+    recompute = ", recompute" if candidate.run.train.recompute else ""
+    return " ".join([*parts, f"DP{data}"]) + recompute
+
+
+def fixed_batch(measured: tuple[str, Rates]) -> str:
+    """The share of its 8 (32B: 64) GPUs' speed a GPU keeps where the batch does not grow."""
+    lines = ["| GPUs | " + " | ".join(model.upper() for model in MODELS) + " |", "| --- " * (len(MODELS) + 1) + "|"]
+    rows: dict[int, list[str]] = {gpus: [] for gpus in BATCHES}
+    for model in MODELS:
+        first = None
+        for gpus in BATCHES:
+            fitting = planned(model, gpus, 2**21, measured).fitting
+            speed = fitting[0].prediction.tokens_per_s if fitting else None
+            first = first or speed
+            rows[gpus].append(f"{speed / first:.0%} ({_short(fitting[0])})" if speed and first else "none fits")
+    return "\n".join([*lines, *(f"| {gpus:,} | {' | '.join(cells)} |" for gpus, cells in rows.items())])
+
+
+def draw(path: Path, measured: tuple[str, Rates]) -> dict[str, list[Candidate]]:
+    """The picture of weak scaling; returns what was picked for each model, by GPUs in CURVE that any layout fits."""
+    curves = {}
+    for model in MODELS:
+        picked = [planned(model, gpus, gpus * ROWS_A_GPU * 4096, measured).fitting for gpus in CURVE]
+        curves[model] = [each[0] for each in picked if each]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    for model, picked in curves.items():
+        left.plot([each.layout.world for each in picked], [100 * each.prediction.mfu for each in picked], "o-", ms=3,
+                  label=model.upper())  # fmt: skip
+    left.set(xscale="log", xlabel="GPUs", ylabel="MFU, %", ylim=(0, None), title=f"{ROWS_A_GPU} rows of 4,096 a GPU")
+    left.legend(loc="lower left")
+    picked = curves["7b"]
+    parts = [part for part in picked[0].prediction.parts if part not in NATURAL]
+    shares = [[100 * each.prediction.parts[part] / each.prediction.step_s for each in picked] for part in parts]
+    right.stackplot([each.layout.world for each in picked], shares, labels=parts)
+    right.set(xscale="log", xlabel="GPUs", ylabel="% of the step", title="7B: where the rest of the time goes")
+    right.legend(loc="upper left", fontsize=7)
+    for axes in (left, right):
+        axes.set_xticks(CURVE[::3], [f"{gpus:,}" for gpus in CURVE[::3]])
+        axes.minorticks_off()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context({"svg.hashsalt": "scaling", "svg.fonttype": "none"}):
+        figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return curves
+
+
+def curve_table(curves: dict[str, list[Candidate]]) -> str:
+    heads = [part for part in next(iter(curves.values()))[0].prediction.parts if part not in NATURAL]
+    lines = [f"| 7B on | layout | tokens/s a GPU | {' | '.join(heads)} |", "| --- " * (3 + len(heads)) + "|"]
+    for each in curves["7b"][::3]:
+        expected = each.prediction
+        shares = " | ".join(f"{expected.parts[part] / expected.step_s:.1%}" for part in heads)
+        lines.append(f"| {each.layout.world:,} | {_short(each)} | {expected.tokens_per_s:,.0f} | {shares} |")
+    return "\n".join(lines)
+
+
+def tables(measured: tuple[str, Rates], curves: dict[str, list[Candidate]]) -> dict[str, str]:
+    return {
+        "measured": beside_measured(measured),
+        "predicted": headline(measured),
+        "curve": curve_table(curves),
+        "fixed batch": fixed_batch(measured),
+    }
+
+
+def renewed(page: str, tables: dict[str, str]) -> str:
+    """The page with each table in the place that is marked with its name."""
+    for name, table in tables.items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        before, _, rest = page.partition(begin)
+        page = before + begin + table + end + rest.partition(end)[2]
+    return page
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/scaling.md", help="whose tables are renewed")
+    args = parser.parse_args()
+    measured = rates_of(GPU)
+    curves = draw(args.page.parent / "pictures/scaling.svg", measured)
+    args.page.write_text(renewed(args.page.read_text(), tables(measured, curves)))
+
+
+if __name__ == "__main__":
+    main()
