@@ -12,6 +12,7 @@ from megadual.config import parse_command_line, to_yaml
 from megadual.engine.environment import set_environment
 from megadual.engine.topology import topology
 from megadual.errors import command
+from megadual.run.launch import launched
 from megadual.run.local import become_ranks, hold_stop_signals
 from megadual.train.config import PretrainConfig
 
@@ -19,9 +20,9 @@ from megadual.train.config import PretrainConfig
 @command
 def main() -> None:
     run, args = parse_command_line(PretrainConfig, __doc__)
-    launched, parallel = "RANK" in os.environ, run.parallel
+    place, parallel = launched(args.dry_run), run.parallel
     alone = run.run.ranks or parallel.tensor * parallel.pipeline * parallel.context
-    world = int(os.environ["WORLD_SIZE"]) if launched else alone
+    world = place.world if place else alone
     layout = topology(run, world)
 
     set_environment(run)
@@ -37,11 +38,12 @@ def main() -> None:
     inputs = setup.read_inputs(run)
     setup.check_detector(run)
     if args.dry_run:
-        print(to_yaml(run) + "\n" + setup.plan(run, layout, inputs))
+        if not place or place.rank == 0:
+            print(to_yaml(run) + "\n" + setup.plan(run, layout, inputs))
         return
-    if not launched and world > 1:
+    if not place and world > 1:
         become_ranks(world, __file__, sys.argv[1:])
-    if not launched:  # DeepSpeed asks for these
+    if not place:  # DeepSpeed asks for these
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     with session(run.run, run) as opened:
         engine = setup.engine(run, layout, inputs.vocabulary)
