@@ -26,6 +26,8 @@ def main() -> None:
     layout = topology(run, world)
 
     set_environment(run)
+    if place:
+        place.hush_libraries()
 
     # From here on torch and megatron-core are needed; a wrong config has been told before they load.
     from megadual.engine import cpu

@@ -1,6 +1,7 @@
 """What a launcher says of this process: torchrun, slurm/rank.sh and megadual/run/local.py set it in the environment."""
 
 import os
+import warnings
 from dataclasses import dataclass
 
 from megadual.errors import UserError
@@ -19,6 +20,11 @@ class Launch:
 
     rank: int
     world: int
+
+    def hush_libraries(self) -> None:
+        """On all ranks but 0, leave out what libraries warn of: it is the same on each. Call it before they load."""
+        if self.rank:
+            warnings.filterwarnings("ignore", module=r"(torch|megatron|deepspeed|transformers)\b")
 
 
 def launched(dry_run: bool = False) -> Launch | None:
