@@ -12,7 +12,7 @@ from megadual.config import parse_command_line, to_yaml
 from megadual.engine.environment import set_environment
 from megadual.engine.topology import topology
 from megadual.errors import command
-from megadual.run.launch import launched
+from megadual.run.launch import hush_libraries, launched
 from megadual.run.local import become_ranks, hold_stop_signals
 from megadual.train.config import PretrainConfig
 
@@ -26,8 +26,7 @@ def main() -> None:
     layout = topology(run, world)
 
     set_environment(run)
-    if place:
-        place.hush_libraries()
+    hush_libraries()
 
     # From here on torch and megatron-core are needed; a wrong config has been told before they load.
     from megadual.engine import cpu

@@ -8,12 +8,13 @@ import sys
 
 from megadual.config import parse_command_line, to_yaml
 from megadual.errors import command
-from megadual.run.launch import launched
+from megadual.run.launch import hush_libraries, launched
 from megadual.run.local import become_ranks, hold_stop_signals
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    hush_libraries()
     from megadual.vision.recipe import TrainTokenizerConfig, check, plan  # takes seconds, as torch does
     from megadual.vision.train import train
 

@@ -21,11 +21,6 @@ class Launch:
     rank: int
     world: int
 
-    def hush_libraries(self) -> None:
-        """On all ranks but 0, leave out what libraries warn of: it is the same on each. Call it before they load."""
-        if self.rank:
-            warnings.filterwarnings("ignore", module=r"(torch|megatron|deepspeed|transformers)\b")
-
 
 def launched(dry_run: bool = False) -> Launch | None:
     """Where this process stands; None where no launcher started it. LaunchError for what can't be right.
@@ -69,3 +64,13 @@ def _check_srun() -> None:
             f"srun has started {tasks} tasks, which RANK and WORLD_SIZE do not tell apart: put `bash slurm/rank.sh` in "
             "front of the command, as slurm/pretrain.sh does"
         )
+
+
+def hush_libraries() -> None:
+    """Leave out, on all ranks but 0, what libraries say alike on each of them. To be called before they load."""
+    if os.environ.get("RANK", "0") != "0":
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", module=r"(torch|megatron|deepspeed|transformers)\b")

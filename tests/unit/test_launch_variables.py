@@ -1,12 +1,13 @@
 """What launchers say in the environment, half, wrongly or not at all."""
 
 import socket
+import warnings
 
 import pytest
 
 from megadual.errors import command
-from megadual.run import exits
-from megadual.run.launch import Launch, LaunchError, launched
+from megadual.run import exits, launch
+from megadual.run.launch import Launch, LaunchError, hush_libraries, launched
 from megadual.run.nodes import MeetingError, open_store
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -73,3 +74,19 @@ def test_a_port_that_is_taken_and_a_host_that_is_not_there(environment):
             open_store(0, 2)
     with pytest.raises(MeetingError, match="rank 1 does not reach rank 0 at MASTER_ADDR=127.0.0.1"):
         open_store(1, 2, timeout_s=0.2)
+
+
+@pytest.mark.parametrize("rank, heard", [("0", ["FutureWarning", "UserWarning"]), ("1", ["UserWarning"])])
+def test_one_rank_tells_what_libraries_say(monkeypatch, rank, heard):
+    """What is said of a rank's own data is a UserWarning: every rank tells it."""
+    environment = {"RANK": rank}
+    monkeypatch.setattr(launch.os, "environ", environment)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hush_libraries()
+        warnings.warn("is deprecated", FutureWarning, stacklevel=1)
+        warnings.warn("skipped 'shard' sample 'key'", stacklevel=1)
+        warnings.warn_explicit("not installed", UserWarning, "backends.py", 1, module="megatron.core.models.backends")
+    assert [each.category.__name__ for each in caught if "not installed" not in str(each.message)] == heard
+    assert any("not installed" in str(each.message) for each in caught) == (rank == "0")
+    assert environment.get("TRANSFORMERS_VERBOSITY") == (None if rank == "0" else "error")
