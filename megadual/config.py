@@ -6,6 +6,7 @@ A schema is a dataclass of sections and keys (megadual/keys.py). `load_config` r
 import argparse
 import dataclasses
 import difflib
+import io
 import re
 import textwrap
 import types
@@ -14,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from megadual.errors import UserError
 from megadual.keys import MISSING, Key
@@ -41,32 +42,26 @@ def load_config(
     merged = OmegaConf.structured(schema)
     paths = [path] if isinstance(path, (str, Path)) else path or []
     layers = [layer for path in paths for layer in _read_yaml_chain(Path(path))]
-    layers += map(_read_override, overrides)
-    for place, layer in [*map(_read_override, assumed), *layers]:
-        layer = OmegaConf.create(_spelled_out(OmegaConf.to_container(layer), schema))
-        _check_keys(layer, schema, place, _Names.of(schema))
+    layers += [("command line", _read_override(override)) for override in overrides]
+    names = _Names.of(schema)
+    for place, layer in [*(("assumed", _read_override(override)) for override in assumed), *layers]:
+        layer = _spelled_out(layer, schema)
+        _check_keys(layer, schema, place, names)
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged = OmegaConf.merge(merged, OmegaConf.create(layer))
         except OmegaConfBaseException as error:
-            raise UserError(f"{place}: {str(error).splitlines()[0]} ({getattr(error, 'full_key', '')})") from error
+            raise UserError(f"{place}: {_first_line(error)} ({getattr(error, 'full_key', '')})") from error
     try:
         config: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except MissingMandatoryValue as error:
         name = getattr(error, "full_key", "")
         raise UserError(f"config key '{name}' has no value; give it in the YAML or as {name}=...") from error
+    except OmegaConfBaseException as error:  # of an interpolation: ${KEY}, ${oc.env:VARIABLE}
+        raise UserError(f"config key '{getattr(error, 'full_key', '')}': {_first_line(error)}") from error
     check_values(config)
     if hasattr(config, "resolve"):
         config.resolve()
     return config
-
-
-def _read_override(override: str) -> tuple[str, DictConfig]:
-    if "=" not in override:
-        raise UserError(f"override '{override}' is not of the form key=value")
-    try:
-        return "command line", OmegaConf.from_dotlist([override])
-    except Exception as error:
-        raise UserError(f"override '{override}' can't be read: {error}") from error
 
 
 def check_values(config) -> None:
@@ -74,7 +69,8 @@ def check_values(config) -> None:
     for name, field, value in _values(config):
         described = field.metadata.get("key")
         if described and (problem := described.problem(value)):
-            shown = f"{name} '{value}'" if described.choices else f"{name}={value}"
+            told = textwrap.shorten(str(value), 100, placeholder=" ...")
+            shown = f"{name} '{told}'" if described.choices else f"{name}={told or repr(value)}"
             raise UserError(f"{shown} {problem}")
 
 
@@ -219,7 +215,7 @@ def _check_keys(
 
     `known_as` is the prefix as `names` has it, where that differs: with NAME for what users choose.
     """
-    if not isinstance(given, (dict, DictConfig)):
+    if not isinstance(given, dict):
         raise UserError(f"{place}: '{prefix.rstrip('.')}' is a section and needs keys, got {given!r}")
     known_as = prefix if known_as is None else known_as
     fields = {field.name: field for field in dataclasses.fields(schema)}
@@ -227,20 +223,27 @@ def _check_keys(
         name = str(key)
         if name not in fields:
             near = names.near(known_as + name)
-            if not near and isinstance(value, (dict, DictConfig)) and len(value):  # a section that there is not
+            if not near and isinstance(value, dict) and value:  # a section that there is not
                 inner = f"{name}.{next(map(str, value))}"
                 near = names.near(known_as + inner)
                 name = inner if near else name
             if near and near.startswith(known_as):
                 near = prefix + near[len(known_as) :]
             hint = f"did you mean '{near}'?" if near else f"known here: {', '.join(prefix + each for each in fields)}"
+            if near == prefix + name:  # dotted in a YAML
+                hint = "in YAML every dot begins a section, as in " + name.replace(".", ": {") + ": ..." + (
+                    "}" * name.count("."))  # fmt: skip
             raise UserError(f"{place}: unknown config key '{prefix}{name}'; {hint}")
+        if _interpolated(value):
+            continue
         section = _section(fields[name].type)
         if section and _is_mapping(fields[name]):
-            for entry, keys in (value or {}).items():
+            if not isinstance(value, dict):
+                raise UserError(f"{place}: '{prefix}{name}' needs a section for each name, got {value!r}")
+            for entry, keys in value.items():
                 _check_keys(keys, section, place, names, f"{prefix}{name}.{entry}.", f"{known_as}{name}.NAME.")
         elif section and _is_list(fields[name]):
-            if not isinstance(value, (list, ListConfig)):
+            if not isinstance(value, list):
                 raise UserError(
                     f"{place}: '{prefix}{name}' is a list: give it whole, as in {prefix}{name}=[{{path: DIR}}]"
                 )
@@ -248,6 +251,52 @@ def _check_keys(
                 _check_keys(keys, section, place, names, f"{prefix}{name}[{i}].", f"{known_as}{name}[].")
         elif section:
             _check_keys(value, section, place, names, f"{prefix}{name}.", f"{known_as}{name}.")
+        elif not _is_of(value, fields[name].type):
+            told = textwrap.shorten(_shown(value), 100, placeholder=" ...")
+            bounds = fields[name].metadata.get("key", Key("")).bounds
+            expected = _expected(fields[name].type) + (f"; {bounds}" if bounds else "")
+            whole = isinstance(value, float) and value.is_integer() and _is_of(int(value), fields[name].type)
+            written = f"; write {int(value)}" if whole else ""
+            raise UserError(f"{place}: {prefix}{name}={told} must be {expected}{written}")
+
+
+def _interpolated(value: Any) -> bool:
+    """Whether OmegaConf finds the value elsewhere (`${...}`), or it is still to be given."""
+    return isinstance(value, str) and ("${" in value or value == MISSING)
+
+
+def _is_of(value: Any, type_: Any) -> bool:
+    """Whether a value as YAML gives it is one of a key's type. What a text spells counts, as of `${oc.env:...}`."""
+    origin, of = typing.get_origin(type_), typing.get_args(type_)
+    if type_ is Any or _interpolated(value):
+        return True
+    if isinstance(type_, types.UnionType):
+        return any(_is_of(value, each) for each in of)
+    if origin is list:
+        return isinstance(value, list) and all(_is_of(each, of[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_of(each, of[1]) for each in value.values())
+    if type_ is bool:
+        return isinstance(value, bool) or isinstance(value, str) and value.lower() in ("true", "false")
+    if type_ in (int, float):
+        number = (int,) if type_ is int else (int, float)
+        return (
+            isinstance(value, number)
+            and not isinstance(value, bool)
+            or isinstance(value, str)
+            and _spells(value, type_)
+        )
+    if type_ is str:  # not true or false, which YAML also makes of yes, no, on and off
+        return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    return value is None
+
+
+def _spells(text: str, type_: type) -> bool:
+    try:
+        type_(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _spelled_out(given: Any, schema: type) -> Any:
@@ -264,6 +313,13 @@ def _spelled_out(given: Any, schema: type) -> Any:
         elif section and not _is_mapping(fields[name]):
             spelled[name] = _spelled_out(value, section)
     return spelled
+
+
+def _expected(type_: Any) -> str:
+    """What a key takes, in words."""
+    if typing.get_origin(type_) is dict:
+        return f"a mapping of names to {_type_name(type_)}"
+    return {bool: "true or false", str: "str; what YAML reads otherwise needs quotes"}.get(type_, _type_name(type_))
 
 
 def _type_name(type_: Any) -> str:
@@ -292,14 +348,60 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value) or "''"
 
 
-def _read_yaml_chain(path: Path) -> list[tuple[str, DictConfig]]:
-    if not path.is_file():
-        raise UserError(f"config file '{path}' does not exist")
+def _read_override(override: str) -> dict:
+    name, equals, _ = override.partition("=")
+    if not equals or not all(name.split(".")):
+        raise UserError(f"override '{override}' is not of the form key=value")
     try:
-        layer = OmegaConf.load(path)
+        return _contents(OmegaConf.from_dotlist([override]))
     except Exception as error:
-        raise UserError(f"config file '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"override '{override}' can't be read: {_yaml_problem(error)}") from error
+
+
+def _read_yaml_chain(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
+    """A file's keys behind those of its `base`; `above` are the files that named it so."""
+    if path.resolve() in above:
+        raise UserError(f"config file '{path}' is its own base; remove `base` from one of the files")
+    layer = read_yaml(path)
+    base = layer.pop("base", None)
+    if base is None:
+        return [(str(path), layer)]
+    if not isinstance(base, str):
+        raise UserError(f"config file '{path}': base={base!r} must be the path of a YAML file")
+    return [*_read_yaml_chain(path.parent / base, (*above, path.resolve())), (str(path), layer)]
+
+
+def read_yaml(path: Path) -> dict:
+    """The keys of a config file, interpolations as they are; UserError, in one line, for what can't be read."""
+    if not path.is_file():
+        raise UserError(f"config file '{path}' {'is a folder; name a file' if path.is_dir() else 'does not exist'}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"config file '{path}' can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file '{path}' is not a text in UTF-8, at byte {error.start}") from error
+    try:
+        layer = OmegaConf.load(io.StringIO(text))
+    except Exception as error:
+        raise UserError(f"config file '{path}' is not valid YAML: {_yaml_problem(error)}") from error
     if not isinstance(layer, DictConfig):
         raise UserError(f"config file '{path}' must hold a mapping of keys, not a list")
-    base = layer.pop("base", None)
-    return (_read_yaml_chain(path.parent / base) if base else []) + [(str(path), layer)]
+    if not layer:
+        raise UserError(f"config file '{path}' is empty: it must hold a mapping of keys")
+    return _contents(layer)
+
+
+def _contents(layer: DictConfig) -> dict:
+    """Without interpolations resolved, which may need keys of other files."""
+    return typing.cast(dict, OmegaConf.to_container(layer))
+
+
+def _yaml_problem(error: Exception) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    line = _first_line(problem or error)
+    return f"line {mark.line + 1}: {line}" if mark else line
+
+
+def _first_line(error: object) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -13,6 +13,7 @@ class UserError(ValueError):
     """A mistake in what the user gave: the message names the value, the place and the fix."""
 
     exit_code = exits.WRONG_INPUT
+    own = False  # whether one rank may see it alone
 
 
 def command(main):
@@ -25,22 +26,27 @@ def command(main):
 
     @functools.wraps(main)
     def run(*args, **kwargs):
-        exits = os.environ.pop("MEGADUAL_EXITS", None)  # not for processes that this one starts
+        folder = os.environ.pop("MEGADUAL_EXITS", None)  # not for processes that this one starts
         rank = os.environ.get("RANK", "0")
         try:
             return main(*args, **kwargs)
         except UserError as error:
             distributed = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
             line = f"error: {f'rank {rank}: ' if distributed else ''}{error}"
-            _leave_exit(exits, rank, error.exit_code, line)
+            _leave_exit(folder, rank, error.exit_code, line)
             if os.environ.get("MEGADUAL_TRACEBACK") == "1":
                 raise
-            if distributed or rank == "0":
-                print(line, file=sys.stderr, flush=True)
+            if distributed or error.own or rank == "0":
+                with contextlib.suppress(OSError):  # the terminal has closed
+                    print(line, file=sys.stderr, flush=True)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            if os.environ.get("MEGADUAL_TRACEBACK") == "1":
+                raise
+            sys.exit(exits.INTERRUPTED)
         except SystemExit as end:
             if end.code:
-                _leave_exit(exits, rank, end.code if isinstance(end.code, int) else 1)  # 1: of a message
+                _leave_exit(folder, rank, end.code if isinstance(end.code, int) else 1)  # 1: of a message
             raise
 
     return run

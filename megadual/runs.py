@@ -1,15 +1,16 @@
 """How runs stand: `python -m megadual.runs RUN_DIR ...`"""
 
 import argparse
-import json
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from megadual.config import read_yaml
 from megadual.errors import UserError, command
 from megadual.run import lock
 from megadual.run.checkpoints import CheckpointFolder
 from megadual.run.record import read_starts
+from megadual.run.step_log import METRICS, read_metrics
 
 
 def describe(folder: Path) -> dict[str, str]:
@@ -17,20 +18,21 @@ def describe(folder: Path) -> dict[str, str]:
     starts = read_starts(folder)
     if not starts:
         raise UserError(f"'{folder}' is not a run's folder: it has no run.json")
-    config = OmegaConf.load(folder / "config.yaml")  # of any training: the keys that are read are the same
-    last, steps = starts[-1], _last_steps(folder / "metrics.jsonl")
+    config = OmegaConf.create(read_yaml(folder / "config.yaml"))  # of any training: the keys read are the same
+    last, (steps, broken) = starts[-1], read_metrics(folder / METRICS, last=1000)
     about = {"run": f"{config.run.name} in {folder}", "state": _state(folder, last)}
     about["started"] = f"{last['time']} on {last['world']} processes, git {(last['git'] or 'unknown')[:12]}"
-    if steps:
+    if broken:
+        about["broken"] = f"{broken} of the last lines of {METRICS}, left out here"
+    if steps := steps[-20:]:
         step = steps[-1]
         parts = ", ".join(f"{name[5:]} {_number(value)}" for name, value in step.items() if name.startswith("loss_"))
         seen = f" ({step['tokens']:,} tokens)" if "tokens" in step else ""
         about["step"] = f"{step['step']:,} of {config.train.steps:,}{seen}"
-        about["loss"] = _number(step["loss"]) + (f" ({parts})" if parts else "")
+        about["loss"] = _number(step.get("loss")) + (f" ({parts})" if parts else "")
         for unit in ("tokens", "images"):
-            if f"{unit}_per_s" in step:
-                speed = sum(s[f"{unit}_per_s"] for s in steps) / len(steps)
-                about[f"{unit}/s"] = f"{speed:,.0f} over {len(steps)} steps"
+            if speeds := [s[f"{unit}_per_s"] for s in steps if s.get(f"{unit}_per_s")]:
+                about[f"{unit}/s"] = f"{sum(speeds) / len(speeds):,.0f} over {len(speeds)} steps"
         if "mfu" in step:
             about["MFU"] = f"{step['mfu']:.1%}" if step["mfu"] else "unknown device"
     about["restarts"] = str(len(starts) - 1) + "".join(f"\n  {s['time']}: {_end(s)}" for s in starts[:-1])
@@ -57,11 +59,6 @@ def _end(start: dict) -> str:
 
 def _number(loss: float | None) -> str:
     return "not finite" if loss is None else f"{loss:.4f}"
-
-
-def _last_steps(path: Path, count: int = 20) -> list[dict]:
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines[-count:] if line.endswith("\n")]
 
 
 @command

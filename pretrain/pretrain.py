@@ -12,7 +12,8 @@ import sys
 from megadual.config import parse_command_line, to_yaml
 from megadual.engine.environment import set_environment
 from megadual.engine.topology import topology
-from megadual.errors import UserError, command
+from megadual.errors import command
+from megadual.run.launch import hush_libraries, launched
 from megadual.run.local import become_ranks, hold_stop_signals
 from megadual.train.config import PLANNED, PretrainConfig, check_picked
 
@@ -20,17 +21,17 @@ from megadual.train.config import PLANNED, PretrainConfig, check_picked
 @command
 def main() -> None:
     run, args = parse_command_line(PretrainConfig, __doc__, planned=PLANNED)
-    launched, parallel = "RANK" in os.environ, run.parallel
-    if args.gpus is None and launched != ("WORLD_SIZE" in os.environ):
-        raise UserError("of RANK and WORLD_SIZE only one is set; a launcher sets both, a start on this machine neither")
+    elsewhere, parallel = args.gpus is not None, run.parallel
+    place = None if elsewhere else launched(args.dry_run)
     check_picked(run, args.overrides)
     given = parallel.layout == "given"
     alone = run.run.ranks or (parallel.tensor * parallel.pipeline * parallel.context if given else None)
-    world = args.gpus or (int(os.environ["WORLD_SIZE"]) if launched else alone)
+    world = place.world if place else args.gpus or alone
     if given:
         topology(run, world)
 
     set_environment(run)
+    hush_libraries()
 
     # From here on torch and megatron-core are needed; a wrong config has been told before they load.
     import torch
@@ -44,7 +45,6 @@ def main() -> None:
     from megadual.train.assume import read_or_assume
     from megadual.train.loop import Loop
 
-    elsewhere = args.gpus is not None
     inputs = read_or_assume(run) if elsewhere else setup.read_inputs(run)
     world = world or torch.cuda.device_count() or 1
     layout = setup.settle(run, world, inputs, here=not elsewhere)
@@ -52,12 +52,12 @@ def main() -> None:
     if not elsewhere:
         setup.check_detector(run)
     if args.dry_run:
-        if os.environ.get("RANK", "0") == "0":
+        if not place or place.rank == 0:
             print(to_yaml(run) + "\n" + setup.plan(run, layout, inputs))
         return
-    if not launched and world > 1:
+    if not place and world > 1:
         become_ranks(world, __file__, sys.argv[1:])
-    if not launched:  # DeepSpeed asks for these
+    if not place:  # DeepSpeed asks for these
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     with session(run.run, run) as opened:
         setup.check_agreed(run, opened.ranks)

@@ -3,12 +3,13 @@
 from megadual.config import parse_command_line, to_yaml
 from megadual.errors import command
 from megadual.run.local import hold_stop_signals
-from megadual.vision.data import list_shards
-from megadual.vision.siglip import TrainSiglipConfig, train
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
+    from megadual.vision.data import list_shards  # takes seconds, as torch does
+    from megadual.vision.siglip import TrainSiglipConfig, train
+
     config, args = parse_command_line(TrainSiglipConfig, __doc__, argv)
     if args.dry_run:
         print(to_yaml(config))

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from megadual.config import load_config  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
+from megadual.run.step_log import METRICS, read_metrics  # noqa: E402
 from megadual.train.config import PretrainConfig  # noqa: E402
 
 LOSS = "loss_"  # of text or a stream: that and its name
@@ -26,15 +27,11 @@ def _read(path: Path):
     return json.loads(path.read_text())
 
 
-def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def collect(run_folder: Path, seconds: dict[str, float]) -> dict:
     """Every stage's figures, from the files that the stages left."""
     evaluation, verified = _read(run_folder / "tokenizer/eval/report.json"), _read(run_folder / "verify.json")
     manifests = {path.parent.name: _read(path) for path in sorted((run_folder / "shards").glob("*/manifest.json"))}
-    steps = _lines(run_folder / "pretrain/metrics.jsonl")
+    steps, _ = read_metrics(run_folder / "pretrain" / METRICS)
     run = load_config(PretrainConfig, run_folder / "pretrain/config.yaml")
     layout = topology(run, run.parallel.tensor * run.parallel.pipeline)
     losses = {
@@ -124,7 +121,7 @@ def write_report(run_folder: Path, seconds: dict[str, float]) -> Path:
     page = TEMPLATE.render(
         report=report,
         total=sum(seconds.values()),
-        curves=_loss_curves(_lines(run_folder / "pretrain/metrics.jsonl")),
+        curves=_loss_curves(read_metrics(run_folder / "pretrain" / METRICS)[0]),
         worst=_png(pictures[0]),
         middle=_png(pictures[len(pictures) // 2]),
         descriptions=[entry | {"image": _png(use / entry["file"])} for entry in _read(use / "descriptions.json")],

@@ -74,7 +74,12 @@ class ModelConfig:
             assert heads and width  # every preset has them
             if width % heads:
                 raise UserError(f"{name}: width {width} is not divisible by heads {heads}")
-        assert self.heads and self.kv_heads
+        assert self.hidden and self.heads and self.kv_heads
+        if self.hidden // self.heads % 2:
+            raise UserError(
+                f"model.hidden({self.hidden}) / model.heads({self.heads}) = {self.hidden // self.heads} must be even: "
+                "rotary positions turn pairs of numbers"
+            )
         if self.heads % self.kv_heads:
             raise UserError(f"model.heads {self.heads} is not divisible by model.kv_heads {self.kv_heads}")
 

@@ -1,5 +1,6 @@
 """A loss that can't be right: how it is noticed, and what is kept of its step."""
 
+import contextlib
 import json
 import math
 import statistics
@@ -60,7 +61,7 @@ class LossWatch:
         keys = _all_keys(keys)
         if log:
             line = {"step": step, "complaint": self.complaint, "skipped": self.skips, "documents": keys}
-            with open(folder / "bad_steps.jsonl", "a") as file:
+            with contextlib.suppress(OSError), open(folder / "bad_steps.jsonl", "a") as file:  # a full disk: it is told
                 file.write(json.dumps(line) + "\n")
             level = "error" if self.stops else "warning: skipped"
             log.message(f"{level}: step {step}: {self.complaint}; its documents: {', '.join(keys)}")

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 from megadual.errors import UserError
 from megadual.keys import key
@@ -37,10 +38,19 @@ class RunConfig:
         1200.0, "seconds without progress after which a rank shows its stacks and exits; null: never", over=0
     )
 
-    def check(self) -> None:
-        """UserError for what can't work on this machine, or does not go together."""
+    def check(self, steps: int) -> None:
+        """UserError for what can't work on this machine in a run of `steps`, or does not go together."""
+        if "://" in self.dir:
+            raise UserError(
+                f"run.dir={self.dir} is a URL; a run's folder is on a disk that all its processes see: give a path, "
+                "and copy what is to be kept afterwards"
+            )
+        if file := next((path for path in (Path(self.dir), *Path(self.dir).parents) if path.is_file()), None):
+            raise UserError(f"run.dir={self.dir}: '{file}' is a file; give the path of a folder")
         if self.profile is not None and not (len(self.profile) == 2 and self.profile[0] <= self.profile[1]):
             raise UserError(f"run.profile={self.profile} must be two steps, the first and the last, as in [10,12]")
+        if self.profile is not None and self.profile[0] > steps:
+            raise UserError(f"run.profile={self.profile} begins after the last step: train.steps={steps}")
         if self.tensorboard and find_spec("tensorboard") is None:
             raise UserError("run.tensorboard=true needs the tensorboard package: pip install tensorboard")
 
@@ -102,7 +112,7 @@ class TrainConfig(OptimConfig):
     """Steps, precision, and what is done about a loss that can't be right."""
 
     steps: int = key(about="optimizer steps in all", least=1)
-    seed: int = key(0, "of initial weights, data order and whatever else is drawn", least=0)
+    seed: int = key(0, "of initial weights, data order and whatever else is drawn", least=0, most=2**32 - 1)
     precision: str = key("fp32", "of products; weights are kept in fp32", choices=("fp32", "bf16"))
     clip_grad: float = key(1.0, "largest norm of the gradient; 0: any", least=0)
     bad_loss: str = key(

@@ -14,32 +14,49 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from megadual.run import exits
+
 STORE = "MEGADUAL_STORE"  # names the file through which ranks meet
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+ALL_SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
 GRACE_S = 20.0  # for the others to end by themselves, and to write down what they did, once a rank has failed
 PR_SET_PDEATHSIG = 1
 
 
 def hold_stop_signals() -> None:
-    """Keep SIGTERM and SIGUSR1 waiting until training can answer them (megadual/run/signals.py)."""
+    """Before training can answer signals (megadual/run/signals.py): STOP_SIGNALS wait, and Ctrl-C ends at once."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def handled() -> list[signal.Signals]:
+    """ALL_SIGNALS but for those that are ignored on purpose: by nohup, and by a shell for what is in its background."""
+    at_will = (signal.SIGHUP, signal.SIGINT)
+    return [number for number in ALL_SIGNALS if number not in at_will or signal.getsignal(number) != signal.SIG_IGN]
 
 
 def become_ranks(count: int, script: str, arguments: list[str]) -> NoReturn:
     """Go on as the process that starts `count` ranks of `script` and ends as they do."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)  # until all ranks are there
     os.execv(sys.executable, [sys.executable, "-m", __name__, str(count), script, *arguments])
 
 
 def run_ranks(count: int, command: list[str]) -> int:
     """Run `command` as so many ranks; returns the exit code of the first one that fails, else 0.
 
-    SIGTERM, SIGUSR1 and SIGINT are handed on to all, each time they come. Once a rank has failed the others have
-    GRACE_S seconds to end, then they are killed; they are too when this process dies.
+    ALL_SIGNALS are handed on to all, each time they come; a second Ctrl-C kills them. Once a rank has failed the others
+    have GRACE_S seconds to end, then they are killed; they are too when this process dies.
     """
     ranks: list[subprocess.Popen] = []
-    forwarded = (*STOP_SIGNALS, signal.SIGINT)
+    forwarded, interrupted = handled(), False
 
     def forward(number: int, _) -> None:
+        nonlocal interrupted
+        if number == signal.SIGINT and interrupted:
+            sys.exit(exits.INTERRUPTED)
+        interrupted |= number == signal.SIGINT
         for rank in ranks:
             rank.send_signal(number)
 
@@ -53,6 +70,7 @@ def run_ranks(count: int, command: list[str]) -> int:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
             return _wait(ranks)
         finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, forwarded)
             for rank in ranks:
                 rank.kill()
                 rank.wait()
@@ -78,7 +96,6 @@ def _in_the_rank(parent: int):
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
     def prepare() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         if prctl:
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:  # it has died before that was said

@@ -41,9 +41,9 @@ class RunLog:
         self.bar.set_postfix({name: short(entry[name]) for name in shown}, refresh=False)
         self.bar.update()
 
-    def message(self, line: str, to=sys.stderr) -> None:
-        """A line for people, beside the bar."""
-        self.bar.write(line, to)
+    def message(self, line: str, to=None) -> None:
+        """A line for people, beside the bar; to stderr unless said otherwise."""
+        self.bar.write(line, to or sys.stderr)
 
     def picture(self, step: int, name: str, image, caption: str | None = None) -> None:
         """A PIL image or a file's path, for wandb and TensorBoard."""

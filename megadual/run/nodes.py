@@ -29,6 +29,12 @@ class NodeError(UserError):
     exit_code = exits.BAD_NODE
 
 
+class MeetingError(NodeError):
+    """This rank does not reach the others."""
+
+    own = True
+
+
 def open_store(rank: int, world: int, timeout_s: float = START_TIMEOUT_S) -> dist.Store:
     """What ranks tell each other before there is a process group, and through which they make one.
 
@@ -44,15 +50,23 @@ def open_store(rank: int, world: int, timeout_s: float = START_TIMEOUT_S) -> dis
         return dist.HashStore()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(
-        address,
-        port,
-        world,
-        is_master=serves,
-        timeout=datetime.timedelta(seconds=timeout_s),
-        wait_for_workers=False,  # check_nodes waits, and says who is missing
-        master_listen_fd=_listen(address, port) if serves else None,
-    )
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            world,
+            is_master=serves,
+            timeout=datetime.timedelta(seconds=timeout_s),
+            wait_for_workers=False,  # check_nodes waits, and says who is missing
+            master_listen_fd=_listen(address, port) if serves else None,
+        )
+    except (OSError, RuntimeError) as error:  # ours, and torch.distributed's
+        place, reason = f"MASTER_ADDR={address} MASTER_PORT={port}", str(error).splitlines()[0]
+        if serves:
+            raise MeetingError(
+                f"rank 0 can't listen at {place}: {reason}; give another port, or its address"
+            ) from error
+        raise MeetingError(f"rank {rank} does not reach rank 0 at {place}: {reason}") from error
     return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 

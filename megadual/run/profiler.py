@@ -50,11 +50,13 @@ class Profiler(Hook):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.begun
         self.profile.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"steps-{self.first}-{self.last}"
-        self.profile.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
-        table = self._table(self.profile, seconds)
-        (self.folder / f"{name}.txt").write_text(table)
+        name, table = f"steps-{self.first}-{self.last}", self._table(self.profile, seconds)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"{name}.txt").write_text(table)
+            self.profile.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
+        except OSError as error:  # a full disk does not end training
+            print(f"warning: '{self.folder}' lacks the profile: {error}", flush=True)
         print(table, flush=True)
         self.profile, self.last = None, 0  # the steps are over
 

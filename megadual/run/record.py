@@ -10,6 +10,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from megadual.errors import UserError
+from megadual.run.files import write_whole
+
 FILE = "run.json"
 PACKAGES = [
     "torch", "triton", "megatron-core", "deepspeed", "transformer-engine", "apex", "flash-attn", "flash-attn-4",
@@ -49,8 +52,12 @@ def git_revision() -> str | None:
 
 
 def read_starts(folder: Path) -> list[dict]:
+    """Every start, the first one first; UserError where the record is broken."""
     path = Path(folder) / FILE
-    return json.loads(path.read_text())["starts"] if path.is_file() else []
+    try:
+        return json.loads(path.read_bytes())["starts"] if path.is_file() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' is broken ({error}); remove it: the next start begins a new record") from error
 
 
 def add_start(folder: Path, start: dict) -> None:
@@ -66,10 +73,7 @@ def end_start(folder: Path, ended: str) -> None:
 
 
 def _write(folder: Path, starts: list[dict]) -> None:
-    path = Path(folder) / FILE
-    partial = path.with_name(f".{FILE}")
-    partial.write_text(json.dumps({"starts": starts}, indent=1))
-    os.replace(partial, path)
+    write_whole(Path(folder) / FILE, json.dumps({"starts": starts}, indent=1))
 
 
 def _version(name: str) -> str | None:

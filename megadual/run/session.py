@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,9 +9,13 @@ import torch
 import torch.distributed as dist
 
 from megadual.config import to_yaml
+from megadual.errors import UserError
 from megadual.run import exits, nodes, record
 from megadual.run.config import RunConfig
+from megadual.run.files import write_whole
+from megadual.run.launch import Launch, launched
 from megadual.run.lock import sole_trainer
+from megadual.run.output import unbreakable_output
 from megadual.run.ranks import Ranks
 from megadual.run.signals import StopSignal
 from megadual.run.watchdog import Watchdog, collective_timeout_s
@@ -51,16 +54,16 @@ def session(run: RunConfig, config) -> Iterator[Session]:
     Steps end it early by SystemExit with one of ENDS, on all ranks alike, which passes on once all is closed.
     UserError, on all ranks, where a node is not fit or the run is in use.
     """
-    rank, world, folder = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), Path(run.dir)
-    with contextlib.closing(StopSignal()) as stop:
+    place, folder = launched() or Launch(0, 1), Path(run.dir)
+    rank, world = place.rank, place.world
+    with unbreakable_output(), contextlib.closing(StopSignal()) as stop:
         store = nodes.open_store(rank, world)
         peers = nodes.check_nodes(run, store, rank, world)
         with sole_trainer(folder, store, rank, world):
             watchdog = Watchdog(folder / "logs", rank, run.hang_timeout, peers)
             _join_group(run, store, rank, world)
             if rank == 0:
-                (folder / CONFIG).write_text(to_yaml(config))
-                record.add_start(folder, record.describe_start(world))
+                _note_start(folder, config, world)
             opened, ended, early = Session(folder, Ranks.current(), stop, watchdog), "failed", None
             try:
                 yield opened
@@ -80,6 +83,14 @@ def session(run: RunConfig, config) -> Iterator[Session]:
             opened.close()
     if early:
         raise early
+
+
+def _note_start(folder: Path, config, world: int) -> None:
+    try:
+        write_whole(folder / CONFIG, to_yaml(config))
+        record.add_start(folder, record.describe_start(world))
+    except OSError as error:
+        raise UserError(f"run.dir '{folder}' can't be written: {error.strerror}; make room there") from error
 
 
 def _join_group(run: RunConfig, store: dist.Store, rank: int, world: int) -> None:

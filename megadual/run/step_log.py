@@ -4,47 +4,95 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, cast
 
 from tqdm import tqdm
 
+from megadual.errors import UserError
+from megadual.run.files import write_whole
 from megadual.run.wandb_file import mend_wandb_files, steps_in_wandb_files
 
+METRICS = "metrics.jsonl"
 INIT_S, FINISH_S = 30, 60  # how long wandb is waited for, unless WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT say
+
+
+def read_metrics(path: Path, last: int | None = None) -> tuple[list[dict], int]:
+    """(what is said of each step, how many lines are broken), of the whole file or its `last` lines.
+
+    A crash leaves NULs, or lines that are no steps. A last line without an end is just being written, or was when its
+    writer was killed: it is left out.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    entries = [_entry(line) for line in (lines if last is None else lines[-last:])]
+    whole = [entry for entry in entries if entry is not None]
+    return whole, len(entries) - len(whole)
+
+
+def _entry(line: bytes) -> dict | None:
+    try:
+        entry = json.loads(line.strip(b"\0"))
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
 
 
 class StepLog:
     """Appends one JSON object per step to FOLDER/metrics.jsonl and sends it to wandb.
 
     A resumed run first drops the lines of steps that the checkpoint does not contain, so that no step appears
-    twice. wandb has one run for all starts and takes nothing back: it gets each step once, since a repeated one has
-    the same numbers, and what a kill, a power cut or a server that was away kept from it is sent again from
-    metrics.jsonl by the next start. No failure of wandb ends training.
+    twice. Lines that a full disk does not take wait in memory for room. wandb has one run for all starts and takes
+    nothing back: it gets each step once, since a repeated one has the same numbers, and what a kill, a power cut or a
+    server that was away kept from it is sent again from metrics.jsonl by the next start. No failure of wandb ends
+    training.
     """
 
     def __init__(self, folder: Path, start_step: int, mode: str, project: str, name: str, config: dict):
         """`mode`: online, offline or disabled; `start_step`: the last step that the checkpoint contains."""
-        path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step]
-        partial = path.with_name(".metrics.jsonl")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
-        self.file = open(path, "a")
+        path = folder / METRICS
+        entries, broken = read_metrics(path)
+        kept = [entry for entry in entries if entry["step"] <= start_step]
+        try:
+            if broken:
+                aside = path.with_name(f"{METRICS}.broken")
+                shutil.copyfile(path, aside)
+                _warn(f"{broken} lines of '{path}' can't be read, as after a crash, and are left out; see '{aside}'")
+            write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+            self.file = open(path, "ab", buffering=0)
+        except OSError as error:
+            raise UserError(f"'{path}' can't be written: {error.strerror}; make room there") from error
+        self.end, self.waiting, self.full = path.stat().st_size, b"", False
         self.wandb, self.sent = None, 0
         if mode != "disabled":
             with self._wandb_may_fail():
                 self.wandb, self.sent = _open_wandb(folder, mode, project, name, config)
-            for line in kept:
-                self._to_wandb(json.loads(line))
+            for entry in kept:
+                self._to_wandb(entry)
 
     def write(self, entry: dict) -> None:
         """One step's numbers, its own under "step"."""
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+        self.waiting += json.dumps(entry).encode() + b"\n"
+        self._append()
         self._to_wandb(entry)
+
+    def _append(self) -> None:
+        """Write the lines that wait: all of them or none, so that the file never ends in a part of one."""
+        written = 0
+        try:
+            while written < len(self.waiting):
+                written += self.file.write(self.waiting[written:])
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.file.fileno(), self.end)
+            if not self.full:
+                _warn(f"{METRICS} can't be written ({error.strerror}); its lines wait in memory: make room in run.dir")
+            self.full = True
+            return
+        if self.full:
+            _warn(f"{METRICS} is written again; no line was lost")
+        self.end, self.waiting, self.full = self.end + written, b"", False
 
     def numbers(self, step: int, numbers: dict) -> None:
         """More of a step that was written, for wandb alone."""
@@ -61,6 +109,9 @@ class StepLog:
                 self.wandb.log({name: wandb.Image(image, caption=caption)}, step=step)
 
     def close(self) -> None:
+        self._append()
+        if lost := self.waiting.count(b"\n"):
+            _warn(f"{METRICS} lacks the last {lost} steps")
         self.file.close()
         if self.wandb:
             with self._wandb_may_fail():
@@ -78,8 +129,12 @@ class StepLog:
             yield
         except Exception as error:  # not all that wandb raises are wandb's errors
             self.wandb = None
-            message = "warning: training goes on without wandb, the next start sends the missing steps: "
-            tqdm.write(message + " ".join(str(error).split()), sys.stderr)
+            told = "training goes on without wandb, the next start sends the missing steps: "
+            _warn(told + " ".join(str(error).split()))
+
+
+def _warn(line: str) -> None:
+    tqdm.write(f"warning: {line}", sys.stderr)
 
 
 def _open_wandb(folder: Path, mode: str, project: str, name: str, config: dict):

@@ -79,6 +79,12 @@ class Beside(Hook, ABC):
         if self.process or self.waiting is None:
             return
         self.checkpoint, self.waiting = self.waiting, None
+        try:
+            self._begin()
+        except OSError as error:
+            self.log.message(f"warning: nothing is made of {self.checkpoint}: {error}")
+
+    def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".export-*"):  # by one that was killed
             shutil.rmtree(left)
@@ -89,4 +95,5 @@ class Beside(Hook, ABC):
             self.process = subprocess.Popen(
                 ["nice", "-n", "19", *map(str, command)],
                 env=mine | {"CUDA_VISIBLE_DEVICES": ""}, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                process_group=0,  # a terminal's Ctrl-C is for the training alone
             )  # fmt: skip

@@ -161,7 +161,7 @@ class PretrainConfig:
     def resolve(self) -> None:
         """Fill what the model's preset says; UserError for what does not go together under any layout."""
         self.model.resolve()
-        self.run.check()
+        self.run.check(self.train.steps)
         self.train.check("train", self.train.steps)
         if not self.train.parts:
             raise UserError(f"train.parts=[] trains nothing; name at least one of: {', '.join(PARTS)}")

@@ -46,8 +46,8 @@ class Loop:
     def train(self) -> None:
         """Run the steps that are left.
 
-        Exits with exits.STOPPED after SIGTERM or SIGUSR1, once a checkpoint is written, and with exits.BAD_LOSS where a
-        step's loss is not finite or spikes and is not to be skipped, or too many were.
+        Exits with exits.STOPPED after a signal (StopSignal), once a checkpoint is written, and with exits.BAD_LOSS
+        where a step's loss is not finite or spikes and is not to be skipped, or too many were.
         """
         run, session, watch = self.run, self.session, LossWatch(self.run.train)
         batches, ended = self.data.iterate(self.start), time.perf_counter()

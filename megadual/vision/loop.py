@@ -120,9 +120,9 @@ def fit(
 ) -> dict[str, float]:
     """Train to `train.steps`; returns the last step's metrics, none where all steps were done before.
 
-    `at_checkpoint` is called on rank 0 after each. Exits with exits.STOPPED after SIGTERM or SIGUSR1, once a checkpoint
-    is written, and with exits.BAD_LOSS where a step's loss is not finite or spikes and is not to be skipped, or too
-    many were.
+    `at_checkpoint` is called on rank 0 after each; a disk that fails it ends nothing. Exits with exits.STOPPED after a
+    signal (StopSignal), once a checkpoint is written, and with exits.BAD_LOSS where a step's loss is not finite or
+    spikes and is not to be skipped, or too many were.
     """
     files = CheckpointFolder(session.folder, config.checkpoint.keep)
     latest = files.to_resume() if config.checkpoint.resume else None
@@ -172,7 +172,10 @@ def fit(
             trainer.save(files)
             session.beat()
             if log:
-                at_checkpoint(log)
+                try:
+                    at_checkpoint(log)
+                except OSError as error:
+                    log.message(f"warning: checkpoint {step} has no picture: {error}")
         if stopping and step < steps:
             if log:
                 log.message(f"stopped by a signal after step {step}; start again to go on", sys.stdout)

@@ -70,7 +70,7 @@ class TrainTokenizerConfig:
     checkpoint: TokenizerCheckpointConfig = field(default_factory=lambda: TokenizerCheckpointConfig(every=5000))
 
     def resolve(self) -> None:
-        self.run.check()
+        self.run.check(self.train.steps)
         self.train.check("train", self.train.steps)
         self.gan.check("gan", self.train.steps - self.gan.start_step)
 
@@ -83,6 +83,8 @@ def check(config: TrainTokenizerConfig) -> None:
     """Refuse what cannot work before any work starts."""
     config.data.check()
     commit, streams = config.train.loss.commit, config.model.streams
+    if not streams:
+        raise UserError("model.streams={} names no stream of codes; pretrain/configs/tokenizer_*.yaml have some")
     if unknown := sorted(set(commit) - set(streams)):
         raise UserError(f"train.loss.commit names {', '.join(unknown)}; the streams are {', '.join(streams)}")
     start, run = config.checkpoint.start, config.run.dir
@@ -168,8 +170,11 @@ def _terms(model: DualTokenConfig) -> list[str]:
 def plan(config: TrainTokenizerConfig, ranks: int) -> str:
     """What a run would train, on what and how long; nothing is loaded."""
     model_config = dataclasses.replace(config.model, siglip=_siglip_config(config.siglip).to_dict())
-    with torch.device("meta"):
-        model = DualToken(model_config)
+    try:
+        with torch.device("meta"):
+            model = DualToken(model_config)
+    except ValueError as error:
+        raise UserError(f"config section 'model': {error}") from error
     for module in frozen_modules(model, config.train.freeze):
         module.requires_grad_(False)
     total, trained = (

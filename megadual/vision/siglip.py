@@ -62,7 +62,14 @@ class TrainSiglipConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def resolve(self) -> None:
+        self.run.check(self.train.steps)
         self.train.check("train", self.train.steps)
+        for whole, part in (("hidden_size", "heads"), ("image_size", "patch_size")):
+            if getattr(self.model, whole) % getattr(self.model, part):
+                raise UserError(
+                    f"model.{whole}={getattr(self.model, whole)} does not divide by "
+                    f"model.{part}={getattr(self.model, part)}"
+                )
         if self.checkpoint.start:
             raise UserError("checkpoint.start: SigLIP starts from scratch here")
         if (self.run.ranks or 1) > 1:

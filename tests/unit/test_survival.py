@@ -1,12 +1,15 @@
 """The lock of a run folder, the watchdog, the checks of nodes, and what is recorded of starts."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -15,8 +18,9 @@ import pytest
 import torch.distributed as dist
 
 from megadual.errors import UserError
-from megadual.run import record
+from megadual.run import exits, record
 from megadual.run.config import RunConfig
+from megadual.run.local import ALL_SIGNALS
 from megadual.run.lock import LOCK, RunLock
 from megadual.run.nodes import CLOCK_TOLERANCE_S, NodeError, check_nodes, skews
 
@@ -211,6 +215,8 @@ with contextlib.closing(StopSignal()) as stop:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (stop.got and how == "stops") and not (how == "fails" and rank == 1):
         time.sleep(0.02)
+        if stop.got:
+            (folder / f"{rank}.got").touch()
 sys.exit(75 if stop.got else 9)
 """
 
@@ -225,7 +231,7 @@ def start_ranks(tmp_path):
         code = "import sys; from megadual.run import local; local.GRACE_S = 0.5; "
         code += "sys.exit(local.run_ranks(2, sys.argv[1:]))"
         command = [sys.executable, "-c", code, sys.executable, tmp_path / "rank.py", tmp_path, how]
-        started.append(subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}))
+        started.append(start_as_a_shell_does(command, env=os.environ | {"TMPDIR": str(tmp_path)}))
         files = [tmp_path / f"{rank}.pid" for rank in range(2)]
         wait_for(lambda: all(file.is_file() and file.read_text() for file in files))
         return started[0], [int(file.read_text()) for file in files]
@@ -234,6 +240,16 @@ def start_ranks(tmp_path):
     for process in started:
         process.kill()
         process.wait()
+
+
+def start_as_a_shell_does(command, **options):
+    """With Ctrl-C and the terminal's end as they are where nothing ignores them; its stderr is read."""
+
+    def heed():
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed, **options)
 
 
 def wait_for(condition, seconds=30):
@@ -254,6 +270,112 @@ def test_local_ranks_get_the_signals_and_give_their_exit_code(start_ranks, tmp_p
     assert process.wait(30) == 75
     assert not any(map(alive, ranks))
     assert not list(tmp_path.glob("megadual-*"))
+
+
+@pytest.mark.parametrize("number", ALL_SIGNALS)
+def test_local_ranks_answer_each_signal(start_ranks, number):
+    process, ranks = start_ranks("stops")
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == 75
+    assert not any(map(alive, ranks))
+
+
+def test_a_second_ctrl_c_ends_local_ranks_at_once(start_ranks, tmp_path):
+    process, ranks = start_ranks("stays")
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: all((tmp_path / f"{rank}.got").exists() for rank in range(2)))
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == exits.INTERRUPTED
+    assert not any(map(alive, ranks))
+
+
+def test_a_second_ctrl_c_ends_a_single_rank_at_once(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, tmp_path / "rank.py", tmp_path, "stays"]
+    process = start_as_a_shell_does(command, env=os.environ | {"RANK": "0"})
+    wait_for((tmp_path / "0.pid").exists)
+    process.send_signal(signal.SIGINT)
+    wait_for((tmp_path / "0.got").exists)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_before_training_ends_at_once(tmp_path, ranks):
+    code = "import sys, time\nfrom megadual.run import local\nlocal.hold_stop_signals()\n"
+    (tmp_path / "rank.py").write_text(code + "print('begun', flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, tmp_path / "rank.py"]
+    if ranks > 1:
+        command[1:1] = ["-m", "megadual.run.local", str(ranks)]
+    process = start_as_a_shell_does(command, stdout=subprocess.PIPE)
+    for _ in range(ranks):
+        assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=30)[1]
+    assert (told, process.returncode) == ("", -signal.SIGINT if ranks == 1 else exits.INTERRUPTED)
+
+
+def test_what_nohup_ignores_stays_ignored():
+    code = """
+import contextlib, os, signal
+from megadual.run.local import hold_stop_signals
+from megadual.run.signals import StopSignal
+hold_stop_signals()
+with contextlib.closing(StopSignal()) as stop:
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGINT)
+    print(stop.got)
+"""
+
+    def ignore():
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=ignore)
+    assert (done.returncode, done.stdout) == (0, "False\n")
+
+
+def test_a_terminal_that_closes_stops_it_in_order(tmp_path):
+    """The hang-up comes as SIGHUP, and nothing can be printed any more."""
+    code = """
+import contextlib, sys, time
+from pathlib import Path
+from megadual.run.output import unbreakable_output
+from megadual.run.signals import StopSignal
+with unbreakable_output(), contextlib.closing(StopSignal()) as stop:
+    while not stop.got:
+        print("a step", flush=True)
+        time.sleep(0.01)
+    for _ in range(9):
+        print("saving", flush=True)
+        print("saving", file=sys.stderr)
+    Path(sys.argv[1]).write_text("saved")
+sys.exit(75)
+"""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "saved"], stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    assert b"a step" in os.read(ours, 100)
+    os.close(ours)
+    assert process.wait(30) == 75
+    assert (tmp_path / "saved").read_text() == "saved"
+
+
+def test_a_full_disk_behind_the_output_keeps_the_exit_code():
+    code = """
+import os, sys
+from megadual.run.output import unbreakable_output
+with unbreakable_output():
+    print("x" * 100_000)
+    print("a few")
+    print("more", file=sys.stderr)
+sys.exit(75)
+"""
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full).returncode == 75
 
 
 def test_one_local_rank_s_failure_ends_all(start_ranks):
@@ -297,3 +419,10 @@ def test_starts_are_recorded(tmp_path, monkeypatch):
     killed, finished = record.read_starts(tmp_path)
     assert "ended" not in killed and finished["ended"] == "finished"
     assert killed["slurm"]["job"] == "17" and killed["packages"]["torch"] and finished["world"] == 8
+
+
+def test_a_broken_record_is_named(tmp_path):
+    for content in (b"", b"\0\0\0", b"[]", b'{"starts": '):
+        (tmp_path / record.FILE).write_bytes(content)
+        with pytest.raises(UserError, match=r"run.json' is broken \(.*remove it"):
+            record.read_starts(tmp_path)

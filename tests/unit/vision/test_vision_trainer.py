@@ -206,6 +206,7 @@ def test_asked_to_stop_before_its_first_step_it_saves_and_goes_on_later(make):
     with pytest.raises(SystemExit) as stopped:
         train(config)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     assert stopped.value.code == exits.STOPPED
     assert CheckpointFolder(config.run.dir, keep=1).latest().name == "00000001"
     train(config)
