@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import SiglipConfig
 
 from megadual.errors import UserError, command
 from megadual.vision import DualToken, DualTokenConfig, StreamConfig
+from megadual.vision.config import read_siglip_config
 from megadual.vision.presets import siglip_from_shapes
 
 # The authors' name of a module -> ours.
@@ -75,7 +75,7 @@ def siglip_config(folder: Path | None, rqvaesiglip: dict[str, Any], state: dict[
     if folder is None and (named / "config.json").is_file():
         folder = named
     if folder is not None:
-        return SiglipConfig.from_pretrained(folder).to_dict()
+        return read_siglip_config(folder).to_dict()
     prefix, decoder = "siglip_model.", take(rqvaesiglip, "ddconfig", "rqvaesiglip")
     shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in state.items() if name.startswith(prefix)}
     try:
