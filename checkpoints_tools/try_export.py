@@ -41,7 +41,7 @@ def open_image(data: bytes, what: str) -> Image.Image:
 
 
 def samples(option: str, pattern: str, wanted: str) -> Iterator[tuple[str, Image.Image, bytes]]:
-    """(key, image, the member KEY.`wanted`) of the webdataset tars that match a glob; the program ends at a broken one."""
+    """(key, image, the member KEY.`wanted`) of the webdataset tars that match a glob; a broken one ends the program."""
     for path in sorted(glob.glob(pattern)):
         found: dict[str, dict[str, bytes]] = {}
         for name, data in members(option, path):

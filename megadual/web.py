@@ -34,6 +34,7 @@ MOST_PIXELS = 50_000_000  # of an image
 MOST_WAITING = 32  # requests
 MOST_VISITORS = 100  # whose conversations are kept
 DAY = 86_400  # seconds that files are kept for
+NO_UPLOAD = "an image is uploaded; files and addresses that a request names are not read"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ANY = ("0.0.0.0", "::", "")  # as --host: all addresses of this machine
 EXAMPLE = "two red apples to the left of a cat, on blue"
@@ -98,11 +99,26 @@ def only_uploads(component):
 
     async def moved(path):
         if str(path).lower().startswith(ADDRESSES):
-            raise problem("an image is uploaded, not fetched from an address")
+            raise problem(NO_UPLOAD)
         return await move(path)
 
     component.async_move_resource_to_block_cache = moved
     return component
+
+
+def from_uploads(image: gr.Image) -> gr.Image:
+    """`image`, which gives the path of what was uploaded: gradio would open it, in any format, and where a request
+    leaves out what marks a file, any other of this machine as well."""
+
+    def path(data) -> str | None:
+        if data is None:
+            return None
+        if not data.path or not Path(data.path).resolve().is_relative_to(Path(image.GRADIO_CACHE).resolve()):
+            raise problem(NO_UPLOAD)
+        return data.path
+
+    image.preprocess = path
+    return image
 
 
 def problem(text: str) -> gr.Error:
@@ -198,8 +214,7 @@ def page(model, name: str) -> gr.Blocks:
             height=380,
             elem_id=elem_id,
         )
-        image.preprocess = lambda data: data and data.path  # gradio would open it, in any format
-        return only_uploads(image)
+        return from_uploads(only_uploads(image))
 
     def gallery(elem_id: str) -> gr.Gallery:
         return gr.Gallery(

@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 
 def rows(figures: dict[str, float]) -> list[Row]:
-    """A row of each figure. A name that is longer than one of FIGURES ends with what it is of: a stream or one of OF."""
+    """A row of each figure. Names that are longer than one of FIGURES end with what it is of: a stream or one of OF."""
     shown = []
     for name, value in figures.items():
         kind = max((known for known in FIGURES if f"{name}_".startswith(f"{known}_")), key=len, default=None)
