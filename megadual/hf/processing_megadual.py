@@ -325,7 +325,7 @@ def _open(image: Image.Image | str | Path, addresses: bool, paths: bool | str | 
     try:
         if text.lower().startswith(ADDRESSES):
             if not addresses:
-                raise ValueError("addresses are not opened; allow_addresses=True of the processor lets them be")
+                raise ValueError("addresses are not opened (the processor's allow_addresses=True lets them)")
             return read_image(read_address(text))
         if text[:5].lower() != "data:" and paths and os.path.isfile(text):
             if paths is not True and not Path(text).resolve().is_relative_to(Path(paths).resolve()):
@@ -336,9 +336,7 @@ def _open(image: Image.Image | str | Path, addresses: bool, paths: bool | str | 
         except ValueError as error:
             if text[:5].lower() == "data:":
                 raise
-            files = (
-                "no file" if paths else "not opened if a file (allow_paths=FOLDER or True of the processor lets it be)"
-            )
+            files = "no file" if paths else "not opened if a file (the processor's allow_paths=FOLDER or True lets it)"
             raise ValueError(f"{files}, and no base64: {error}") from error
     except ValueError as error:
         raise ValueError(f"{shown} is no image: {error}") from error

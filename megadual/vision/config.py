@@ -25,7 +25,7 @@ def siglip_config(stored: dict[str, Any]) -> SiglipConfig:
     for name, value in text.items():
         if name.endswith("_token_id") and isinstance(value, int) and not 0 <= value < text["vocab_size"]:
             text[name] = None
-    return SiglipConfig.from_dict({**stored, "text_config": text})
+    return SiglipConfig(**{**stored, "text_config": text})
 
 
 def read_siglip_config(folder: str | Path) -> SiglipConfig:
