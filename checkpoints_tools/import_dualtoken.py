@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import SiglipConfig
 
 from megadual.errors import UserError, command
 from megadual.vision import DualToken, DualTokenConfig, StreamConfig
+from megadual.vision.config import read_siglip_config
 from megadual.vision.presets import siglip_from_shapes
 
 # The authors' name of a module -> ours.
@@ -80,7 +80,7 @@ def siglip_config(folder: Path | None, rqvaesiglip: dict[str, Any], state: dict[
         folder = named
     if folder is not None:
         try:
-            return SiglipConfig.from_pretrained(folder).to_dict()
+            return read_siglip_config(folder).to_dict()
         except Exception as error:  # of transformers' checks
             raise UserError(f"'{folder / 'config.json'}' is no SigLIP's: {str(error).splitlines()[0]}") from error
     prefix, decoder = "siglip_model.", take(rqvaesiglip, "ddconfig", "rqvaesiglip")

@@ -16,6 +16,7 @@ import itertools
 import json
 import sys
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,10 +27,13 @@ from transformers import AutoModelForCausalLM
 BATCH = 8  # images at once
 
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
 def open_image(data: bytes, what: str) -> Image.Image:
     """The decoded image; ends the program where it can't be read."""
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
         return image
     except Exception as error:  # of PIL's decoders: whatever unpacking wrong bytes leads to
@@ -37,17 +41,29 @@ def open_image(data: bytes, what: str) -> Image.Image:
 
 
 def samples(option: str, pattern: str, wanted: str) -> Iterator[tuple[str, Image.Image, bytes]]:
-    """(key, image, the member KEY.`wanted`) of the webdataset tars that match a glob."""
+    """(key, image, the member KEY.`wanted`) of the webdataset tars that match a glob; a broken one ends the program."""
     for path in sorted(glob.glob(pattern)):
+        found: dict[str, dict[str, bytes]] = {}
+        for name, data in members(option, path):
+            folder, slash, file = name.rpartition("/")
+            stem, _, extension = file.partition(".")
+            key = folder + slash + stem
+            sample = found.setdefault(key, {})
+            sample["image" if extension in ("png", "jpg", "jpeg", "webp") else extension] = data
+            if "image" in sample and wanted in sample:
+                yield key, open_image(sample["image"], f"{option}: sample '{key}' of '{path}'"), sample[wanted]
+                del found[key]
+
+
+def members(option: str, path: str) -> Iterator[tuple[str, bytes]]:
+    """Name and contents of a tar's files: folders and links are passed over."""
+    try:
         with tarfile.open(path) as tar:
-            found: dict[str, dict[str, bytes]] = {}
             for member in tar:
-                key, _, extension = member.name.partition(".")
-                sample = found.setdefault(key, {})
-                sample["image" if extension in ("png", "jpg", "jpeg") else extension] = tar.extractfile(member).read()
-                if "image" in sample and wanted in sample:
-                    yield key, open_image(sample["image"], f"{option}: sample '{key}' of '{path}'"), sample[wanted]
-                    del found[key]
+                if member.isreg():
+                    yield member.name, tar.extractfile(member).read()
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        sys.exit(f"error: {option}: '{path}' can't be read as a tar: {error}")
 
 
 def edits(pattern: str) -> Iterator[tuple[str, Image.Image, str, Image.Image]]:

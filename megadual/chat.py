@@ -1,8 +1,10 @@
 """Talk to an exported model in the terminal: `python -m megadual.chat DIR`."""
 
 import argparse
+import io
 import shlex
 import sys
+import unicodedata
 from pathlib import Path
 
 from PIL import Image
@@ -10,6 +12,7 @@ from tqdm import tqdm
 
 from megadual.errors import UserError, command
 from megadual.hf.folder import open_folder
+from megadual.images import read_image
 
 HELP = """\
 a line                 what you say; the answer, in texts and images, goes on from all that was said
@@ -19,12 +22,13 @@ a line                 what you say; the answer, in texts and images, goes on fr
 /describe [PATH]       a caption of that image, or of the last one
 /history, /reset       what was said so far; begin anew
 /set NAME VALUE        one of the options below
-/help, /quit           this page; the end (or Ctrl-D)"""
+/help, /quit           this page; the end (or Ctrl-D); Ctrl-C ends an answer"""
 # Of each option its type and the least value.
 OPTIONS: dict[str, tuple[type, float]] = {
     "seed": (int, 0), "cfg_scale": (float, 0), "image_scale": (float, 0), "temperature": (float, 0.01),
     "top_k": (int, 1), "top_p": (float, 0.01), "text_temperature": (float, 0), "max_new_tokens": (int, 1),
 }  # fmt: skip
+MOST_SHOWN = 300  # characters of an error
 DEFAULTS = dict(
     seed=0, cfg_scale=3.0, image_scale=1.5, temperature=1.0, top_k=900, top_p=0.96, text_temperature=0.0,
     max_new_tokens=256,
@@ -43,7 +47,7 @@ class Chat:
 
     def reply(self, line: str) -> str | None:
         """What a typed line gets; ValueError for a mistake in it, which changes nothing; None at the end."""
-        line = line.strip()
+        line = readable(line.strip())
         word, _, rest = line.partition(" ")
         if word in ("/quit", "/exit"):
             return None
@@ -83,13 +87,13 @@ class Chat:
         return self._keep({"role": "user", "content": [*self.attached, instruction]}, images)
 
     def describe(self, rest: str) -> str:
-        image = read_image(*split(rest)[:1]) if rest else self._image()
+        image = image_file(*split(rest)[:1]) if rest else self._image()
         (text,) = self.model.describe([image], max_new_tokens=self.options["max_new_tokens"])
         return text.strip()
 
     def attach(self, rest: str) -> str:
         paths = split(rest)
-        images = [read_image(path) for path in paths]
+        images = [image_file(path) for path in paths]
         self.attached += images
         self.names |= {id(image): path for image, path in zip(images, paths, strict=True)}
         return f"{len(self.attached)} before the next line"
@@ -112,7 +116,7 @@ class Chat:
             number = kind(value)
         except ValueError as error:
             raise UserError(f"{name} {value}: it takes {'a whole ' if kind is int else 'a '}number") from error
-        if not least <= number < 2**31:
+        if not least <= number < 2**31:  # nor is nan
             raise UserError(f"{name} {value}: it must be at least {least} and below 2**31")
         self.options[name] = number
         return f"{name} is {number}"
@@ -156,13 +160,30 @@ def split(text: str) -> list[str]:
         raise UserError(f"'{text}': a quote is not closed") from error
 
 
-def read_image(path: str) -> Image.Image:
+def readable(line: str) -> str:
+    """`line`; UserError where it holds what nobody types: zero bytes, and bytes that are no UTF-8."""
+    for character in line:
+        if unicodedata.category(character) in ("Cc", "Cs") and character != "\t":
+            raise UserError(f"the line holds U+{ord(character):04X}, which is no text")
+    return line
+
+
+def image_file(path: str) -> Image.Image:
     try:
-        image = Image.open(path)
-        image.load()
-        return image
-    except Exception as error:  # of PIL's decoders: whatever unpacking wrong bytes leads to
+        return read_image(path)
+    except ValueError as error:
         raise UserError(f"'{path}' cannot be read as an image: {error}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What is said of a mistake, however long a line led to it."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped"
+    said = (str(error).splitlines() or [""])[0]
+    named = (
+        said if said and isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: {said}"
+    )
+    return named if len(named) <= MOST_SHOWN else f"{named[:MOST_SHOWN]} ..."
 
 
 @command
@@ -176,6 +197,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default: 0)")
     args = parser.parse_args(argv)
     chat = Chat(open_folder(args.model, args.device), args.output, {"seed": args.seed})
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text cost their line, not the conversation
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # nor do characters that the terminal has not
     prompt = "> " if sys.stdin.isatty() else ""
     tqdm.write(f"{args.model} on {chat.model.device}. /help shows what to type.", file=sys.stderr)
     while True:
@@ -183,10 +208,15 @@ def main(argv: list[str] | None = None) -> None:
             line = input(prompt)
         except EOFError:
             return
+        except KeyboardInterrupt:
+            if not prompt:
+                raise
+            print()
+            continue
         try:
             reply = chat.reply(line)
-        except (ValueError, OSError, RuntimeError) as error:  # of a line; one without memory is a RuntimeError
-            print(f"error: {str(error).splitlines()[0] if str(error) else type(error).__name__}", file=sys.stderr)
+        except (Exception, KeyboardInterrupt) as error:  # whatever a line leads to, the conversation is kept
+            print(f"error: {one_line(error)}", file=sys.stderr)
             continue
         if reply is None:
             return

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megadual.errors import UserError, command
 from megadual.streams import END_OF_TEXT, IMAGE, SPECIAL_TOKENS
+from megadual.tars import tar_members
 
 
 def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -94,15 +95,22 @@ def read_captions(pattern: str) -> Iterator[str]:
     if not tars:
         raise UserError(f"--captions '{pattern}' matches no file")
     for path in tqdm(tars, desc="captions", unit="tar", mininterval=1):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith(".txt") and (file := tar.extractfile(member)):
-                    yield file.read().decode("utf-8", errors="replace").strip()
-                elif member.name.endswith(".json") and (file := tar.extractfile(member)):
-                    try:
-                        yield from _texts(json.load(file))
-                    except ValueError as error:
-                        raise UserError(f"--captions: '{member.name}' of '{path}' is not JSON: {error}") from error
+        try:
+            with open(path, "rb") as stream:
+                for member in tar_members(stream, path):
+                    if member["fname"].endswith(".txt"):
+                        yield member["data"].decode("utf-8", errors="replace").strip()
+                    elif member["fname"].endswith(".json"):
+                        yield from _described(member, path)
+        except (OSError, tarfile.TarError) as error:
+            raise UserError(f"--captions: '{path}' can't be read as a tar: {error}") from error
+
+
+def _described(member: dict, path: str) -> Iterator[str]:
+    try:
+        yield from _texts(json.loads(member["data"]))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"--captions: '{member['fname']}' of '{path}' is not JSON of texts: {error}") from error
 
 
 def _texts(sample: dict) -> Iterator[str]:

@@ -27,6 +27,7 @@ class MegaDual(BaseModel):
     def __init__(self, model_path: str, max_new_tokens: int = 1024, temperature: float = 0.0, seed: int = 0, **kwargs):
         super().__init__()
         self.answers = Answers(model_path, "cuda" if torch.cuda.is_available() else "cpu")
+        self.answers.processor.allow_paths = True  # VLMEvalKit gives its images as files
         self.sampling, self.seed = Sampling(max_new_tokens=max_new_tokens, temperature=temperature), seed
 
     def generate_inner(self, message: list[dict], dataset: str | None = None) -> str:

@@ -1,8 +1,8 @@
 """One position at a time, on buffers that never move, so that on a GPU a whole position is one CUDA graph.
 
-Shape suffixes: R rows (images, then the same images without their captions where guided), B images, S positions,
-L cache slots, H the LLM's width, G query heads of one key-value head, A key-value heads, E head width; D code depth,
-T streams, K codebook size, W the visual head's width.
+Shape suffixes: R rows (images, then the same images without their captions where guided), B images, S positions, P
+those of a piece, L cache slots, H the LLM's width, G query heads of one key-value head, A key-value heads, E head
+width; D code depth, T streams, K codebook size, W the visual head's width.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from megadual.kernels.few_rows import gated, linear
 from megadual.model.depth_head import DepthHead
 
 SLOTS = 64
+PIECE = 512  # positions of a prompt that are read at once: what they see of it is a mask, and scores, of PIECE x prompt
 
 
 def whole_slots(wanted: int) -> int:
@@ -89,11 +90,13 @@ class StaticLLM:
         """Read prompts, padded at the left where `kept` is false, into the reset cache."""
         length = kept_RS.size(1)
         slots_S = torch.arange(length, device=kept_RS.device)
-        # Padding sees itself: a softmax over nothing would leave NaN in the cache, which no mask hides.
-        before_SS = slots_S[:, None] >= slots_S
-        seen_RSS = (kept_RS[:, None] & before_SS) | torch.eye(length, dtype=torch.bool, device=kept_RS.device)
         positions_RS = (kept_RS.cumsum(1) - 1).clamp(min=0)
-        self._run(embeds_RSH, positions_RS, slots_S, seen_RSS)
+        for start in range(0, length, PIECE):
+            end = min(start + PIECE, length)
+            now_P, before_L = slots_S[start:end, None], slots_S[:end]
+            # Padding sees itself: a softmax over nothing would leave NaN in the cache, which no mask hides.
+            seen_RPL = (kept_RS[:, None, :end] & (now_P >= before_L)) | (now_P == before_L)
+            self._run(embeds_RSH[:, start:end], positions_RS[:, start:end], slots_S[start:end], seen_RPL)
         self.visible_RL[:, :length] = kept_RS
         self.positions_R.copy_(kept_RS.sum(1))
         self.slot.fill_(length)

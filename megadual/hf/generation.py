@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megadual.hf.decoding import whole_slots
 from megadual.hf.drawn_codes import keep_codes
-from megadual.hf.processing_megadual import MegaDualProcessor, escaped
+from megadual.hf.processing_megadual import MegaDualProcessor, checked, escaped
 from megadual.hf.rollout import Rollout
 from megadual.streams import IMAGE
 from megadual.vision.tokenizer import to_image
@@ -48,6 +48,9 @@ class Guidance(NamedTuple):
 class Generation:
     """`describe`, `ask`, `draw`, `edit` and `interleave` of MegaDualForCausalLM. All need the model on one device.
 
+    ValueError, before anything is computed, where a prompt is longer than the model's positions
+    (`max_position_embeddings`), with the image that is drawn behind it, or can't be sampled as asked for.
+
     Images that are returned keep their codes (`drawn_codes.py`): as part of a later prompt they are read as these. One
     that was changed, by its size or any pixel, is encoded like any other image.
     """
@@ -62,11 +65,10 @@ class Generation:
     @cached_property
     def processor(self) -> MegaDualProcessor:
         """Makes `input_ids` and `pixel_values` of texts, images and messages."""
-        (rows, columns), size = self.dualtoken.config.grid, self.dualtoken.config.image_size
         return MegaDualProcessor(
             self.tokenizer,
-            image_size=size,
-            image_positions=rows * columns,
+            image_size=self.dualtoken.config.image_size,
+            image_positions=self._image_positions,
             dualtoken=self._code_fingerprint,
             streams=list(self.streams),
         )
@@ -126,9 +128,11 @@ class Generation:
         top_p: float,
         seed: int | None,
     ) -> list[str]:
-        """What the processor's inputs go on with, row by row."""
+        """What the processor's inputs go on with, row by row, at most up to the model's last position."""
+        self._check_sampling(temperature, top_k, top_p, seed, coldest=0)
         embeds_BSH, kept_BS, _ = self._read(inputs)
         count, length = kept_BS.shape
+        max_new_tokens = min(max_new_tokens, self._most_positions - length)
         rollout = self._rollout(count, 1, length + max_new_tokens, text_top_k=top_k if temperature else 1, draws=False)
         self._set_text(rollout, temperature, top_p, seed)
         rollout.start(embeds_BSH, kept_BS)
@@ -191,6 +195,7 @@ class Generation:
         """
         special, guidance = self.config.special, Guidance(cfg_scale)
         longest = max(map(len, captions)) + 1
+        self._check_length(longest, draws=True)
         padding = [longest - 1 - len(caption) for caption in captions]
         ids_BS = torch.tensor(
             [[0] * pad + [*caption, special.image_gen_start] for pad, caption in zip(padding, captions, strict=True)],
@@ -259,7 +264,7 @@ class Generation:
         start = torch.full((len(edits), 1), self.config.special.image_gen_start)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], start], dim=1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(start)], dim=1)
-        embeds_BSH, kept_BS, ids_BS = self._read(inputs)
+        embeds_BSH, kept_BS, ids_BS = self._read(inputs, draws=True)
         guidance = Guidance(cfg_scale, image_scale)
         kept = [kept_BS, *(kept_BS & ~self._dropped(ids_BS, *without) for without in guidance.without)]
         if repeats is not None:
@@ -291,12 +296,15 @@ class Generation:
 
         Images are guided to all that stands before them: in a conversation from the same one with nothing in the
         last user's turn; where `image_scale` is given, with its images alone and from nothing, as in `edit`; in a text
-        from nothing before them. At most `max_images` images: by default 4 of a model that draws, none of another.
+        from nothing before them. At most `max_images` images: by default 4 of a model that draws, none of another. The
+        answer ends at the model's last position, and no image begins that would not fit before it.
         """
         if max_images is None:
             max_images = 4 if self.draws else 0
         if max_images:
             self._check_draws()
+        self._check_sampling(temperature, top_k, top_p, seed)
+        self._check_sampling(text_temperature, text_top_k, text_top_p, seed, coldest=0)
         if isinstance(prompt, str):
             guidance = Guidance(cfg_scale)
             inputs = self.processor(text=IMAGE.join(map(escaped, prompt.split(IMAGE))), images=images)
@@ -308,22 +316,26 @@ class Generation:
         for without in guidance.without if max_images else []:
             kept.append(kept_BS if isinstance(prompt, str) else kept_BS & ~self._dropped(ids_BS, *without))
         seed = self._seed(seed)
-        special, (rows, columns) = self.config.special, self.dualtoken.config.grid
-        slots = ids_BS.size(1) + max_new_tokens + max_images * (rows * columns + 2)
+        special, image = self.config.special, self._image_positions + 2  # with the tokens around it
+        left = self._most_positions - ids_BS.size(1)
+        slots = ids_BS.size(1) + min(left, max_new_tokens + max_images * image)
         text_top_k = text_top_k if text_temperature else 1
         rollout = self._rollout(1, len(kept), slots, text_top_k=text_top_k, code_top_k=top_k, draws=max_images > 0)
         self._set_text(rollout, text_temperature, text_top_p, seed)
-        rollout.bias_V[special.image_gen_start] = 0.0 if max_images else -torch.inf
         rollout.start(embeds_BSH.expand(len(kept), -1, -1), torch.cat(kept))
 
         answer, text, drawn = [], [], 0
         for _ in range(max_new_tokens):
+            if not left:
+                break
+            rollout.bias_V[special.image_gen_start] = 0.0 if drawn < max_images and image <= left else -torch.inf
             rollout.write()
             token = int(rollout.tokens_B)
             if token in self._stops:
                 break
             if token != special.image_gen_start:
                 text.append(token)
+                left -= 1
                 continue
             answer += [self.tokenizer.decode(text, skip_special_tokens=True)] if text else []
             self._set_codes(rollout, guidance, temperature, top_p, seed + drawn)
@@ -332,13 +344,43 @@ class Generation:
             answer += self._images(self._draw_positions(rollout, progress))
             rollout.write()  # the last position is read as well
             rollout.feed(special.image_gen_end)
-            text, drawn = [], drawn + 1
-            if drawn == max_images:
-                rollout.bias_V[special.image_gen_start] = -torch.inf
+            text, drawn, left = [], drawn + 1, left - image
         return answer + ([self.tokenizer.decode(text, skip_special_tokens=True)] if text else [])
 
-    def _read(self, inputs) -> tuple[Tensor, Tensor, Tensor]:
-        """The processor's inputs embedded (B, S, H), which positions are no padding (B, S), and their ids (B, S)."""
+    @property
+    def _most_positions(self) -> int:
+        """As many as the model was trained on at once: no prompt and no answer goes beyond them."""
+        return self.config.text_config.max_position_embeddings
+
+    @property
+    def _image_positions(self) -> int:
+        rows, columns = self.dualtoken.config.grid
+        return rows * columns
+
+    def _check_length(self, prompt: int, draws: bool = False) -> None:
+        """ValueError where a prompt, with the image that is drawn behind it, is longer than the model's positions."""
+        image = self._image_positions if draws else 0
+        if prompt + image > self._most_positions:
+            and_image = f" and an image {image}" if draws else ""
+            raise ValueError(f"the prompt takes {prompt} positions{and_image}; the model has {self._most_positions}")
+
+    @staticmethod
+    def _check_sampling(temperature: float, top_k: int, top_p: float, seed: int | None, coldest: float = 1e-3) -> None:
+        """ValueError for what can't be sampled with, nan among it."""
+        bounds = {
+            "temperature": (temperature, coldest, 1e6), "top_k": (top_k, 1, 2**31), "top_p": (top_p, 1e-6, 1e6),
+            "seed": (seed or 0, 0, 2**62),
+        }  # fmt: skip
+        for name, (value, low, high) in bounds.items():
+            if not low <= value <= high:
+                raise ValueError(f"{name} {value}: it must be {low:g} to {high:g}")
+
+    def _read(self, inputs, draws: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """The processor's inputs embedded (B, S, H), which positions are no padding (B, S), and their ids (B, S).
+
+        ValueError where they, with an image if one is drawn behind them, are longer than the model's positions.
+        """
+        self._check_length(inputs["input_ids"].size(1), draws)
         inputs = inputs.to(self.device)
         codes = self.codes_of(inputs.get("pixel_values"), inputs.get("image_codes"))
         ids_BS = inputs["input_ids"]
@@ -374,9 +416,10 @@ class Generation:
     ) -> dict[str, Tensor]:
         """Codes (B, N, D) by stream of images that begin behind prompts; of each branch `kept` are the positions that
         it reads, (B, S)."""
-        (count, length), (rows, columns) = kept[0].shape, self.dualtoken.config.grid
+        self._check_sampling(temperature, top_k, top_p, seed)
+        count, length = kept[0].shape
         options = dict(code_top_k=top_k, writes=False, choose=choose)
-        rollout = self._rollout(count, len(kept), length + rows * columns, **options)
+        rollout = self._rollout(count, len(kept), length + self._image_positions, **options)
         self._set_codes(rollout, guidance, temperature, top_p, seed)
         rollout.start(embeds_BSH.repeat(len(kept), 1, 1), torch.cat(kept))
         return self._draw_positions(rollout, progress)
@@ -431,7 +474,7 @@ class Generation:
 
     def _ids(self, text: str) -> list[int]:
         """Special tokens spelled in a text are text."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return self.tokenizer(checked(text), add_special_tokens=False, split_special_tokens=True).input_ids
 
     @property
     def _stops(self) -> set[int]:

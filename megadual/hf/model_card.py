@@ -44,6 +44,8 @@ answer = model.interleave([{{"role": "user", "content": [image, "Draw it in red.
 A conversation goes on with `{{"role": "assistant", "content": answer}}`; images that were drawn keep their codes.
 `AutoProcessor` makes the inputs of `generate` from texts with `<image>` in them, or from chat messages
 (`apply_chat_template`); `AutoModelForImageTextToText` and `pipeline("image-text-to-text")` open the folder too.
+Images come as PIL images, base64 or `data:` addresses; what messages merely name is opened where the processor is told
+so (`allow_addresses=True`, `allow_paths=FOLDER`). A prompt takes at most {run.train.seq_len:,} positions.
 
 ## Training
 {_training(run, step) if step else "Weights to start a run from; not trained by this project."}

@@ -1,21 +1,22 @@
 """From text, images and chat messages to what the exported model takes."""
 
-import io
 import os
 import re
+import reprlib
 from functools import cached_property
-from urllib.request import urlopen
+from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from megadual.hf.drawn_codes import kept_codes
+from megadual.images import ADDRESSES, from_base64, read_address, read_image
 from megadual.streams import END_OF_TEXT, IM_END, IM_START, IMAGE, SPECIAL_TOKENS
 from megadual.vision.tokenizer import centre_crop, to_tensor
 
 SHOWN, DRAWN = ("<image_start>", "<image_end>"), ("<image_gen_start>", "<image_gen_end>")  # around images
-ADDRESSES = ("http://", "https://", "data:")
+ROLES = ("system", "user", "assistant", "tool")
 
 # What the assistant says has a loss in training, with its end mark: `return_assistant_tokens_mask` marks it.
 # Its images are those that it drew.
@@ -63,6 +64,15 @@ def escaped(text: str) -> str:
     return _SPELT.sub(rf"<{JOINER}\1\2", text)
 
 
+def checked(text: str) -> str:
+    """`text`; ValueError where it holds halves of characters, as bytes do that were read as text and are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text holds U+{ord(text[error.start]):04X}, which is no character") from None
+    return text
+
+
 def _unescaped(text: str) -> str:
     return _ESCAPED.sub(r"<\1\2", text)
 
@@ -72,6 +82,9 @@ class MegaDualProcessor(ProcessorMixin):
 
     image_size is the side of a DualToken's images, image_positions the positions that one takes. An image that was
     drawn with the codes of `streams` of the DualToken with the fingerprint `dualtoken` is given as these codes.
+
+    Messages may come from anyone, so what they name is opened only where the caller allows it, here, as an attribute
+    or in a call: `allow_addresses` for http and https, `allow_paths` for files, True or the folder that they are in.
     """
 
     attributes = ["tokenizer"]
@@ -85,10 +98,13 @@ class MegaDualProcessor(ProcessorMixin):
         dualtoken: str | None = None,
         streams: list[str] | None = None,
         chat_template: str | None = None,
+        allow_addresses: bool = False,
+        allow_paths: bool | str | Path = False,
         **kwargs,
     ):
         self.image_size, self.image_positions = image_size, image_positions
         self.dualtoken, self.streams = dualtoken, streams or []
+        self.allow_addresses, self.allow_paths = allow_addresses, allow_paths
         super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         tokenizer.padding_side = "left"  # generation goes on at the right
 
@@ -98,21 +114,24 @@ class MegaDualProcessor(ProcessorMixin):
         images=None,
         return_tensors: str | None = "pt",
         return_offsets_mapping: bool = False,
+        allow_addresses: bool | None = None,
+        allow_paths: bool | str | Path | None = None,
         **kwargs,
     ) -> BatchFeature:
         """input_ids and attention_mask (B, S), left-padded, and the images, in order.
 
         `text` is a prompt: special tokens in it have their meaning but where `escaped` spelled them. An image stands
         as `<image>` where it is looked at, as `<image_gen_start><image><image_gen_end>` where the model drew it.
-        `images` is an image (PIL, path, address or base64), or a list, nested or not; without text each image is a
-        sequence of its own. ValueError where the texts' `<image>`s and the images do not count the same.
+        `images` is an image (PIL, base64, a data: address; an address or path where these are allowed), or a list,
+        nested or not; without text each image is a sequence of its own. ValueError where the texts' `<image>`s and the
+        images do not count the same, or an image can't be had.
 
         pixel_values (P, 3, h, w) in [-1, 1] are those of the images without codes. Where any has codes, image_codes
         (I, N, all streams' depths) are those of all images, -1 for the ones that come as pixels.
         """
-        images = _flat(images)
+        images = self._opened(images, allow_addresses, allow_paths)
         text = [IMAGE] * len(images) if text is None else [text] if isinstance(text, str) else list(text)
-        sequences = [_pieces(prompt) for prompt in text]
+        sequences = [_pieces(checked(prompt)) for prompt in text]
         marks = sum(piece == IMAGE for pieces in sequences for _, piece in pieces)
         if marks != len(images):
             raise ValueError(f"the text has {marks} {IMAGE} marks for {len(images)} images")
@@ -154,6 +173,19 @@ class MegaDualProcessor(ProcessorMixin):
             ids, places, before = ids + found, places + at, piece
         return ids, places
 
+    def _opened(
+        self, images, allow_addresses: bool | None = None, allow_paths: bool | str | Path | None = None
+    ) -> list:
+        """The images, in order; what is None is as the processor allows it."""
+        addresses = self.allow_addresses if allow_addresses is None else allow_addresses
+        paths = self.allow_paths if allow_paths is None else allow_paths
+        return [_open(image, addresses, paths) for image in _flat(images)]
+
+    def to_dict(self, *args, **kwargs) -> dict:
+        """What is saved: not what a caller allows, who is another one wherever the folder is opened."""
+        allowed = ("allow_addresses", "allow_paths")
+        return {name: value for name, value in super().to_dict(*args, **kwargs).items() if name not in allowed}
+
     def _seen(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         kept = [kept_codes(image, self.dualtoken, self.streams) for image in images]
         pixels = [image for image, codes in zip(images, kept, strict=True) if codes is None]
@@ -185,10 +217,12 @@ class MegaDualProcessor(ProcessorMixin):
         {"type": "text", "text": ...} or {"type": "image"}, whose image stands there under "image", "path" or "url" or
         comes next in `images`.
         """
-        waiting = _flat(images)
+        if not messages:
+            raise ValueError("there are no messages")
+        waiting = self._opened(images)
 
         def filled(conversation: list[dict]) -> list[dict]:
-            return [message | {"content": _filled(message["content"], waiting)} for message in conversation]
+            return [message | {"content": _filled(message.get("content"), waiting)} for message in conversation]
 
         whole = [filled(each) for each in messages] if isinstance(messages[0], list) else filled(messages)
         if waiting:
@@ -238,14 +272,23 @@ def _part(part: str | dict | Image.Image) -> dict:
         return {"type": "text", "text": part}
     if isinstance(part, Image.Image):
         return {"type": "image", "image": part}
-    if part["type"] == "image_url":  # OpenAI's
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "image_url":  # OpenAI's
         url = part["image_url"]
         return {"type": "image", "url": url if isinstance(url, str) else url["url"]}
-    return part
+    if kind == "image" or kind == "text" and isinstance(part.get("text"), str):
+        return part
+    raise ValueError(f"a message has the part {reprlib.repr(part)}; parts are texts and images")
 
 
 def _spelt(message: dict) -> dict:
-    """A message as the template takes it: as a list of parts, without blanks where its text begins and ends."""
+    """A message as the template takes it: as a list of parts, without blanks where its text begins and ends.
+
+    ValueError for other roles and for other parts than texts and images: transformers would open a sound's address by
+    itself, and a role stands in the prompt as it is.
+    """
+    if message.get("role") not in ROLES:
+        raise ValueError(f"a message has the role {reprlib.repr(message.get('role'))}; roles are {', '.join(ROLES)}")
     content = message.get("content") or ""
     parts: list[dict] = []
     for part in map(_part, content if isinstance(content, (list, tuple)) else [content]):
@@ -262,34 +305,46 @@ def _spelt(message: dict) -> dict:
     return {**message, "content": parts}
 
 
-def _flat(images) -> list[Image.Image]:
+def _flat(images) -> list:
     if isinstance(images, (list, tuple)):
         return [image for entry in images for image in _flat(entry)]
-    return [] if images is None else [_open(images)]
+    return [] if images is None else [images]
 
 
-def _open(image: Image.Image | str) -> Image.Image:
-    """An image, or the one in a file, at an address or in base64; ValueError where there is none.
+def _open(image: Image.Image | str | Path, addresses: bool, paths: bool | str | Path) -> Image.Image:
+    """An image, or the one at an address, in a file or in base64; ValueError where there is none, or it is not allowed.
 
     As it is stored: transformers' load_image would put what is transparent on black.
     """
     if isinstance(image, Image.Image):
         return image
-    if not isinstance(image, str):
+    if not isinstance(image, (str, Path)):
         raise TypeError(f"an image is a PIL image, a path, an address or base64, not {type(image).__name__}")
-    if os.path.isfile(image):
-        return Image.open(image)
-    address = image if image.startswith(ADDRESSES) else f"data:;base64,{image}"
+    text = str(image)
+    shown = f"'{text[:80]}{'...' if len(text) > 80 else ''}'"
     try:
-        with urlopen(address) as stream:
-            return Image.open(io.BytesIO(stream.read()))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"'{image[:200]}' is no image file, address or base64 of an image: {error}") from error
+        if text.lower().startswith(ADDRESSES):
+            if not addresses:
+                raise ValueError("addresses are not opened (the processor's allow_addresses=True lets them)")
+            return read_image(read_address(text))
+        if text[:5].lower() != "data:" and paths and os.path.isfile(text):
+            if paths is not True and not Path(text).resolve().is_relative_to(Path(paths).resolve()):
+                raise ValueError(f"it is not in '{paths}', the folder of allow_paths")
+            return read_image(text)
+        try:
+            return read_image(from_base64(text))
+        except ValueError as error:
+            if text[:5].lower() == "data:":
+                raise
+            files = "no file" if paths else "not opened if a file (the processor's allow_paths=FOLDER or True lets it)"
+            raise ValueError(f"{files}, and no base64: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{shown} is no image: {error}") from error
 
 
 def _filled(content: str | list, waiting: list[Image.Image]) -> str | list:
     """A message's content, its image parts without an image given one of `waiting`, which is used up."""
-    if isinstance(content, str):
+    if isinstance(content, str) or content is None:
         return content
     bare = {"type": "image"}
     return [bare | {"image": waiting.pop(0)} if part == bare and waiting else part for part in content]

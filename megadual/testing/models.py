@@ -61,8 +61,8 @@ def sized_run(*overrides: str) -> PretrainConfig:
 
 
 def write_export(folder: Path) -> Path:
-    """An exported model with random weights, in `folder`/hf."""
-    run = write_run(folder)
+    """An exported model of 512 positions with random weights, in `folder`/hf."""
+    run = write_run(folder, "train.seq_len=512", "train.global_batch_tokens=512")
     tokenizer = load_text_tokenizer(run.model.text_tokenizer)
     torch.manual_seed(0)
     config = export.model_config(run, tokenizer, export.read_dualtoken(run), torch.float32)

@@ -1,4 +1,4 @@
-"""What the forkserver imports once for all test processes: importing costs a rank more than the steps that it trains."""
+"""What the forkserver imports once for all test processes: for a rank it costs more than the steps that it trains."""
 
 from megadual.engine import cpu
 

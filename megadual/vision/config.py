@@ -15,6 +15,25 @@ TIMINGS = ("per_step", "per_depth")
 GOALS = ("teacher", "picture")
 
 
+def siglip_config(stored: dict[str, Any]) -> SiglipConfig:
+    """A SigLIP's config from its fields.
+
+    Published ones leave special tokens of the text out. transformers then takes CLIP's, which lie outside SigLIP's
+    vocabulary: it has none.
+    """
+    text = {"vocab_size": 32000, "bos_token_id": None, "eos_token_id": None, **(stored.get("text_config") or {})}
+    for name, value in text.items():
+        if name.endswith("_token_id") and isinstance(value, int) and not 0 <= value < text["vocab_size"]:
+            text[name] = None
+    return SiglipConfig(**{**stored, "text_config": text})
+
+
+def read_siglip_config(folder: str | Path) -> SiglipConfig:
+    """The config of a SigLIP in a folder or on the hub; OSError where there is none."""
+    stored, _ = SiglipConfig.get_config_dict(str(folder))
+    return siglip_config(stored)
+
+
 @dataclass
 class StreamConfig:
     """One stream of codes: which of SigLIP's layers it reads, how it is quantised, and where that goes on to.
@@ -134,7 +153,7 @@ class DualTokenConfig:
         return {"streams": streams, "image_size": self.image_size, "grid": list(self.grid)}
 
     def siglip_config(self) -> SiglipConfig:
-        return SiglipConfig.from_dict(self.siglip)
+        return siglip_config(self.siglip)
 
     def check(self) -> "DualTokenConfig":
         """Raise ValueError where streams and sizes do not fit together."""

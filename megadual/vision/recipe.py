@@ -14,7 +14,7 @@ from megadual.keys import key
 from megadual.run.checkpoints import CheckpointFolder
 from megadual.run.config import CheckpointConfig, OptimConfig, RunConfig, TrainConfig
 
-from .config import DualTokenConfig
+from .config import DualTokenConfig, read_siglip_config, siglip_config
 from .data import DataConfig, list_shards
 from .losses import COMMIT, LossWeights
 from .presets import BACKBONES
@@ -140,9 +140,9 @@ def _siglip_config(name: str) -> SiglipConfig:
     """The backbone's sizes, without its weights: those of a published one are known offline."""
     published = BACKBONES.get(Path(name).name)
     if published and not Path(name).exists():
-        return SiglipConfig.from_dict(published)
+        return siglip_config(published)
     try:
-        return SiglipConfig.from_pretrained(name)
+        return read_siglip_config(name)
     except OSError as error:
         raise UserError(f"no SigLIP in '{name}': {str(error).splitlines()[0]}") from error
 

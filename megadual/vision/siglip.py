@@ -24,6 +24,7 @@ from megadual.run.ranks import Ranks
 from megadual.run.session import session
 from megadual.text import load_text_tokenizer
 
+from .config import read_siglip_config
 from .data import DataConfig, read_pairs, tokenize_captions
 from .loop import Trainer, fit, judged
 from .metrics import retrieval_r1
@@ -132,7 +133,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 def load_siglip(folder: str | Path) -> SiglipModel:
     """A frozen SigLIP in eval mode from a local folder or hub id; UserError where there is none."""
     try:
-        return SiglipModel.from_pretrained(str(folder)).eval().requires_grad_(False)
+        return SiglipModel.from_pretrained(str(folder), config=read_siglip_config(folder)).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise UserError(f"no SigLIP in '{folder}': {str(error).splitlines()[0]}") from error
 

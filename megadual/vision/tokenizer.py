@@ -37,12 +37,20 @@ UPRIGHT = {  # what EXIF's orientations take to be upright; 1 is upright
 }
 
 
+MAX_ASPECT = 64  # of images that are resized as they are
+
+
 @dataclass
 class Encoded:
     """Codes (B, rows, columns, D) int64 by stream, and the image embedding (B, P) of the quantised path."""
 
     codes: dict[str, Tensor]
     pooled: Tensor | None  # None where it was not asked for, or no stream feeds the teacher
+
+    def __repr__(self) -> str:
+        """Shapes, not values."""
+        shapes = [f"{name} {tuple(codes.shape)}" for name, codes in self.codes.items()]
+        return f"Encoded({', '.join(shapes + ([] if self.pooled is None else [f'pooled {tuple(self.pooled.shape)}']))})"
 
 
 @dataclass
@@ -90,6 +98,8 @@ def check_picture_codes(codes: dict[str, Tensor], config: DualTokenConfig) -> No
         expected = (*config.grid, config.streams[name].depth)
         if codes[name].ndim != 4 or codes[name].shape[1:] != expected:
             raise ValueError(f"{name} codes of shape {tuple(codes[name].shape)}, expected (B, {expected})")
+        if codes[name].is_floating_point():
+            raise ValueError(f"{name} codes are {codes[name].dtype}, expected integers")
 
 
 class DualToken(nn.Module):
@@ -186,23 +196,32 @@ class DualToken(nn.Module):
         return self.decoder(self.post_quant_conv(x))
 
     @torch.no_grad()
-    def encode(self, images: Tensor, pooled: bool = True) -> Encoded:
-        """Codes and pooled embedding of images (B, 3, h, w) in [-1, 1]; ValueError for another size.
+    def encode(self, images: Tensor | Image.Image | list[Image.Image], pooled: bool = True) -> Encoded:
+        """Codes and pooled embedding of images: (B, 3, h, w) in [-1, 1], or PIL images of any size, which `preprocess`
+        crops. ValueError for a tensor of another size, and for no images.
 
         `pooled=False` spares the layers behind the codes, where only codes are wanted.
         """
+        if not isinstance(images, Tensor):
+            images = self._pixels(images)
         check_images(images, self.config)
         output = self(images, reconstruct=False, pooled=pooled)
         codes = {name: codes.unflatten(1, self.config.grid) for name, codes in output.codes.items()}
         return Encoded(codes, output.pooled)
 
     @torch.no_grad()
-    def decode(self, codes: dict[str, Tensor]) -> Tensor:
-        """Codes (B, rows, columns, D) by stream -> images (B, 3, h, w), clamped to [-1, 1].
+    def decode(self, codes: dict[str, Tensor] | Encoded) -> Tensor:
+        """Codes (B, rows, columns, D) by stream, or what `encode` gave -> images (B, 3, h, w), clamped to [-1, 1].
 
-        The streams that feed the picture are read, others may be there; ValueError where one is missing or misshapen.
+        The streams that feed the picture are read, others may be there; ValueError where one is missing or misshapen,
+        or holds a code that there is not. `to_image` makes a PIL image of each.
         """
+        codes = codes.codes if isinstance(codes, Encoded) else codes
         check_picture_codes(codes, self.config)
+        for name in self.config.feeding("picture"):
+            size = self.config.streams[name].codebook_size
+            if codes[name].numel() and not 0 <= codes[name].min() <= codes[name].max() < size:
+                raise ValueError(f"{name} codes are 0 to {size - 1}, here {codes[name].min()} to {codes[name].max()}")
         embedded = {name: self.embed(codes[name], name).flatten(1, 2) for name in self.config.feeding("picture")}
         return self._decode(embedded).clamp(-1, 1)
 
@@ -213,6 +232,25 @@ class DualToken(nn.Module):
     def preprocess(self, image: Image.Image) -> Tensor:
         """A PIL image -> (3, h, w) in [-1, 1]: shortest side resized (bicubic), centre crop (paper section A5)."""
         return to_tensor(centre_crop(image, self.config.image_size))
+
+    def _pixels(self, images: Image.Image | list[Image.Image]) -> Tensor:
+        """PIL images as (B, 3, h, w)."""
+        images = [images] if isinstance(images, Image.Image) else list(images)
+        if wrong := [type(image).__name__ for image in images if not isinstance(image, Image.Image)]:
+            raise ValueError(f"images are a tensor or PIL images, not {wrong[0]}")
+        if not images:
+            raise ValueError("there are no images")
+        return torch.stack([self.preprocess(image) for image in images]).to(next(self.parameters()).device)
+
+    def __repr__(self) -> str:
+        """One line: torch's would list thousands of modules."""
+        config, (rows, columns) = self.config, self.config.grid
+        streams = ", ".join(f"{s.name} {s.depth} of {s.codebook_size:,}" for s in config.code_streams)
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return (
+            f"DualToken({config.image_size} px, {rows} x {columns} positions; codes a position: {streams}; "
+            f"{parameters / 1e6:,.1f} M parameters)"
+        )
 
     def fingerprint(self) -> str:
         """sha256 of the codebooks and of the fields that define codes: equal for interchangeable codes."""
@@ -278,6 +316,11 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """Any image in RGB, its shortest side at `size` (bicubic), then the central square."""
     image = to_rgb(image)
+    reach = MAX_ASPECT * min(image.size)
+    if max(image.size) > reach:  # a line of pixels, say, which would grow to any size: what lies far off is not seen
+        width, height = image.size
+        left, top = max(0, (width - reach) // 2), max(0, (height - reach) // 2)
+        image = image.crop((left, top, width - left, height - top))
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,10 +1,13 @@
 """From a trained checkpoint of any layout to a Hugging Face folder that works by itself, its verification, and back."""
 
+import gzip
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -34,12 +37,18 @@ LAYOUTS = {
     "one": (1, ["train.seq_len=128"]),
     "TP2": (2, ["parallel.tensor=2"]),
     "PP2": (2, ["parallel.pipeline=2"]),
-    "TP2xPP2+SP": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
+    "TP2xPP2+SP": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true", "train.seq_len=128"]),
     "DeepSpeed ZeRO-3": (2, ["engine=deepspeed", "parallel.zero_stage=3"]),
     "DeepSpeed PP2": (2, ["engine=deepspeed", "parallel.pipeline=2"]),
     "tied bf16 PP2": (
         2,
-        ["parallel.pipeline=2", "model.tie_embeddings=true", "train.precision=bf16", "model.kv_heads=1"],
+        [
+            "parallel.pipeline=2",
+            "model.tie_embeddings=true",
+            "train.precision=bf16",
+            "model.kv_heads=1",
+            "train.seq_len=128",
+        ],  # fmt: skip
     ),
 }
 
@@ -277,6 +286,24 @@ def test_try_export_names_an_image_that_it_cannot_read(tmp_path, image):
     arguments = ["--model", "none", "--output", str(tmp_path / "use"), "--describe", "1", "--draw", "1"]
     with pytest.raises(SystemExit, match="^error: --data: sample 'bad' of '.*b.tar' can't be read: "):
         try_export.main([*arguments, "--data", str(tmp_path / "*.tar")])
+
+
+def test_try_export_passes_over_what_is_no_file_and_names_a_broken_tar(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for kind, name in ((tarfile.DIRTYPE, "some.pictures"), (tarfile.SYMTYPE, "some.pictures/b.png")):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, "nowhere"
+            tar.addfile(entry)
+        for name, data in (("c.png", png_bytes(Image.new("RGB", (8, 8)))), ("c.txt", b"a cat")):
+            entry = tarfile.TarInfo(f"some.pictures/{name}")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    ((key, image, caption),) = try_export.samples("--data", str(tmp_path / "*.tar"), "txt")
+    assert (key, image.size, caption) == ("some.pictures/c", (8, 8), b"a cat")
+    for data in ((tmp_path / "a.tar").read_bytes()[: 3 * 512 + 20], b"no tar", gzip.compress(b"x" * 999)[:20]):
+        (tmp_path / "b.tar").write_bytes(data)
+        with pytest.raises(SystemExit, match="^error: --data: '.*b.tar' can't be read as a tar: "):
+            list(try_export.samples("--data", str(tmp_path / "b.tar"), "txt"))
 
 
 def error_of(main, capsys, *args) -> str:

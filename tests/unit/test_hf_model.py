@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megadual.data.layout import Reading, to_sequence
-from megadual.hf import export
+from megadual.hf import decoding, export
 from megadual.hf.decoding import Sampler, StaticLLM
 from megadual.hf.drawn_codes import INFO, kept_codes
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
@@ -17,11 +18,14 @@ from megadual.testing.models import CODEBOOK, DEPTH, IMAGE_SIZE, write_run
 from megadual.text import load_text_tokenizer
 
 N = 16  # positions of an image
+POSITIONS = 256  # of the model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    run = write_run(tmp_path_factory.mktemp("hf"))
+    run = write_run(
+        tmp_path_factory.mktemp("hf"), f"train.seq_len={POSITIONS}", f"train.global_batch_tokens={POSITIONS}"
+    )
     tokenizer = load_text_tokenizer(run.model.text_tokenizer)
     dualtoken = export.read_dualtoken(run)
     torch.manual_seed(0)
@@ -92,8 +96,11 @@ def test_drawing_with_caches_equals_every_position_without(model):
             assert (seen[stream][position] - logits[-1]).abs().max() < 1e-4
 
 
-def test_text_step_by_step_equals_one_forward_pass(model, pictures):
-    """Two texts with images in them, of different lengths; the longer one starts in the prompt that is read at once."""
+@pytest.mark.parametrize("piece", [512, 7])
+def test_text_step_by_step_equals_one_forward_pass(model, pictures, monkeypatch, piece):
+    """Two texts with images in them, of different lengths; the longer one starts in the prompt that is read at once, or
+    in pieces, the first of which are padding of the other."""
+    monkeypatch.setattr(decoding, "PIECE", piece)
     texts = ["a <image> of two cats", "<image> a small tree above three large cars"]
     inputs = model.processor(text=texts, images=pictures[:2])
     embeds = model.embed(inputs["input_ids"], model.codes_of(inputs["pixel_values"]))
@@ -247,6 +254,73 @@ def test_an_image_in_an_answer_is_drawn_as_draw_draws_it(model, prescribe):
     _, first, second = model.interleave("two", seed=7)
     (alone,) = model._images(model.draw_codes([[*model._ids("two"), *words]], seed=7))
     assert first.tobytes() == alone.tobytes() != second.tobytes()
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that is made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return made
+
+
+def test_a_prompt_is_read_in_memory_that_grows_with_its_length(model, monkeypatch):
+    """And not with its square: no mask and no scores of all of it against all of it."""
+    monkeypatch.setattr(decoding, "PIECE", 8)
+    largest = []
+    for length in (200, 400):
+        llm = StaticLLM(model.model, 1, length)
+        embeds, kept = torch.zeros(1, length, 64), torch.ones(1, length, dtype=torch.bool)
+        with Largest() as seen, torch.no_grad():
+            llm.prefill(embeds, kept)
+        largest.append(seen.size)
+    assert largest[1] <= 2.2 * largest[0]
+
+
+@pytest.mark.parametrize("method", ["draw", "edit", "describe", "ask", "interleave", "interleave of messages"])
+def test_a_prompt_longer_than_the_model_is_refused_by_both_numbers(model, pictures, method, monkeypatch):
+    monkeypatch.setattr(model.model.embed_tokens, "forward", None)  # nothing is computed
+    text, image = "x" * 300, pictures[0]
+    calls = {
+        "draw": lambda: model.draw(text),
+        "edit": lambda: model.edit(image, text),
+        "describe": lambda: model.describe([image], text),
+        "ask": lambda: model.ask([image], text),
+        "interleave": lambda: model.interleave(text),
+        "interleave of messages": lambda: model.interleave([{"role": "user", "content": text}]),
+    }
+    with pytest.raises(ValueError, match=rf"takes 3\d\d positions.*the model has {POSITIONS}$"):
+        calls[method]()
+
+
+def test_an_image_that_does_not_fit_behind_its_prompt_is_refused(model):
+    text = "x" * (POSITIONS - N - 1)
+    assert len(model._ids(text)) == len(text)
+    assert model.draw(text, cfg_scale=1.0)
+    with pytest.raises(ValueError, match=f"takes {POSITIONS - N + 1} positions and an image 16; the model has 256"):
+        model.draw(text + "x")
+
+
+def test_an_answer_ends_at_the_last_position(model, pictures, prescribe):
+    """No image begins that would not fit, and no text goes on behind the last position."""
+    special, prompt = model.config.special, "x" * 200
+    left = POSITIONS - len(model._ids(prompt))
+    seen = prescribe([10] * (left - N - 2) + [special.image_gen_start, 0] + [10] * left)
+    answer = model.interleave(prompt, max_new_tokens=1000)
+    assert [type(part).__name__ for part in answer] == ["str", "Image"]
+    seen = prescribe([10] * 2 * left)
+    (answer,) = model.interleave(prompt, max_new_tokens=1000)
+    assert model._ids(answer) == [10] * left
+    fits = [bool(logits[special.image_gen_start].isfinite()) for logits in seen]
+    assert fits == [True] * (left - N - 1) + [False] * (N + 1)
+    prescribe([10] * 2 * POSITIONS)
+    (described,) = model.describe(pictures[:1], prompt, max_new_tokens=1000)
+    assert len(model._ids(described)) == POSITIONS - len(model._ids(prompt)) - N - 2
 
 
 def test_an_answer_has_no_more_images_than_asked_for(model, prescribe):
@@ -467,6 +541,8 @@ def test_a_special_token_that_a_user_types_is_text(model, pictures, token, monke
     model.describe(pictures[:1], f"a {token} b", max_new_tokens=1)
     assert typed() == f"a {token} b"
     model.ask(pictures[:1], f"a {token} b", max_new_tokens=1)
+    assert f"a {token} b" in typed()
+    model.edit(pictures[0], f"a {token} b", cfg_scale=1.0, image_scale=1.0)
     assert f"a {token} b" in typed()
     if token != "<image>":  # which is promised to be an image's place there
         model.interleave(f"<image>a {token} b", images=pictures[:1], max_new_tokens=1)

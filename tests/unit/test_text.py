@@ -1,6 +1,8 @@
 """Text tokenizers: training, saving, fingerprints, special tokens."""
 
+import io
 import json
+import tarfile
 
 import pytest
 
@@ -8,6 +10,7 @@ from megadual import text
 from megadual.errors import UserError
 from megadual.streams import SPECIAL_TOKENS, SpecialIds
 from megadual.synthetic.corpus import make_corpus
+from megadual.synthetic.files import write_tar
 
 CAPTIONS = ["two red apples to the left of a cat, on blue", "a large cat above two small dogs, on green"] * 3
 
@@ -90,3 +93,23 @@ def test_conversations_and_stories_are_read_too(tmp_path):
     texts = list(text.read_captions(f"{tmp_path}/*train-*.tar"))
     assert any(each.endswith("?") for each in texts) and any(each.startswith("Here we see") for each in texts)
     assert not any("<image>" in each or not each for each in texts)
+
+
+def test_folders_in_a_tar_are_passed_over_and_a_broken_one_is_named(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        folder = tarfile.TarInfo("some.txt")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        entry = tarfile.TarInfo("some.txt/a.txt")
+        entry.size = 5
+        tar.addfile(entry, io.BytesIO(b"a cat"))
+    assert list(text.read_captions(str(tmp_path / "a.tar"))) == ["a cat"]
+    write_tar(tmp_path / "c.tar", [("a.json", b"[]")])
+    for data, reason in (
+        ((tmp_path / "a.tar").read_bytes()[:1100], "b.tar' can't be read as a tar: "),
+        (b"no tar", "b.tar' can't be read as a tar: "),
+        ((tmp_path / "c.tar").read_bytes(), "'a.json' of '.*b.tar' is not JSON of texts"),
+    ):
+        (tmp_path / "b.tar").write_bytes(data)
+        with pytest.raises(UserError, match=reason):
+            list(text.read_captions(str(tmp_path / "b.tar")))

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..pictures import comparison_grid
 from ..tokenizer import to_image
 from .measures import Seen
+from .words import rows
 
 PAIRS_PER_GRID = 64
 
@@ -61,7 +62,7 @@ class Gallery:
             comparison_grid(*images).save(folder / f"reconstructions-{number:0{digits}d}.png")
         figures = {name: value for name, value in report.items() if isinstance(value, int | float)}
         cards = [(pair, _webp(pair.original), _webp(pair.reconstruction)) for pair in pairs]
-        page = PAGE.render(report=report, figures=figures, cards=cards, seen=self.seen)
+        page = PAGE.render(report=report, figures=rows(figures), cards=cards, seen=self.seen)
         (folder / "report.html").write_text(page)
 
 
@@ -83,8 +84,9 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fro
  figure img { width: 128px; image-rendering: pixelated } .soft { color: #666 } td.soft { font-size: 13px }
 </style>
 <h1>DualToken on held-out images</h1>
-<table>{% for name, value in figures.items() %}
-<tr><td>{{ name }}</td><td class="n">{{ value if value is integer else "%.4g"|format(value) }}</td></tr>{% endfor %}
+<table>{% for row in figures %}
+<tr><td>{{ row.words }}</td><td class="n">{{ row.value }}</td><td class="soft">{{ row.better }}</td>\
+<td class="soft">{{ row.name }}</td></tr>{% endfor %}
 </table>
 <h2>What they mean</h2>
 <table>{% for name, text in report.definitions.items() %}
@@ -92,7 +94,8 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fro
 <tr><td>{{ name }}, left out</td><td class="soft">{{ text }}</td></tr>{% endfor %}
 </table>
 <h2>Reconstructions, the worst first</h2>
-<p>{{ cards|length }} of {{ seen }} images, those of the lowest PSNR; the original stands at the left.</p>
+<p>{{ cards|length }} of {{ seen }} images, those of the lowest PSNR; the original stands at the left.
+PSNR in dB and SSIM: higher is better; LPIPS: lower is.</p>
 <div class="cards">{% for pair, original, reconstruction in cards %}
 <figure><img src="{{ original }}" alt="original"> <img src="{{ reconstruction }}" alt="reconstruction">
 <figcaption>{% for name, value in pair.values.items() %}{{ name }} {{ "%.3g"|format(value) }} {% endfor %}

@@ -129,7 +129,7 @@ class Retrieval:
         "retrieval_r1": "images whose nearest caption, among all, is one of theirs; quantized: through codes, "
         "teacher: SigLIP itself",
         "retrieval_r1_text_to_image": "captions whose nearest image, among all with a caption, is theirs",
-        "chance": "R@1 of guessing a caption, where each image has one",
+        "chance": "R@1 of guessing a caption, where each image has one; text_to_image: of guessing an image",
     }
 
     def __init__(self, siglip, tokenizer):
@@ -160,7 +160,8 @@ class Retrieval:
             report[f"retrieval_r1_{name}"] = sum(found) / len(found)
             found = [text in self.captions[i] for text, i in zip(texts, nearest(texts_MP, images_NP), strict=True)]
             report[f"retrieval_r1_text_to_image_{name}"] = sum(found) / len(found)
-        return report | {"captions": len(texts), "chance": 1 / len(texts)}
+        chance = {"chance": 1 / len(texts), "chance_text_to_image": 1 / len(self.captions)}
+        return report | {"captions": len(texts)} | chance
 
 
 class ZeroShot:
@@ -193,4 +194,7 @@ class ZeroShot:
         """Empty where no label can be read."""
         if not self.count:
             return {}
-        return {name: correct / self.count for name, correct in self.correct.items()} | {"zero_shot_images": self.count}
+        count = len(self.classes.names)
+        chance = {f"zero_shot_chance_top{tries}": min(1, tries / count) for tries in (1, 5)}
+        found = {name: correct / self.count for name, correct in self.correct.items()}
+        return found | chance | {"zero_shot_images": self.count}

@@ -1,19 +1,17 @@
 """Held-out images for evaluation, one pass, out of a folder of image files or out of webdataset tars."""
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from megadual.errors import UserError
-from megadual.images import open_image
+from megadual.images import read_image
 
 from ..data import IMAGES, list_shards, shard_samples
 from ..tokenizer import centre_crop, to_tensor
@@ -59,12 +57,11 @@ class SampleReader(IterableDataset):
             if i % of != number:
                 continue
             try:
-                data = image.read_bytes() if isinstance(image, Path) else image
-                yield to_tensor(centre_crop(open_image(io.BytesIO(data)), self.size)), name, caption, label
+                if image == b"":
+                    raise ValueError("no image")
+                yield to_tensor(centre_crop(read_image(image), self.size)), name, caption, label
                 if label is None:
                     yield f"{name}: its label can't be read"
-            except UnidentifiedImageError:
-                yield f"{name}: {'no image' if not data else 'not an image'}"
             except Exception as error:  # of PIL's decoders: whatever unpacking wrong bytes leads to
                 yield f"{name}: {error}"
 

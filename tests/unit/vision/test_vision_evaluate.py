@@ -71,6 +71,15 @@ def test_tars_with_captions(models, pairs, tmp_path):
     assert report["retrieval_r1_text_to_image_teacher"] == retrieval_r1(texts, teacher, captions)
     assert set(report["left_out"]) == {"rfid", "zero_shot"} and report["frechet_efficientnet_lite0"] > 0
     assert json.loads((tmp_path / "report.json").read_text()) == report
+    page = re.sub(r"<[^>]*>", "|", (tmp_path / "report.html").read_text())
+    for row in (
+        rf"reconstruction: PSNR, mean over the images\|+{report['psnr']:.4g} dB\|+higher is better\|+psnr\|",
+        rf"\(perplexity\), pixel\|+{report['perplexity_pixel']:.4g}\|+higher is better",
+        rf"caption is theirs, through the codes\|+{report['retrieval_r1_quantized']:.2%}".replace("%", " %")
+        + r"\|+higher is better; chance: 8\.33 %",
+        r"on features of efficientnet_lite0\|+[\d.e-]+\|+lower is better",
+    ):
+        assert re.search(row, page), row
 
 
 def test_a_folder_without_captions_or_siglip(models, folder, tmp_path):

@@ -11,20 +11,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import SiglipModel
+from transformers import SiglipModel, configuration_utils
 
 from data_pipeline.config import EncodeConfig, FilterConfig
 from data_pipeline.decode import decode
 from data_pipeline.documents import RawDocument, RawImage, RawTurn
 from megadual.hf.processing_megadual import MegaDualProcessor
 from megadual.streams import Role, Stream
-from megadual.testing.vision import tiny_dualtoken, tiny_dualtoken_config, tiny_siglip_config
+from megadual.testing.vision import tiny_dualtoken, tiny_dualtoken_config, tiny_siglip_config, write_tiny_siglip
 from megadual.text import train_text_tokenizer
 from megadual.vision import DualToken, DualTokenConfig, StreamConfig, read_codebooks
 from megadual.vision.data import random_crop, read_pairs
 from megadual.vision.eval.samples import SampleReader
 from megadual.vision.fast import FastDualToken
 from megadual.vision.losses import distillation
+from megadual.vision.siglip import load_siglip
 from megadual.vision.tokenizer import centre_crop, finish, hidden_states, to_tensor
 
 
@@ -301,7 +302,13 @@ def test_a_file_is_the_same_image_everywhere(name, tmp_path):
         "training": read_pairs(str(tar), 16)[0][0],
         "tars": next(iter(SampleReader(str(tar), 16)))[0],
         "folder": next(iter(SampleReader(str(path.parent), 16)))[0],
-        **dict(zip(("PIL", "path", "base64", "data:"), processor(images=given)["pixel_values"], strict=True)),
+        **dict(
+            zip(
+                ("PIL", "path", "base64", "data:"),
+                processor(images=given, allow_paths=True)["pixel_values"],
+                strict=True,
+            )
+        ),
     }
     for where, image in images.items():
         assert (image - expected)[:, :, [0, 1, 2, -3, -2, -1]].abs().max() < 0.01, where  # bicubic at the edge between
@@ -311,7 +318,23 @@ def test_a_file_is_the_same_image_everywhere(name, tmp_path):
 
 def test_what_is_no_image_is_told(tmp_path):
     processor = MegaDualProcessor(train_text_tokenizer(["a"], 300), 16, 16)
-    with pytest.raises(ValueError, match="'no/such.png' is no image file, address or base64"):
-        processor(images="no/such.png")
+    with pytest.raises(ValueError, match="'no/such.png' is no image: no file, and no base64"):
+        processor(images="no/such.png", allow_paths=True)
     with pytest.raises(TypeError, match="not int"):
         processor(images=5)
+
+
+def test_opening_a_siglip_or_a_dualtoken_warns_of_nothing(tmp_path, monkeypatch):
+    """Also of one whose config says as little of its text's special tokens as the published ones do."""
+    path, warned = write_tiny_siglip(tmp_path / "siglip") / "config.json", []
+    stored = json.loads(path.read_text())
+    stored["text_config"] = {name: v for name, v in stored["text_config"].items() if not name.endswith("_token_id")}
+    path.write_text(json.dumps(stored))
+    monkeypatch.setattr(configuration_utils.logger, "warning_once", lambda message, *_: warned.append(message))
+    siglip = load_siglip(tmp_path / "siglip")
+    DualToken(tiny_dualtoken_config(siglip=siglip.config.to_dict())).save_pretrained(tmp_path / "new")
+    stored = json.loads((tmp_path / "new" / "config.json").read_text())
+    stored["siglip"]["text_config"] |= {"bos_token_id": 49406, "eos_token_id": 49407}  # as they were stored before
+    (tmp_path / "new" / "config.json").write_text(json.dumps(stored))
+    opened = DualToken.from_pretrained(tmp_path / "new")
+    assert not warned and opened.siglip_model.config.text_config.eos_token_id is None
