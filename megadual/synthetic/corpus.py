@@ -27,15 +27,16 @@ from tqdm import tqdm
 
 from megadual.errors import UserError, command
 from megadual.synthetic.broken import broken_members
-from megadual.synthetic.drawings import DRAWINGS, check_packages
+from megadual.synthetic.drawings import check_packages
 from megadual.synthetic.edits import draw_edit, edit_record, edit_row
 from megadual.synthetic.files import Members, json_bytes, write_image_table, write_tar
 from megadual.synthetic.questions import conversation_members, draw_conversation
-from megadual.synthetic.scenes import Scene, draw_scene, pair_members
+from megadual.synthetic.scenes import PRESETS, Preset, Scene, draw_scene, pair_members
 from megadual.synthetic.stories import draw_story, story_members
 
 SAMPLES_PER_FILE = 1000
 BROKEN_GOOD_PAIRS = 12
+TRIES = 1000  # draws in a row that show nothing new, after which there is taken to be nothing new
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Kind:
 
     prefix: str  # of its files' names
     suffix: str
-    draw: Callable[[random.Random], Any]
+    draw: Callable[[random.Random, Preset], Any]
     scenes: Callable[[Any], list[Scene]]
     identity: Callable[[Any], Any]  # no two samples of a part have the same
     kinds: Callable[[Any], Iterable[str]]  # what the summary counts
@@ -85,13 +86,19 @@ KINDS = {
 }  # fmt: skip
 
 
-def distinct(kind: Kind, rng: random.Random, count: int, barred: set[str]) -> list:
+def distinct(kind: Kind, rng: random.Random, count: int, barred: set[str], preset: Preset) -> list:
     """`count` samples, no two of which are the same, that show no scene whose caption is barred."""
     samples: dict = {}
+    tries = 0
     while len(samples) < count:
-        sample = kind.draw(rng)
+        sample, before, tries = kind.draw(rng, preset), len(samples), tries + 1
         if barred.isdisjoint(scene.caption for scene in kind.scenes(sample)):
             samples.setdefault(kind.identity(sample), sample)
+        if len(samples) > before:
+            tries = 0
+        elif tries == TRIES:
+            what = kind.prefix.rstrip("-") or "pairs"
+            raise UserError(f"these scenes make {before} different {what}, not {count}; ask for fewer")
     return list(samples.values())
 
 
@@ -104,12 +111,14 @@ def make_corpus(
     questions: int = 0,
     edits: int = 0,
     stories: int = 0,
+    scenes: str = "rich",
 ) -> dict:
     """Write the corpus's files and `corpus.json`; returns the summary.
 
     train: pairs; questions, edits, stories: samples of these kinds, a conversation being one; heldout: samples in the
-    held-out part of each kind that there is; size: pixels of a side.
+    held-out part of each kind that there is; size: pixels of a side; scenes: a name in PRESETS.
     """
+    preset = PRESETS[scenes]
     check_packages()
     counts = {"pairs": train, "questions": questions, "edits": edits, "stories": stories}
     if train < 1 or heldout < 1 or min(counts.values()) < 0 or size < 16:
@@ -120,18 +129,19 @@ def make_corpus(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
 
-    broken = distinct(KINDS["pairs"], random.Random(f"broken {seed}"), BROKEN_GOOD_PAIRS, set())
+    broken = distinct(KINDS["pairs"], random.Random(f"broken {seed}"), BROKEN_GOOD_PAIRS, set(), preset)
     write_tar(output / "broken-00000.tar", broken_members(broken, size))
     barred = {scene.caption for scene in broken}
     parts: dict[str, dict[str, list]] = {name: {} for name, count in counts.items() if count}
     for part in ("heldout", "train"):
         for name in parts:
             rng = random.Random(f"{KINDS[name].prefix}{part} {seed}")
-            parts[name][part] = distinct(KINDS[name], rng, heldout if part == "heldout" else counts[name], barred)
+            count = heldout if part == "heldout" else counts[name]
+            parts[name][part] = distinct(KINDS[name], rng, count, barred, preset)
         if part == "heldout":
             barred |= {s.caption for name in parts for sample in parts[name][part] for s in KINDS[name].scenes(sample)}
 
-    summary: dict = {"size": size, "seed": seed, "drawings": len(DRAWINGS)}
+    summary: dict = {"size": size, "seed": seed, "scenes": scenes, "drawings": len(preset.names)}
     with tqdm(total=sum(map(len, _all(parts))), desc="corpus", unit="sample", mininterval=1) as bar:
         for name, of in parts.items():
             kind, files = KINDS[name], []
@@ -161,6 +171,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--edits", type=int, default=0, help="training edits")
     parser.add_argument("--stories", type=int, default=0, help="training stories, each of 2 to 4 pictures")
     parser.add_argument("--heldout", type=int, default=400, help="held-out samples of each kind that there is")
+    parser.add_argument(
+        "--scenes", choices=PRESETS, default="rich", help="of all drawings in every arrangement; or simple: of a dozen that "
+        "are easily told apart, large, on few grounds"
+    )  # fmt: skip
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

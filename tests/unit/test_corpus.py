@@ -1,7 +1,9 @@
 """The embedded corpus: reproducible, distinct, and true to its captions."""
 
+import dataclasses
 import io
 import json
+import random
 import tarfile
 
 import pytest
@@ -9,8 +11,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from megadual.errors import UserError
-from megadual.synthetic.corpus import make_corpus
+from megadual.evaluate.grammar import parse
+from megadual.synthetic.corpus import KINDS, distinct, make_corpus
 from megadual.synthetic.drawings import GROUNDS, plural
+from megadual.synthetic.scenes import PRESETS
 
 EVERY_KIND = {"train": 60, "questions": 60, "edits": 60, "stories": 40, "heldout": 30}
 
@@ -127,6 +131,24 @@ def test_files_have_the_published_formats(tmp_path):
 )
 def test_plural(name, expected):
     assert plural(name) == expected
+
+
+def test_simple_scenes(tmp_path):
+    """A dozen drawings on a few grounds, in every kind of sample."""
+    few, preset = dict.fromkeys(EVERY_KIND, 40), PRESETS["simple"]
+    summary = make_corpus(tmp_path, **few, size=16, scenes="simple")
+    assert summary["scenes"] == "simple" and summary["drawings"] == len(preset.names) == 12
+    shown = scene_captions(tmp_path, summary, "")
+    assert len(shown) > 200 and {parse(caption).ground for caption in shown} == set(preset.grounds)
+    assert {things.name for caption in shown for things in parse(caption).things} == set(preset.names)
+
+
+def test_no_more_samples_than_there_are():
+    few = dataclasses.replace(PRESETS["simple"], names=("pig", "tree", "frog"), arrangements={"alone": 1}, alone=(1, 2))
+    of = KINDS["pairs"], random.Random(0)
+    assert len(distinct(*of, 30, set(), few)) == 3 * 5 * 2
+    with pytest.raises(UserError, match="these scenes make 30 different pairs, not 31; ask for fewer"):
+        distinct(*of, 31, set(), few)
 
 
 def test_impossible_size_is_refused(tmp_path):

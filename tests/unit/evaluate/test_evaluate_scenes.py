@@ -12,12 +12,12 @@ from megadual.evaluate.__main__ import main
 from megadual.evaluate.detector import GRID, Detector, Found, Seen, ground_of, targets
 from megadual.evaluate.grammar import Said, Things, parse
 from megadual.evaluate.held_out import Trained
-from megadual.evaluate.judge import judge, judge_edit
-from megadual.evaluate.scene_scores import description, drawing_scores, question_scores
+from megadual.evaluate.judge import judge, judge_edit, sight
+from megadual.evaluate.scene_scores import description, drawing_scores, question_scores, table
 from megadual.synthetic.corpus import make_corpus
 from megadual.synthetic.drawings import DRAWINGS, GROUNDS
 from megadual.synthetic.edits import draw_edit
-from megadual.synthetic.scenes import Scene, draw_scene, render
+from megadual.synthetic.scenes import PRESETS, Scene, draw_scene, render
 from megadual.testing.models import write_export
 
 SCENES = [draw_scene(random.Random(seed)) for seed in range(300)]
@@ -73,7 +73,7 @@ def test_the_same_said_the_other_way_round_is_right():
 
 def test_a_perfect_picture_is_right_on_every_axis():
     judged = [judge(scene, seen(scene)) for scene in SCENES]
-    assert all(all(each.values()) for each in judged)
+    assert all(all(each.values()) for each in judged + [sight(scene, seen(scene)) for scene in SCENES])
     scores = drawing_scores(judged)
     assert scores["overall"] == scores["all_right"] == 1 and all(axis["of"] > 20 for axis in scores["axes"].values())
 
@@ -168,6 +168,15 @@ def test_held_out_is_held_out(corpus):
     assert len(trained.captions) > 150 + 30
 
 
+def test_scenes_are_drawn_as_the_corpus_was(tmp_path):
+    make_corpus(tmp_path, train=150, heldout=2, size=16, scenes="simple")
+    trained = Trained.on(tmp_path)
+    assert trained.preset is PRESETS["simple"]
+    for edit in trained.draw("edits", 20, "a"):
+        for scene in (edit.change.source, edit.change.result):
+            assert scene.ground in trained.preset.grounds and {g.name for g in scene.groups} <= set(trained.preset.names)
+
+
 def test_the_whole_way(corpus, model, tmp_path, capsys):
     """A detector that learned little, a model that learned nothing: all figures are there, the page shows pictures."""
     few = ["--steps", "2", "--batch-size", "4", "--device", "cpu", "--corpus", str(corpus)]
@@ -183,6 +192,11 @@ def test_the_whole_way(corpus, model, tmp_path, capsys):
         scores["edit"]["overall"]["of"] == 12
         and scores["draw"]["ceiling"]["originals"]["axes"]["colours"]["right"] == 1
     )
+    rows = {(row.task, row.name): row for row in table(scores)}
+    assert [row.task for row in rows.values() if row.whole] == ["describe", "ask", "draw", "edit"]
+    assert rows["describe", "all"].chance == 0 and rows["draw", "overall"].chance < 1
+    # What is not edited keeps the rest, by a detector that sees nothing.
+    assert rows["edit", "both"].chance == 0 and rows["edit", "rest"].chance == rows["edit", "rest"].originals
     page = (tmp_path / "scenes.html").read_text()
     assert page.count("<img ") >= 4 * 12 and "all right" in page
 
