@@ -12,6 +12,7 @@ AXES = {
     "counting": "several things of a kind: as many are there as were asked for, of every kind",
     "colours": "the ground has the colour that was asked for",
     "position": "a place, a relation or a row: everything lies where it should",
+    "negation": "something was said not to be there: it is not",
 }
 NEAR = 0.15  # of the picture's side: how far what should stay as it was may have moved
 
@@ -30,6 +31,8 @@ def judge(scene: Scene, seen: Seen) -> dict[str, bool]:
         axes["counting"] = all(there[group.name] == group.count for group in groups)
     if scene.kind != "alone":
         axes["position"] = whole["place"]
+    if scene.without:
+        axes["negation"] = not seen.of(scene.without)
     return axes | {"all": whole["all"]}
 
 

@@ -4,7 +4,7 @@
 
 | files | what | format |
 | --- | --- | --- |
-| `train-*.tar` | pairs: captions say which drawings, how many, how large, where, on which ground | webdataset |
+| `train-*.tar` | pairs: captions say which drawings, how many, how large, where, on which ground, what is not there | webdataset |
 | `questions-train-*.tar` | how many, what colour, where, what, yes or no; exact answers | LLaVA's, in webdataset |
 | `edits-train-*.parquet` | add, remove, move, recolour the ground | InstructPix2Pix's columns |
 | `stories-train-*.tar` | two to four sentences, each with a picture | interleaved webdataset |
@@ -31,7 +31,7 @@ from megadual.synthetic.drawings import check_packages
 from megadual.synthetic.edits import draw_edit, edit_record, edit_row
 from megadual.synthetic.files import Members, json_bytes, write_image_table, write_tar
 from megadual.synthetic.questions import conversation_members, draw_conversation
-from megadual.synthetic.scenes import PRESETS, Preset, Scene, draw_scene, pair_members
+from megadual.synthetic.scenes import PRESETS, Preset, Scene, draw_pair, pair_members
 from megadual.synthetic.stories import draw_story, story_members
 
 SAMPLES_PER_FILE = 1000
@@ -67,7 +67,7 @@ def _write_edits(path: Path, samples: list[tuple[str, Any]], size: int) -> None:
 
 KINDS = {
     "pairs": Kind(
-        "", ".tar", draw_scene, lambda scene: [scene], lambda scene: scene.caption, lambda scene: [scene.kind],
+        "", ".tar", draw_pair, lambda scene: [scene], lambda scene: scene.caption, lambda scene: [scene.kind],
         _tar_writer(pair_members),
     ),
     "questions": Kind(

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from megadual.synthetic.drawings import article, plural
 from megadual.synthetic.files import Members, json_bytes, png_bytes
-from megadual.synthetic.scenes import NUMBERS, OPPOSITES, RICH, Group, Preset, Scene, draw_scene, relation, render
+from megadual.synthetic.scenes import NUMBERS, OPPOSITES, RICH, Group, Preset, Scene, absent, draw_scene, relation, render
 
 ABSENT = 0.2  # share of the questions of a count that are about something that is not there
 
@@ -64,14 +64,9 @@ def _is(group: Group) -> str:
     return "Is" if group.count == 1 else "Are"
 
 
-def _absent(rng: random.Random, scene: Scene, preset: Preset) -> str:
-    """A drawing that the scene does not show."""
-    return rng.choice([name for name in preset.names if name not in {group.name for group in scene.groups}])
-
-
 def _count(rng: random.Random, scene: Scene, preset: Preset) -> Drawn:
     if rng.random() < ABSENT:
-        return f"How many {plural(_absent(rng, scene, preset))} are there?", "none"
+        return f"How many {plural(absent(rng, scene, preset))} are there?", "none"
     if len(scene.groups) > 1 and rng.random() < 0.3:
         return "How many things are there in all?", NUMBERS[sum(group.count for group in scene.groups)]
     group = rng.choice(scene.groups)
@@ -110,7 +105,7 @@ def _yes_no(rng: random.Random, scene: Scene, preset: Preset) -> Drawn:
     forms = ["there", "number", "ground"] + (["relation"] if len(scene.groups) > 1 else [])
     form = rng.choice(forms)
     if form == "there":
-        asked = f"Is there {article(group.name if true else _absent(rng, scene, preset))}?"
+        asked = f"Is there {article(group.name if true else absent(rng, scene, preset))}?"
     elif form == "number":
         count = group.count if true else rng.choice([n for n in range(1, 5) if n != group.count])
         noun = group.name if count == 1 else plural(group.name)

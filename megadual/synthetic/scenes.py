@@ -10,6 +10,7 @@ from megadual.synthetic.files import Members, json_bytes, png_bytes
 
 SUPERSAMPLE = 2  # scenes are composed at this many times their size, then reduced
 
+NEGATED = 0.1  # share of pairs whose caption also says what is not there
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 SIZES = {"small": 0.55, "large": 1.0}  # share of its cell that a drawing fills whose size is told
 
@@ -123,6 +124,15 @@ class Scene:
     kind: str  # alone, place, relation or row
     ground: str
     groups: list[Group]
+    without: str = ""  # a drawing that it does not show, where its pair says so
+
+    @property
+    def told(self) -> str:
+        """The caption of its pair, which may also say what is not there."""
+        if not self.without:
+            return self.caption
+        said, _, ground = self.caption.rpartition(", on ")
+        return f"{said}, without {plural(self.without)}, on {ground}"
 
     @classmethod
     def of(cls, ground: str, groups: list[Group]) -> "Scene":
@@ -192,6 +202,19 @@ def draw_scene(rng: random.Random, preset: Preset = RICH) -> Scene:
     return Scene.of(rng.choice(grounds_for(groups, preset)), groups)
 
 
+def draw_pair(rng: random.Random, preset: Preset = RICH) -> Scene:
+    """A random scene whose caption may also say what is not there."""
+    scene = draw_scene(rng, preset)
+    if rng.random() < NEGATED:
+        scene.without = absent(rng, scene, preset)
+    return scene
+
+
+def absent(rng: random.Random, scene: Scene, preset: Preset = RICH) -> str:
+    """A drawing that the scene does not show."""
+    return rng.choice([name for name in preset.names if name not in {group.name for group in scene.groups}])
+
+
 def grounds_for(groups: list[Group], preset: Preset = RICH) -> list[str]:
     """The grounds on which all of the groups can be seen."""
     return [ground for ground in preset.grounds if all(visible_on(ground, group.name) for group in groups)]
@@ -211,6 +234,6 @@ def pair_members(key: str, scene: Scene, size: int) -> Members:
     """A pair as a webdataset sample: the image, its caption, the scene."""
     return [
         (f"{key}.png", png_bytes(render(scene, size))),
-        (f"{key}.txt", scene.caption.encode()),
+        (f"{key}.txt", scene.told.encode()),
         (f"{key}.json", json_bytes(asdict(scene))),
     ]

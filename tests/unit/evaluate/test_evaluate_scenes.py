@@ -17,10 +17,10 @@ from megadual.evaluate.scene_scores import description, drawing_scores, question
 from megadual.synthetic.corpus import make_corpus
 from megadual.synthetic.drawings import DRAWINGS, GROUNDS
 from megadual.synthetic.edits import draw_edit
-from megadual.synthetic.scenes import PRESETS, Scene, draw_scene, render
+from megadual.synthetic.scenes import PRESETS, Scene, draw_pair, render
 from megadual.testing.models import write_export
 
-SCENES = [draw_scene(random.Random(seed)) for seed in range(300)]
+SCENES = [draw_pair(random.Random(seed)) for seed in range(300)]
 EDITS = [draw_edit(random.Random(seed)) for seed in range(200)]
 NAMES = sorted(DRAWINGS)
 
@@ -37,7 +37,8 @@ def seen(scene: Scene) -> Seen:
 
 def test_captions_are_read_as_they_were_composed():
     for scene in SCENES:
-        said = parse(scene.caption)
+        said, told = parse(scene.caption), parse(scene.told)
+        assert told == dataclasses.replace(said, without=scene.without) and bool(scene.without) == (told != said)
         things = {group.name: (group.count, group.size) for group in scene.groups}
         assert {each.name: (each.count, each.size) for each in said.things} == things and said.ground == scene.ground
 
@@ -53,6 +54,8 @@ def test_captions_are_read_as_they_were_composed():
         ("a cat, a dog and an egg in a row, on white",
          Said("white", (Things("cat", 1), Things("dog", 1), Things("egg", 1)), "in a row")),
         ("two cat, on red", None), ("cats, on red", None), ("a owl, on red", None), ("a cat on red", None),
+        ("a cat, without foxes, on red", Said("red", (Things("cat", 1),), None, "fox")),
+        ("a cat, without cats, on red", None), ("a cat, without a fox, on red", None),
         ("a cat, on mauve", None), ("five small cats, on red", None), ("a cat, a dog in a row, on red", None),
         ("", None),
     ],
@@ -69,6 +72,8 @@ def test_the_same_said_the_other_way_round_is_right():
     wrong = description(scene, swapped.replace("@", scene.groups[1].phrase))
     assert not wrong["place"] and not wrong["all"] and wrong["kind"] and wrong["count"] and wrong["ground"]
     assert description(scene, "a cat and")["all"] is False
+    denied = next(name for name in NAMES if name not in {group.name for group in scene.groups})
+    assert description(scene, dataclasses.replace(scene, without=denied).told)["all"]
 
 
 def test_a_perfect_picture_is_right_on_every_axis():
@@ -89,6 +94,9 @@ def test_each_fault_is_found_on_its_axis():
         missing = judge(scene, Seen(right.ground, right.found[1:]))
         assert not missing["all"] and not missing.get("counting", False)
         mirrored = [dataclasses.replace(found, x=1 - found.x, y=1 - found.y) for found in right.found]
+        if scene.without:
+            denied = judge(scene, Seen(right.ground, [*right.found, Found(scene.without, 0.5, 0.5, 1.0)]))
+            assert axes["negation"] and not denied["negation"]
         if scene.kind != "alone":
             assert {axis for axis, was in axes.items() if was != judge(scene, Seen(right.ground, mirrored))[axis]} == {
                 "position",
