@@ -37,7 +37,7 @@ def judge(scene: Scene, seen: Seen) -> dict[str, bool]:
 
 
 def sight(scene: Scene, seen: Seen) -> dict[str, bool]:
-    """What is seen of a scene, as a description of it is judged: which kinds, how many of each, on which ground, where."""
+    """What is seen of a scene, judged as a description of it is: kinds, how many of each, ground and place."""
     counts = {group.name: group.count for group in scene.groups}
     right = {
         "kind": seen.counts.keys() == counts.keys(),

@@ -47,7 +47,12 @@ class Row:
     @property
     def whole(self) -> bool:
         """Whether it is the task's one figure."""
-        return (self.task, self.name) in (("describe", "all"), ("ask", "overall"), ("draw", "overall"), ("edit", "both"))
+        return (self.task, self.name) in (
+            ("describe", "all"),
+            ("ask", "overall"),
+            ("draw", "overall"),
+            ("edit", "both"),
+        )
 
 
 def table(scores: dict) -> Iterator[Row]:
@@ -89,7 +94,7 @@ def shares(judged: Judged, names: Iterable[str]) -> dict[str, dict]:
 
 
 def drawing_scores(judged: Judged) -> dict:
-    """The axes, the mean of those that GenEval has (as its overall is), and the share of pictures with everything right.
+    """The axes, the mean of those that GenEval has (as its overall is), and the share with everything right.
 
     Nearly every picture is right on `negation`, whatever it was drawn from: it would only lift the mean.
     """

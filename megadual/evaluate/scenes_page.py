@@ -12,10 +12,10 @@ from megadual.evaluate.scene_scores import table
 SHOWN = 24  # pictures of each task
 TITLES = {"describe": "Describing", "ask": "Questions", "draw": "Drawing", "edit": "Edits"}
 MEASURE = (
-    "The share of held-out scenes, in %, of which what the line names is right: higher is better. Pictures are judged by a "
-    "detector that was trained on scenes. Its word on the true pictures, and on the tokenizer's reconstructions of them, "
-    "is the ceiling of what can be expected. Chance is what the caption or picture of another scene gets, the commonest "
-    "answer to a kind of question, a picture that was not edited."
+    "The share of held-out scenes, in %, of which what the line names is right: higher is better. Pictures are judged "
+    "by a detector that was trained on scenes. What it makes of the true pictures, and of the tokenizer's "
+    "reconstructions of them, is the ceiling of what can be expected. Chance is what the caption or picture of another "
+    "scene gets, the commonest answer to a kind of question, a picture that was not edited."
 )
 
 
@@ -44,8 +44,8 @@ def score_table(scores: dict) -> markupsafe.Markup:
 
 TABLE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string("""\
 <p>{{ measure }}</p>
-<table><tr><th></th><th></th><th>model</th><th>chance</th><th>reconstructions</th><th>true pictures</th><th>of</th><th></th>
-</tr>{% for row in rows %}<tr{% if row.whole %} style="font-weight: bold"{% endif %}>
+<table><tr><th></th><th></th><th>model</th><th>chance</th><th>reconstructions</th><th>true pictures</th><th>of</th>
+<th></th></tr>{% for row in rows %}<tr{% if row.whole %} style="font-weight: bold"{% endif %}>
 <td>{{ titles[row.task] if loop.first or loop.previtem.task != row.task else "" }}</td><td>{{ row.name }}</td>
 {% for share in (row.right, row.chance, row.reconstructions, row.originals) %}<td class="n">{{ percent(share) }}</td>
 {% endfor %}<td class="n">{{ row.of }}</td><td class="soft">{{ row.about }}</td></tr>

@@ -4,7 +4,7 @@
 
 | files | what | format |
 | --- | --- | --- |
-| `train-*.tar` | pairs: captions say which drawings, how many, how large, where, on which ground, what is not there | webdataset |
+| `train-*.tar` | pairs: captions say what is there, how many, how large, where, on which ground; what is not | webdataset |
 | `questions-train-*.tar` | how many, what colour, where, what, yes or no; exact answers | LLaVA's, in webdataset |
 | `edits-train-*.parquet` | add, remove, move, recolour the ground | InstructPix2Pix's columns |
 | `stories-train-*.tar` | two to four sentences, each with a picture | interleaved webdataset |
@@ -165,8 +165,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stories", type=int, default=0, help="training stories, each of 2 to 4 pictures")
     parser.add_argument("--heldout", type=int, default=400, help="held-out samples of each kind that there is")
     parser.add_argument(
-        "--scenes", choices=PRESETS, default="rich", help="of all drawings in every arrangement; or simple: of a dozen that "
-        "are easily told apart, large, on few grounds"
+        "--scenes", choices=PRESETS, default="rich", help="of all drawings in every arrangement; or simple: of a dozen "
+        "that are easily told apart, large, on few grounds"
     )  # fmt: skip
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     parser.add_argument("--seed", type=int, default=0)

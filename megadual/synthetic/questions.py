@@ -6,7 +6,18 @@ from dataclasses import asdict, dataclass
 
 from megadual.synthetic.drawings import article, plural
 from megadual.synthetic.files import Members, json_bytes, png_bytes
-from megadual.synthetic.scenes import NUMBERS, OPPOSITES, RICH, Group, Preset, Scene, absent, draw_scene, relation, render
+from megadual.synthetic.scenes import (
+    NUMBERS,
+    OPPOSITES,
+    RICH,
+    Group,
+    Preset,
+    Scene,
+    absent,
+    draw_scene,
+    relation,
+    render,
+)
 
 ABSENT = 0.2  # share of the questions of a count that are about something that is not there
 

@@ -21,8 +21,9 @@ SAID = [  # of two images: kind, question, answer, said
 ]
 
 SEEN = {"all": {"right": 0.9, "of": 4}}
-SCORES = {"describe": dict.fromkeys(("kind", "count", "ground", "place", "size", "all"), {"right": 0.75, "of": 4})
-    | {"chance": {"all": {"right": 0.125, "of": 4}}, "ceiling": {"originals": SEEN, "reconstructions": {}}}}  # fmt: skip
+DESCRIBED = dict.fromkeys(("kind", "count", "ground", "place", "size", "all"), {"right": 0.75, "of": 4})
+BESIDE = {"chance": {"all": {"right": 0.125, "of": 4}}, "ceiling": {"originals": SEEN, "reconstructions": {}}}
+SCORES = {"describe": DESCRIBED | BESIDE}
 
 
 @pytest.fixture

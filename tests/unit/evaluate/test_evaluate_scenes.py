@@ -182,7 +182,9 @@ def test_scenes_are_drawn_as_the_corpus_was(tmp_path):
     assert trained.preset is PRESETS["simple"]
     for edit in trained.draw("edits", 20, "a"):
         for scene in (edit.change.source, edit.change.result):
-            assert scene.ground in trained.preset.grounds and {g.name for g in scene.groups} <= set(trained.preset.names)
+            assert scene.ground in trained.preset.grounds and {g.name for g in scene.groups} <= set(
+                trained.preset.names
+            )
 
 
 def test_the_whole_way(corpus, model, tmp_path, capsys):
