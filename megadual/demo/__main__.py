@@ -109,7 +109,8 @@ def stages(layout: list[str]) -> list[Stage]:
         ),
         Stage(
             "detector", "train the detector that judges pictures of scenes",
-            f"-m megadual.evaluate train-detector --output {RUN}/detector.pt --corpus {CORPUS} --steps 150",
+            f"-m megadual.evaluate train-detector --output {RUN}/detector.pt --corpus {CORPUS} --steps 150 "
+            "--batch-size 32",
             RUN / "detector.pt",
         ),
         Stage(

@@ -4,7 +4,7 @@
 
 | files | what | format |
 | --- | --- | --- |
-| `train-*.tar` | pairs: captions say what is there, how many, how large, where, on which ground; what is not | webdataset |
+| `train-*.tar` | pairs: captions say what is there, how many, how large, where, on which ground | webdataset |
 | `questions-train-*.tar` | how many, what colour, where, what, yes or no; exact answers | LLaVA's, in webdataset |
 | `edits-train-*.parquet` | add, remove, move, recolour the ground | InstructPix2Pix's columns |
 | `stories-train-*.tar` | two to four sentences, each with a picture | interleaved webdataset |

@@ -114,9 +114,9 @@ def test_scores_are_ours(folder, rows, tasks, answers):
     """By two processes, which share the documents. Each start of lmms-eval takes seconds: one is enough."""
     run(
         folder, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", "localhost:0", "-m", "lmms_eval", "--include_path", folder, "--tasks", ",".join(tasks),
-        "--batch_size", 3, "--log_samples", "--output_path", folder / "two", "--model", "megadual",
-        "--model_args", f"pretrained={folder}/hf",
+        "--rdzv-endpoint", "localhost:0", HERE / "lmms_eval_of_ours.py", "--include_path", folder,
+        "--tasks", ",".join(tasks), "--batch_size", 3, "--log_samples", "--output_path", folder / "two",
+        "--model", "megadual", "--model_args", f"pretrained={folder}/hf",
     )  # fmt: skip
     scores, said = evaluated(folder / "two")
     assert said == answers and set(scores) == set(tasks)
