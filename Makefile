@@ -60,13 +60,14 @@ test-transformers: install
 	PYTHONPATH="$$($(OLD)/bin/python -c '$(PURELIB)')" $(BIN)/python -m pytest tests/unit/test_hf_model.py \
 		tests/unit/test_chat_template.py
 
-# lmms-eval on an exported folder, in an environment that borrows what it shares (torch) from this one.
+# lmms-eval on an exported folder, in an environment that borrows what it shares (torch) from this one. Few of its
+# thousands of files are used: they are compiled when they are first imported.
 LMMS_EVAL := $(VENV)/lmms-eval
 test-lmms-eval: install
 	$(BIN)/python -m venv --without-pip $(LMMS_EVAL)
 	$(BIN)/python -c '$(PURELIB)' > "$$($(LMMS_EVAL)/bin/python -c '$(PURELIB)')/torch.pth"
 	$(BIN)/python -m pip --python $(LMMS_EVAL)/bin/python install --quiet --disable-pip-version-check --no-deps \
-		-r tests/harnesses/requirements.txt
+		--no-compile -r tests/harnesses/requirements.txt
 	$(BIN)/python -m pip --python $(LMMS_EVAL)/bin/python install --quiet --disable-pip-version-check --no-deps \
 		--no-build-isolation -e harnesses
 	MEGADUAL_LMMS_EVAL_PYTHON=$(abspath $(LMMS_EVAL))/bin/python $(BIN)/python -m pytest tests/harnesses

@@ -47,7 +47,8 @@ def stages(layout: list[str]) -> list[Stage]:
     return [
         Stage(
             "corpus", "compose scenes from drawings: captions, questions and edits",
-            f"-m megadual.synthetic.corpus --output {CORPUS} --train 4000 --questions 3000 --edits 3000",
+            f"-m megadual.synthetic.corpus --output {CORPUS} --scenes simple --size 48 --train 4000 --questions 3000 "
+            "--edits 3000 --heldout 100",
             CORPUS / "corpus.json",
         ),
         Stage(
@@ -103,8 +104,20 @@ def stages(layout: list[str]) -> list[Stage]:
             "use", "describe, draw, answer and edit what was held out, with the exported folder alone",
             f"checkpoints_tools/try_export.py --model {RUN}/hf --data {held_out} "
             f"--questions '{CORPUS}/questions-heldout-*.tar' --edits '{CORPUS}/edits-heldout-*.parquet' "
-            f"--output {RUN}/use",
+            f"--output {RUN}/use --draw 16 --answer 12",
             RUN / "use/drawings.json",
+        ),
+        Stage(
+            "detector", "train the detector that judges pictures of scenes",
+            f"-m megadual.evaluate train-detector --output {RUN}/detector.pt --corpus {CORPUS} --steps 150 "
+            "--batch-size 32",
+            RUN / "detector.pt",
+        ),
+        Stage(
+            "scenes", "score describing, answering, drawing and editing on other held-out scenes",
+            f"-m megadual.evaluate scenes --model {RUN}/hf --detector {RUN}/detector.pt --corpus {CORPUS} "
+            f"--output {RUN}/scenes --scenes 100",
+            RUN / "scenes/scenes.json",
         ),
     ]  # fmt: skip
 

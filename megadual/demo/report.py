@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
@@ -16,11 +15,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from megadual.config import load_config  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
+from megadual.evaluate.scenes_page import score_table  # noqa: E402
 from megadual.run.step_log import METRICS, read_metrics  # noqa: E402
 from megadual.train.config import PretrainConfig  # noqa: E402
 
 LOSS = "loss_"  # of text or a stream: that and its name
-CONVERSATIONS = 12  # shown; the shares are over all of them
 
 
 def _read(path: Path):
@@ -62,32 +61,10 @@ def collect(run_folder: Path, seconds: dict[str, float]) -> dict:
             "described": len(_read(run_folder / "use/descriptions.json")),
             "drawn": len(_read(run_folder / "use/drawings.json")),
             "edited": len(_read(run_folder / "use/edits.json")),
-            "answered": _answered(_read(run_folder / "use/answers.json")),
+            "answered": len(_read(run_folder / "use/answers.json")),
         },
+        "scenes": _read(run_folder / "scenes/scenes.json")["summary"],
     }
-
-
-def _answered(answers: list[dict]) -> dict[str, dict]:
-    """Of each kind of question and of all: how many, the share that is right, and the share that the right answer which
-    is the most frequent would get without looking.
-    """
-    kinds = {"all": answers} | {kind: [a for a in answers if a["kind"] == kind] for kind in _kinds(answers)}
-    figures = {
-        kind: {
-            "questions": len(asked),
-            "right": sum(each["right"] for each in asked) / len(asked),
-            "most_frequent": Counter(each["answer"] for each in asked).most_common(1)[0][1] / len(asked),
-        }
-        for kind, asked in kinds.items()
-    }
-    # Over all, the most frequent of each kind.
-    blind = sum(figures[kind]["most_frequent"] * figures[kind]["questions"] for kind in _kinds(answers))
-    figures["all"]["most_frequent"] = blind / len(answers)
-    return figures
-
-
-def _kinds(answers: list[dict]) -> list[str]:
-    return sorted({each["kind"] for each in answers})
 
 
 def _png(path: Path) -> str:
@@ -120,6 +97,7 @@ def write_report(run_folder: Path, seconds: dict[str, float]) -> Path:
     pictures = sorted(evaluation.glob("reconstructions-*.png"))
     page = TEMPLATE.render(
         report=report,
+        scores=score_table(_read(run_folder / "scenes/scenes.json")["scores"]),
         total=sum(seconds.values()),
         curves=_loss_curves(read_metrics(run_folder / "pretrain" / METRICS)[0]),
         worst=_png(pictures[0]),
@@ -129,7 +107,7 @@ def write_report(run_folder: Path, seconds: dict[str, float]) -> Path:
         conversations=[
             {"image": _png(use / file), "asked": list(asked)}
             for file, asked in groupby(_read(use / "answers.json"), key=lambda entry: entry["file"])
-        ][:CONVERSATIONS],
+        ],
         edits=[
             entry | {name: _png(use / entry[name]) for name in ("source", "drawn", "true")}
             for entry in _read(use / "edits.json")
@@ -158,6 +136,9 @@ TEMPLATE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
 <p>From drawings to a model that describes, draws, answers and edits, on this machine's CPU in
 {{ "%.0f"|format(total) }} s.
 Everything is tiny: the figures show that each stage works, not what the method reaches at scale.</p>
+
+<h2>Scores on held-out scenes</h2>
+{{ scores }}
 
 <h2>Stages</h2>
 <table>{% for name, seconds in report.stages.items() %}
@@ -200,12 +181,6 @@ Everything is tiny: the figures show that each stage works, not what the method 
 </div>
 
 <h2>Held-out images asked about</h2>
-<table><tr><th>kind</th><th>questions</th><th>right</th><th>the most frequent answer</th></tr>
-{% for kind, of in report.use.answered.items() %}
-<tr><td>{{ kind }}</td><td class="n">{{ of.questions }}</td><td class="n">{{ "%.0f %%"|format(100 * of.right) }}</td>
-<td class="n">{{ "%.0f %%"|format(100 * of.most_frequent) }}</td></tr>{% endfor %}
-</table>
-<p>The last column is what one gets who always says the most frequent answer to questions of a kind.</p>
 <div class="cards">{% for entry in conversations %}
 <figure><img src="{{ entry.image }}" alt="image asked about"><figcaption>{% for turn in entry.asked %}
 {{ turn.question }} <b>{{ turn.said }}</b> {{ "✓" if turn.right else "✗" }}

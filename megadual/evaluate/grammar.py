@@ -28,6 +28,7 @@ class Said:
     ground: str
     things: tuple[Things, ...]
     where: str | None
+    without: str = ""
 
     @classmethod
     def of(cls, scene: Scene) -> "Said":
@@ -58,24 +59,25 @@ class Said:
 
 def parse(caption: str) -> Said | None:
     """What a caption says; None where it is not of the grammar."""
-    match = re.fullmatch(rf"(.+), on ({'|'.join(GROUNDS)})", caption.strip())
-    if not match:
+    match = re.fullmatch(rf"(.+?)(?:, without ([^,]+))?, on ({'|'.join(GROUNDS)})", caption.strip())
+    if not match or (match[2] and match[2] not in _MANY):
         return None
-    said, ground = match.groups()
+    said, without, ground = match[1], _MANY.get(match[2], ""), match[3]
     if said.endswith(" in a row"):
         listed = re.fullmatch(r"(.+), (.+) and (.+) in a row", said)
-        return _said(ground, listed.groups() if listed else (), "in a row")
+        return _said(ground, listed.groups() if listed else (), "in a row", without)
     if match := re.fullmatch(rf"(.+) ({'|'.join(RELATIONS)}) (.+)", said):
-        return _said(ground, (match[1], match[3]), match[2])
+        return _said(ground, (match[1], match[3]), match[2], without)
     place = next((place for place in sorted(PLACES, key=len, reverse=True) if said.endswith(f" {place}")), None)
-    return _said(ground, (said.removesuffix(f" {place}"),), place)
+    return _said(ground, (said.removesuffix(f" {place}"),), place, without)
 
 
-def _said(ground: str, phrases: tuple[str, ...], where: str | None) -> Said | None:
+def _said(ground: str, phrases: tuple[str, ...], where: str | None, without: str) -> Said | None:
     things = [_things(phrase) for phrase in phrases]
-    if not things or None in things or len({each.name for each in things}) < len(things):
+    names = {each.name for each in things if each}
+    if not things or None in things or len(names) < len(things) or without in names:
         return None
-    return Said(ground, tuple(things), where)
+    return Said(ground, tuple(things), where, without)
 
 
 def _things(phrase: str) -> Things | None:

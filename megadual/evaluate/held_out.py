@@ -11,7 +11,7 @@ from typing import Any
 from megadual.errors import UserError
 from megadual.synthetic.corpus import KINDS
 from megadual.synthetic.drawings import DRAWINGS
-from megadual.synthetic.scenes import Scene
+from megadual.synthetic.scenes import PRESETS, RICH, Preset, Scene
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Trained:
 
     names: frozenset[str] = frozenset(DRAWINGS)
     captions: frozenset[str] = frozenset()
+    preset: Preset = RICH
 
     @classmethod
     def on(cls, corpus: Path | None) -> "Trained":
@@ -30,7 +31,7 @@ class Trained:
         if not scenes:
             raise UserError(f"--corpus '{corpus}' holds no *train-*.tar with scenes; give a folder of the corpus")
         names = {group["name"] for scene in scenes for group in scene["groups"]}
-        return cls(frozenset(names), frozenset(scene["caption"] for scene in scenes))
+        return cls(frozenset(names), frozenset(scene["caption"] for scene in scenes), _preset_of(corpus))
 
     def draw(self, kind: str, count: int, seed: str) -> list[Any]:
         """`count` samples of a kind of the corpus (pairs, questions, edits), no two alike, none of them trained on."""
@@ -46,12 +47,18 @@ class Trained:
     def allowed(self, draw: Callable, scenes: Callable, rng: random.Random, barred: bool = True) -> Any:
         """A sample whose scenes show known drawings alone; `barred`: and are not in the corpus."""
         for _ in range(1_000_000):
-            sample = draw(rng)
+            sample = draw(rng, self.preset)
             shown: list[Scene] = scenes(sample)
             known = all(group.name in self.names for scene in shown for group in scene.groups)
             if known and not (barred and any(scene.caption in self.captions for scene in shown)):
                 return sample
         raise UserError("the corpus shows every scene that can be drawn of its drawings; give one of another seed")
+
+
+def _preset_of(corpus: Path) -> Preset:
+    """What the corpus's scenes are drawn from, by its summary."""
+    summary = corpus / "corpus.json"
+    return PRESETS[json.loads(summary.read_text()).get("scenes", "rich")] if summary.is_file() else RICH
 
 
 def _scenes_of(corpus: Path) -> Iterator[dict]:

@@ -12,6 +12,7 @@ AXES = {
     "counting": "several things of a kind: as many are there as were asked for, of every kind",
     "colours": "the ground has the colour that was asked for",
     "position": "a place, a relation or a row: everything lies where it should",
+    "negation": "something was said not to be there: it is not",
 }
 NEAR = 0.15  # of the picture's side: how far what should stay as it was may have moved
 
@@ -20,18 +21,31 @@ def judge(scene: Scene, seen: Seen) -> dict[str, bool]:
     """Every axis of AXES that the scene asks for, and `all`: everything that it asks for and nothing else."""
     groups = scene.groups
     there = {group.name: len(seen.of(group.name)) for group in groups}
-    counted = seen.counts == {group.name: group.count for group in groups}
-    placed = scene.kind == "alone" or lies_right(scene, seen)
-    axes = {"colours": seen.ground == scene.ground}
+    whole = sight(scene, seen)
+    axes = {"colours": whole["ground"]}
     if len(groups) == 1 and groups[0].count == 1:
-        axes["single"] = counted
+        axes["single"] = whole["count"]
     if len(groups) == 2:
         axes["two"] = all(there.values())
     if any(group.count > 1 for group in groups):
         axes["counting"] = all(there[group.name] == group.count for group in groups)
     if scene.kind != "alone":
-        axes["position"] = placed
-    return axes | {"all": counted and placed and axes["colours"]}
+        axes["position"] = whole["place"]
+    if scene.without:
+        axes["negation"] = not seen.of(scene.without)
+    return axes | {"all": whole["all"]}
+
+
+def sight(scene: Scene, seen: Seen) -> dict[str, bool]:
+    """What is seen of a scene, judged as a description of it is: kinds, how many of each, ground and place."""
+    counts = {group.name: group.count for group in scene.groups}
+    right = {
+        "kind": seen.counts.keys() == counts.keys(),
+        "count": seen.counts == counts,
+        "ground": seen.ground == scene.ground,
+        "place": scene.kind == "alone" or lies_right(scene, seen),
+    }
+    return right | {"all": all(right.values())}
 
 
 def lies_right(scene: Scene, seen: Seen) -> bool:

@@ -20,10 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from megadual.errors import UserError
-from megadual.evaluate.detector import Detector
+from megadual.evaluate.detector import Detector, Seen
 from megadual.evaluate.draw import Sampling, add_sampling, sampling_of
 from megadual.evaluate.held_out import Trained
-from megadual.evaluate.judge import AXES, judge, judge_edit
+from megadual.evaluate.judge import AXES, judge, judge_edit, sight
 from megadual.evaluate.record import file_sha256, model_record, now, software, write_json
 from megadual.evaluate.scene_scores import Judged, description, drawing_scores, edit_scores, question_scores, shares
 from megadual.evaluate.scenes_page import page, percent
@@ -35,6 +35,7 @@ from megadual.synthetic.scenes import Scene, render
 from megadual.vision.tokenizer import to_image, to_tensor
 
 TASKS = ("describe", "ask", "draw", "edit")
+SIGHTS = ("kind", "count", "ground", "place", "all")  # of descriptions, what a detector tells of a picture too
 BATCH = 32
 
 
@@ -60,7 +61,16 @@ class Trial:
                 judged.append(description(scene, said))
                 card = {"images": [image], "text": said, "true": scene.caption, "right": judged[-1]["all"]}
                 self.cards["describe"].append(card)
-        return shares(judged, judged[0])
+        others = scenes[-1:] + scenes[:-1]
+
+        def seen(images: list[Image.Image]) -> dict:
+            return shares([sight(scene, found) for scene, found in self._seen(scenes, images)], SIGHTS)
+
+        chance = [description(scene, other.caption) for scene, other in zip(scenes, others, strict=True)]
+        return shares(judged, judged[0]) | {
+            "chance": shares(chance, chance[0]),
+            "ceiling": self._ceiling([render(scene, self.size) for scene in scenes], seen),
+        }
 
     def ask(self, count: int) -> dict:
         """`count` conversations; each of their questions is asked by itself."""
@@ -88,18 +98,17 @@ class Trial:
         options, drawn = asdict(self.sampling), []
         seed = options.pop("seed")
         for some in in_batches(scenes, "draw"):
-            drawn += self.model.draw([scene.caption for scene in some], seed=seed + len(drawn), **options)
+            drawn += self.model.draw([scene.told for scene in some], seed=seed + len(drawn), **options)
         judged = self._judged(scenes, drawn)
+        originals = [render(scene, self.size) for scene in scenes]
         self.cards["draw"] = [
-            {"images": [image], "text": scene.caption, "true": "", "right": each["all"]}
+            {"images": [image], "text": scene.told, "true": "", "right": each["all"]}
             for scene, image, each in zip(scenes, drawn, judged, strict=True)
         ]
-        originals = [render(scene, self.size) for scene in scenes]
-        ceiling = {
-            "originals": drawing_scores(self._judged(scenes, originals)),
-            "reconstructions": drawing_scores(self._judged(scenes, self.reconstructed(originals))),
+        return drawing_scores(judged) | {
+            "chance": drawing_scores(self._judged(scenes, originals[-1:] + originals[:-1])),
+            "ceiling": self._ceiling(originals, lambda images: drawing_scores(self._judged(scenes, images))),
         }
-        return drawing_scores(judged) | {"ceiling": ceiling}
 
     def edit(self, count: int) -> dict:
         edits: list[Edit] = self.draw_held_out("edits", count)
@@ -116,18 +125,23 @@ class Trial:
         def judged(images: list[Image.Image]) -> Judged:
             return [judge_edit(edit.change, seen) for edit, seen in zip(edits, self.detector.see(images), strict=True)]
 
-        true = [render(edit.change.result, self.size) for edit in edits]
+        before, true = (
+            [render(scene, self.size) for scene in of]
+            for of in zip(*((edit.change.source, edit.change.result) for edit in edits), strict=True)
+        )
         found = judged(drawn)
         self.cards["edit"] = [
-            {"images": [render(edit.change.source, self.size), image], "text": edit.instruction, "true": "",
-             "right": each["all"]}
-            for edit, image, each in zip(edits, drawn, found, strict=True)
-        ]  # fmt: skip
-        ceiling = {
-            "originals": edit_scores(tasks, judged(true)),
-            "reconstructions": edit_scores(tasks, judged(self.reconstructed(true))),
+            {"images": [source, image], "text": edit.instruction, "true": "", "right": each["all"]}
+            for edit, source, image, each in zip(edits, before, drawn, found, strict=True)
+        ]
+        return edit_scores(tasks, found) | {
+            "chance": edit_scores(tasks, judged(before)),
+            "ceiling": self._ceiling(true, lambda images: edit_scores(tasks, judged(images))),
         }
-        return edit_scores(tasks, found) | {"ceiling": ceiling}
+
+    def _ceiling(self, true: list[Image.Image], scored: Callable[[list[Image.Image]], dict]) -> dict:
+        """What the true pictures get, and what their reconstructions do."""
+        return {"originals": scored(true), "reconstructions": scored(self.reconstructed(true))}
 
     @torch.no_grad()
     def reconstructed(self, images: list[Image.Image]) -> list[Image.Image]:
@@ -139,8 +153,11 @@ class Trial:
             back += [to_image(picture.float()) for picture in dualtoken.decode(dualtoken.encode(pixels).codes)]
         return back
 
+    def _seen(self, scenes: list[Scene], images: list[Image.Image]) -> Iterable[tuple[Scene, Seen]]:
+        return zip(scenes, self.detector.see(images), strict=True)
+
     def _judged(self, scenes: list[Scene], images: list[Image.Image]) -> Judged:
-        return [judge(scene, seen) for scene, seen in zip(scenes, self.detector.see(images), strict=True)]
+        return [judge(scene, seen) for scene, seen in self._seen(scenes, images)]
 
 
 def in_batches(items: list, progress: str) -> Iterator[list]:
@@ -197,7 +214,7 @@ def evaluate(
         "seed": seed,
         "sampling": asdict(sampling) | {"image_scale": image_scale},
         "scores": {task: work[task](count) for task in work if task in tasks and task not in left_out},
-        "left_out": left_out | {"draw negation": "captions of scenes do not say what is not there"},
+        "left_out": left_out,
         "definitions": AXES,
     }
     report["summary"] = summary(report["scores"])

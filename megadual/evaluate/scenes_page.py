@@ -4,9 +4,19 @@ import base64
 import io
 
 import jinja2
+import markupsafe
 from PIL import Image
 
+from megadual.evaluate.scene_scores import table
+
 SHOWN = 24  # pictures of each task
+TITLES = {"describe": "Describing", "ask": "Questions", "draw": "Drawing", "edit": "Edits"}
+MEASURE = (
+    "The share of held-out scenes, in %, of which what the line names is right: higher is better. Pictures are judged "
+    "by a detector that was trained on scenes. What it makes of the true pictures, and of the tokenizer's "
+    "reconstructions of them, is the ceiling of what can be expected. Chance is what the caption or picture of another "
+    "scene gets, the commonest answer to a kind of question, a picture that was not edited."
+)
 
 
 def percent(share: float | None) -> str:
@@ -24,8 +34,23 @@ def page(report: dict, cards: dict[str, list[dict]]) -> str:
         task: [card | {"images": [_png(image) for image in card["images"]]} for card in some[:SHOWN]]
         for task, some in cards.items()
     }
-    return PAGE.render(report=report, cards=shown, percent=percent)
+    return PAGE.render(report=report, cards=shown, titles=TITLES, table=score_table(report["scores"]))
 
+
+def score_table(scores: dict) -> markupsafe.Markup:
+    """What is measured, in words, and the table of all scores, as HTML."""
+    return markupsafe.Markup(TABLE.render(rows=list(table(scores)), titles=TITLES, measure=MEASURE, percent=percent))
+
+
+TABLE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string("""\
+<p>{{ measure }}</p>
+<table><tr><th></th><th></th><th>model</th><th>chance</th><th>reconstructions</th><th>true pictures</th><th>of</th>
+<th></th></tr>{% for row in rows %}<tr{% if row.whole %} style="font-weight: bold"{% endif %}>
+<td>{{ titles[row.task] if loop.first or loop.previtem.task != row.task else "" }}</td><td>{{ row.name }}</td>
+{% for share in (row.right, row.chance, row.reconstructions, row.originals) %}<td class="n">{{ percent(share) }}</td>
+{% endfor %}<td class="n">{{ row.of }}</td><td class="soft">{{ row.about }}</td></tr>
+{% endfor %}</table>
+""")
 
 PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string("""\
 <!doctype html>
@@ -49,42 +74,9 @@ PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fro
 <h1>Scenes</h1>
 <p>{{ report.model.path }}, {{ report.scenes }} held-out scenes of each task, seed {{ report.seed }}; guidance
 {{ report.sampling.cfg_scale }}, temperature {{ report.sampling.temperature }}.</p>
-{% set scores = report.scores %}
-{% if "draw" in scores %}<h2>Drawing</h2>
-{% set truth = scores.draw.ceiling.originals %}{% set back = scores.draw.ceiling.reconstructions %}
-<table><tr><th></th><th>drawn</th><th>reconstructions</th><th>true pictures</th><th>scenes</th><th></th></tr>
-{% for axis, value in scores.draw.axes.items() %}<tr><td>{{ axis }}</td><td class="n">{{ percent(value.right) }}</td>
-<td class="n">{{ percent(back.axes[axis].right) }}</td><td class="n">{{ percent(truth.axes[axis].right) }}</td>
-<td class="n">{{ value.of }}</td><td class="soft">{{ report.definitions[axis] }}</td></tr>{% endfor %}
-<tr><td><b>overall</b></td><td class="n"><b>{{ percent(scores.draw.overall) }}</b></td>
-<td class="n">{{ percent(back.overall) }}</td><td class="n">{{ percent(truth.overall) }}</td><td></td>
-<td class="soft">the mean of the axes</td></tr>
-<tr><td>all right</td><td class="n">{{ percent(scores.draw.all_right) }}</td>
-<td class="n">{{ percent(back.all_right) }}</td>
-<td class="n">{{ percent(truth.all_right) }}</td><td class="n">{{ report.scenes }}</td>
-<td class="soft">everything that was asked for, and nothing else</td></tr></table>
-<p>By the detector; what it makes of the true pictures, and of their reconstructions by the tokenizer, bounds what
-can be expected of drawings.</p>
-{{ shown("draw") }}{% endif %}
-{% if "describe" in scores %}<h2>Describing</h2>
-<table><tr><th></th><th>right</th><th>scenes</th></tr>{% for name, value in scores.describe.items() %}
-<tr><td>{{ name }}</td><td class="n">{{ percent(value.right) }}</td><td class="n">{{ value.of }}</td></tr>{% endfor %}
-</table><p class="soft">all: kind, count, ground and place.</p>{{ shown("describe") }}{% endif %}
-{% if "ask" in scores %}<h2>Questions</h2>
-<table><tr><th></th><th>right</th><th>the commonest answer</th><th>questions</th></tr>
-{% for kind, value in scores.ask.items() %}<tr><td>{{ kind }}</td><td class="n">{{ percent(value.right) }}</td>
-<td class="n">{{ percent(value.blind) }}</td><td class="n">{{ value.of }}</td></tr>{% endfor %}
-</table>{{ shown("ask") }}{% endif %}
-{% if "edit" in scores %}<h2>Edits</h2>
-<table><tr><th></th><th>the change</th><th>the rest as it was</th><th>both</th><th>both, reconstructions</th>
-<th>both, true pictures</th><th>edits</th></tr>
-{% for task, value in scores.edit.items() if task != "ceiling" %}<tr><td>{{ task }}</td>
-<td class="n">{{ percent(value.change) }}</td><td class="n">{{ percent(value.rest) }}</td>
-<td class="n">{{ percent(value["all"]) }}</td>
-<td class="n">{{ percent(scores.edit.ceiling.reconstructions[task]["all"]) }}</td>
-<td class="n">{{ percent(scores.edit.ceiling.originals[task]["all"]) }}</td>
-<td class="n">{{ value.of }}</td></tr>{% endfor %}
-</table>{{ shown("edit") }}{% endif %}
+{{ table }}
+{% for task, title in titles.items() if task in cards %}<h2>{{ title }}</h2>
+{{ shown(task) }}{% endfor %}
 {% if report.left_out %}<h2>Left out</h2><table>{% for name, why in report.left_out.items() %}
 <tr><td>{{ name }}</td><td class="soft">{{ why }}</td></tr>{% endfor %}</table>{% endif %}
 </html>

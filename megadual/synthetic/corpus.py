@@ -4,7 +4,7 @@
 
 | files | what | format |
 | --- | --- | --- |
-| `train-*.tar` | pairs: captions say which drawings, how many, how large, where, on which ground | webdataset |
+| `train-*.tar` | pairs: captions say what is there, how many, how large, where, on which ground | webdataset |
 | `questions-train-*.tar` | how many, what colour, where, what, yes or no; exact answers | LLaVA's, in webdataset |
 | `edits-train-*.parquet` | add, remove, move, recolour the ground | InstructPix2Pix's columns |
 | `stories-train-*.tar` | two to four sentences, each with a picture | interleaved webdataset |
@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from megadual.errors import UserError, command
 from megadual.synthetic.broken import broken_members
-from megadual.synthetic.drawings import DRAWINGS, check_packages
+from megadual.synthetic.drawings import check_packages
 from megadual.synthetic.edits import draw_edit, edit_record, edit_row
 from megadual.synthetic.files import Members, json_bytes, write_image_table, write_tar
 from megadual.synthetic.questions import conversation_members, draw_conversation
-from megadual.synthetic.scenes import Scene, draw_scene, pair_members
+from megadual.synthetic.scenes import PRESETS, Preset, Scene, draw_pair, pair_members
 from megadual.synthetic.stories import draw_story, story_members
 
 SAMPLES_PER_FILE = 1000
@@ -44,7 +44,7 @@ class Kind:
 
     prefix: str  # of its files' names
     suffix: str
-    draw: Callable[[random.Random], Any]
+    draw: Callable[[random.Random, Preset], Any]
     scenes: Callable[[Any], list[Scene]]
     identity: Callable[[Any], Any]  # no two samples of a part have the same
     kinds: Callable[[Any], Iterable[str]]  # what the summary counts
@@ -66,16 +66,16 @@ def _write_edits(path: Path, samples: list[tuple[str, Any]], size: int) -> None:
 
 KINDS = {
     "pairs": Kind(
-        "", ".tar", draw_scene, lambda scene: [scene], lambda scene: scene.caption, lambda scene: [scene.kind],
+        "", ".tar", draw_pair, lambda scene: [scene], str, lambda scene: [scene.kind],
         _tar_writer(pair_members),
     ),
     "questions": Kind(
-        "questions-", ".tar", draw_conversation, lambda talk: [talk.scene], lambda talk: talk.scene.caption,
+        "questions-", ".tar", draw_conversation, lambda talk: [talk.scene], lambda talk: str(talk.scene),
         lambda talk: [question.kind for question in talk.questions], _tar_writer(conversation_members),
     ),
     "edits": Kind(
         "edits-", ".parquet", draw_edit, lambda edit: [edit.change.source, edit.change.result],
-        lambda edit: (edit.change.source.caption, edit.change.result.caption), lambda edit: [edit.change.task],
+        lambda edit: str(edit.change), lambda edit: [edit.change.task],
         _write_edits,
     ),
     "stories": Kind(
@@ -85,11 +85,11 @@ KINDS = {
 }  # fmt: skip
 
 
-def distinct(kind: Kind, rng: random.Random, count: int, barred: set[str]) -> list:
+def distinct(kind: Kind, rng: random.Random, count: int, barred: set[str], preset: Preset) -> list:
     """`count` samples, no two of which are the same, that show no scene whose caption is barred."""
     samples: dict = {}
     while len(samples) < count:
-        sample = kind.draw(rng)
+        sample = kind.draw(rng, preset)
         if barred.isdisjoint(scene.caption for scene in kind.scenes(sample)):
             samples.setdefault(kind.identity(sample), sample)
     return list(samples.values())
@@ -104,12 +104,14 @@ def make_corpus(
     questions: int = 0,
     edits: int = 0,
     stories: int = 0,
+    scenes: str = "rich",
 ) -> dict:
     """Write the corpus's files and `corpus.json`; returns the summary.
 
     train: pairs; questions, edits, stories: samples of these kinds, a conversation being one; heldout: samples in the
-    held-out part of each kind that there is; size: pixels of a side.
+    held-out part of each kind that there is; size: pixels of a side; scenes: a name in PRESETS.
     """
+    preset = PRESETS[scenes]
     check_packages()
     counts = {"pairs": train, "questions": questions, "edits": edits, "stories": stories}
     if train < 1 or heldout < 1 or min(counts.values()) < 0 or size < 16:
@@ -120,18 +122,19 @@ def make_corpus(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
 
-    broken = distinct(KINDS["pairs"], random.Random(f"broken {seed}"), BROKEN_GOOD_PAIRS, set())
+    broken = distinct(KINDS["pairs"], random.Random(f"broken {seed}"), BROKEN_GOOD_PAIRS, set(), preset)
     write_tar(output / "broken-00000.tar", broken_members(broken, size))
     barred = {scene.caption for scene in broken}
     parts: dict[str, dict[str, list]] = {name: {} for name, count in counts.items() if count}
     for part in ("heldout", "train"):
         for name in parts:
             rng = random.Random(f"{KINDS[name].prefix}{part} {seed}")
-            parts[name][part] = distinct(KINDS[name], rng, heldout if part == "heldout" else counts[name], barred)
+            count = heldout if part == "heldout" else counts[name]
+            parts[name][part] = distinct(KINDS[name], rng, count, barred, preset)
         if part == "heldout":
             barred |= {s.caption for name in parts for sample in parts[name][part] for s in KINDS[name].scenes(sample)}
 
-    summary: dict = {"size": size, "seed": seed, "drawings": len(DRAWINGS)}
+    summary: dict = {"size": size, "seed": seed, "scenes": scenes, "drawings": len(preset.names)}
     with tqdm(total=sum(map(len, _all(parts))), desc="corpus", unit="sample", mininterval=1) as bar:
         for name, of in parts.items():
             kind, files = KINDS[name], []
@@ -161,6 +164,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--edits", type=int, default=0, help="training edits")
     parser.add_argument("--stories", type=int, default=0, help="training stories, each of 2 to 4 pictures")
     parser.add_argument("--heldout", type=int, default=400, help="held-out samples of each kind that there is")
+    parser.add_argument(
+        "--scenes", choices=PRESETS, default="rich", help="of all drawings in every arrangement; or simple: of a dozen "
+        "that are easily told apart, large, on few grounds"
+    )  # fmt: skip
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

@@ -4,14 +4,16 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-from megadual.synthetic.drawings import DRAWINGS, visible_on
+from megadual.synthetic.drawings import visible_on
 from megadual.synthetic.files import png_bytes
 from megadual.synthetic.scenes import (
     BOTTOM,
     LEFT,
     PLACES,
+    RICH,
     RIGHT,
     TOP,
+    Preset,
     Region,
     Scene,
     draw_group,
@@ -48,15 +50,15 @@ class Edit:
     change: Change
 
 
-def draw_edit(rng: random.Random) -> Edit:
+def draw_edit(rng: random.Random, preset: Preset = RICH) -> Edit:
     """A random edit of a random scene."""
     task = rng.choices(list(TASKS), weights=[30, 25, 20, 25])[0]
     change = None
     while change is None:
-        scene = draw_scene(rng)
+        scene = draw_scene(rng, preset)
         if task == "add" and scene.kind == "relation":  # one half of it is free then
             scene = Scene.of(scene.ground, [rng.choice(scene.groups)])
-        change = TASKS[task](rng, scene)
+        change = TASKS[task](rng, scene, preset)
     return Edit(rng.choice(INSTRUCTIONS[task]).format(what=change.what, where=change.where), change)
 
 
@@ -78,19 +80,19 @@ def _apart(first: Region, second: Region) -> bool:
     return first[2] <= second[0] or second[2] <= first[0] or first[3] <= second[1] or second[3] <= first[1]
 
 
-def _add(rng: random.Random, scene: Scene) -> Change | None:
+def _add(rng: random.Random, scene: Scene, preset: Preset) -> Change | None:
     """A second group in a half that is free."""
     first = scene.groups[0]
     free = [half for half in (LEFT, RIGHT, TOP, BOTTOM) if _apart(half, first.region)]
     if len(scene.groups) > 1 or not free:
         return None
-    names = [name for name in DRAWINGS if name != first.name and visible_on(scene.ground, name)]
-    second = draw_group(rng, rng.choice(names), rng.choice(free), rng.choice([1, 1, 2]))
+    names = [name for name in preset.names if name != first.name and visible_on(scene.ground, name)]
+    second = draw_group(rng, rng.choice(names), rng.choice(free), rng.choice([1, 1, 2]), preset)
     where = f"{relation(second.region, first.region)} the {first.noun}"
     return Change("add", second.phrase, where, scene, Scene.of(scene.ground, [first, second]))
 
 
-def _remove(rng: random.Random, scene: Scene) -> Change | None:
+def _remove(rng: random.Random, scene: Scene, preset: Preset) -> Change | None:
     """One of several groups."""
     if len(scene.groups) == 1:
         return None
@@ -99,12 +101,12 @@ def _remove(rng: random.Random, scene: Scene) -> Change | None:
     return Change("remove", f"the {gone.noun}", "", scene, Scene.of(scene.ground, left))
 
 
-def _move(rng: random.Random, scene: Scene) -> Change | None:
+def _move(rng: random.Random, scene: Scene, preset: Preset) -> Change | None:
     """From one place to another, where it lies as it did."""
     if scene.kind != "place":
         return None
     (group,) = scene.groups
-    place = rng.choice([name for name, region in PLACES.items() if region != group.region])
+    place = rng.choice([name for name in preset.places if PLACES[name] != group.region])
     region, ((left, top, side),) = PLACES[place], group.boxes
     left, top = (round(at + to - was, 4) for at, to, was in zip((left, top), region, group.region, strict=False))
     moved = replace(group, region=region, boxes=[(left, top, side)])
@@ -112,13 +114,13 @@ def _move(rng: random.Random, scene: Scene) -> Change | None:
     return Change("move", f"the {group.noun}", where, scene, Scene.of(scene.ground, [moved]))
 
 
-def _recolour(rng: random.Random, scene: Scene) -> Change | None:
+def _recolour(rng: random.Random, scene: Scene, preset: Preset) -> Change | None:
     """Another ground."""
-    ground = rng.choice([colour for colour in grounds_for(scene.groups) if colour != scene.ground])
+    ground = rng.choice([colour for colour in grounds_for(scene.groups, preset) if colour != scene.ground])
     return Change("recolour", ground, "", scene, Scene.of(ground, scene.groups))
 
 
-TASKS: dict[str, Callable[[random.Random, Scene], Change | None]] = {
+TASKS: dict[str, Callable[[random.Random, Scene, Preset], Change | None]] = {
     "add": _add,
     "remove": _remove,
     "move": _move,

@@ -4,9 +4,20 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from megadual.synthetic.drawings import DRAWINGS, GROUNDS, article, plural
+from megadual.synthetic.drawings import article, plural
 from megadual.synthetic.files import Members, json_bytes, png_bytes
-from megadual.synthetic.scenes import NUMBERS, OPPOSITES, Group, Scene, draw_scene, relation, render
+from megadual.synthetic.scenes import (
+    NUMBERS,
+    OPPOSITES,
+    RICH,
+    Group,
+    Preset,
+    Scene,
+    absent,
+    draw_scene,
+    relation,
+    render,
+)
 
 ABSENT = 0.2  # share of the questions of a count that are about something that is not there
 
@@ -28,14 +39,14 @@ class Conversation:
     questions: list[Question]
 
 
-def draw_conversation(rng: random.Random) -> Conversation:
+def draw_conversation(rng: random.Random, preset: Preset = RICH) -> Conversation:
     """One to four questions about a random scene."""
-    scene, questions = draw_scene(rng), {}
+    scene, questions = draw_scene(rng, preset), {}
     for kind in rng.choices(list(KINDS), weights=[3, 2, 3, 3, 4], k=rng.choice([1, 2, 2, 3, 3, 4])):
-        drawn = KINDS[kind](rng, scene)
+        drawn = KINDS[kind](rng, scene, preset)
         if drawn is not None:
             questions.setdefault(drawn[0], Question(kind, *drawn))
-    return Conversation(scene, list(questions.values())) if questions else draw_conversation(rng)
+    return Conversation(scene, list(questions.values())) if questions else draw_conversation(rng, preset)
 
 
 def conversation_members(key: str, conversation: Conversation, size: int) -> Members:
@@ -64,31 +75,26 @@ def _is(group: Group) -> str:
     return "Is" if group.count == 1 else "Are"
 
 
-def _absent(rng: random.Random, scene: Scene) -> str:
-    """A drawing that the scene does not show."""
-    return rng.choice([name for name in DRAWINGS if name not in {group.name for group in scene.groups}])
-
-
-def _count(rng: random.Random, scene: Scene) -> Drawn:
+def _count(rng: random.Random, scene: Scene, preset: Preset) -> Drawn:
     if rng.random() < ABSENT:
-        return f"How many {plural(_absent(rng, scene))} are there?", "none"
+        return f"How many {plural(absent(rng, scene, preset))} are there?", "none"
     if len(scene.groups) > 1 and rng.random() < 0.3:
         return "How many things are there in all?", NUMBERS[sum(group.count for group in scene.groups)]
     group = rng.choice(scene.groups)
     return f"How many {plural(group.name)} are there?", NUMBERS[group.count]
 
 
-def _colour(rng: random.Random, scene: Scene) -> Drawn:
+def _colour(rng: random.Random, scene: Scene, preset: Preset) -> Drawn:
     return rng.choice(["What colour is the ground?", "Which colour does the ground have?"]), scene.ground
 
 
-def _where(rng: random.Random, scene: Scene) -> Drawn:
+def _where(rng: random.Random, scene: Scene, preset: Preset) -> Drawn:
     group = rng.choice(scene.groups)
     where = scene.where(group)
     return (f"Where {_is(group).lower()} the {group.noun}?", where) if where else None
 
 
-def _what(rng: random.Random, scene: Scene) -> Drawn:
+def _what(rng: random.Random, scene: Scene, preset: Preset) -> Drawn:
     """What there is, in reading order; or what is at a place."""
     group = rng.choice(scene.groups)
     where = scene.where(group)
@@ -104,19 +110,20 @@ def _some(group: Group) -> str:
     return article(group.noun) if group.count == 1 else group.phrase
 
 
-def _yes_no(rng: random.Random, scene: Scene) -> Drawn:
+def _yes_no(rng: random.Random, scene: Scene, preset: Preset) -> Drawn:
     """As many of each form are true as are not, so that the question alone tells nothing."""
     true, group = rng.random() < 0.5, rng.choice(scene.groups)
     forms = ["there", "number", "ground"] + (["relation"] if len(scene.groups) > 1 else [])
     form = rng.choice(forms)
     if form == "there":
-        asked = f"Is there {article(group.name if true else _absent(rng, scene))}?"
+        asked = f"Is there {article(group.name if true else absent(rng, scene, preset))}?"
     elif form == "number":
         count = group.count if true else rng.choice([n for n in range(1, 5) if n != group.count])
         noun = group.name if count == 1 else plural(group.name)
         asked = f"{'Is' if count == 1 else 'Are'} there exactly {NUMBERS[count]} {noun}?"
     elif form == "ground":
-        asked = f"Is the ground {scene.ground if true else rng.choice([g for g in GROUNDS if g != scene.ground])}?"
+        others = [ground for ground in preset.grounds if ground != scene.ground]
+        asked = f"Is the ground {scene.ground if true else rng.choice(others)}?"
     else:
         other = rng.choice([each for each in scene.groups if each is not group])
         stands = relation(group.region, other.region)
@@ -124,7 +131,7 @@ def _yes_no(rng: random.Random, scene: Scene) -> Drawn:
     return asked, "yes" if true else "no"
 
 
-KINDS: dict[str, Callable[[random.Random, Scene], Drawn]] = {
+KINDS: dict[str, Callable[[random.Random, Scene, Preset], Drawn]] = {
     "count": _count,
     "colour": _colour,
     "where": _where,

@@ -10,8 +10,9 @@ from megadual.synthetic.files import Members, json_bytes, png_bytes
 
 SUPERSAMPLE = 2  # scenes are composed at this many times their size, then reduced
 
+NEGATED = 0.1  # share of pairs whose caption also says what is not there
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
-SIZES = {"small": 0.55, "": 0.8, "large": 1.0}  # share of its cell that a drawing fills
+SIZES = {"small": 0.55, "large": 1.0}  # share of its cell that a drawing fills whose size is told
 
 Region = tuple[float, float, float, float]  # left, top, right, bottom as shares of the scene
 
@@ -47,6 +48,52 @@ ROW = {
 }
 
 
+@dataclass(frozen=True)
+class Preset:
+    """What scenes are drawn from; of each tuple one is chosen at random."""
+
+    names: tuple[str, ...]
+    grounds: tuple[str, ...]
+    arrangements: dict[str, int]  # how often each is drawn: alone, place, relation, row
+    places: tuple[str, ...]
+    alone: tuple[int, ...]  # how many of a kind that is alone
+    pairs: tuple[tuple[int, int], ...]  # how many of each of two kinds
+    sizes: tuple[str, ...]  # of single drawings, "" where it is not told
+    fill: float  # share of its cell that a drawing fills whose size is not told
+    largest: float  # share of the scene that a cell is at most taken to be
+
+
+PRESETS = {
+    "rich": Preset(
+        names=tuple(DRAWINGS),
+        grounds=tuple(GROUNDS),
+        arrangements={"alone": 30, "place": 20, "relation": 40, "row": 10},
+        places=tuple(PLACES),
+        alone=(1, 1, 2, 3, 4),
+        pairs=((1, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3)),
+        sizes=("small", "", "", "large"),
+        fill=0.8,
+        largest=1.0,
+    ),
+    # Large drawings that differ in colour and outline even where they are blurred: what minutes of training can learn.
+    "simple": Preset(
+        names=(
+            "red apple", "banana", "carrot", "tree", "pig", "frog", "whale", "penguin", "sunflower", "mushroom",
+            "eggplant", "house",
+        ),
+        grounds=("white", "grey", "yellow", "blue", "pink"),
+        arrangements={"alone": 30, "place": 20, "relation": 50},
+        places=("at the top", "at the bottom", "on the left", "on the right"),
+        alone=(1, 1, 2, 3),
+        pairs=((1, 1), (1, 1), (2, 1), (1, 2)),
+        sizes=("",),
+        fill=0.95,
+        largest=0.6,
+    ),
+}  # fmt: skip
+RICH = PRESETS["rich"]
+
+
 @dataclass
 class Group:
     """`count` drawings of one kind in one region; boxes are (left, top, side) shares of the scene."""
@@ -77,6 +124,15 @@ class Scene:
     kind: str  # alone, place, relation or row
     ground: str
     groups: list[Group]
+    without: str = ""  # a drawing that it does not show, where its pair says so
+
+    @property
+    def told(self) -> str:
+        """The caption of its pair, which may also say what is not there."""
+        if not self.without:
+            return self.caption
+        said, _, ground = self.caption.rpartition(", on ")
+        return f"{said}, without {plural(self.without)}, on {ground}"
 
     @classmethod
     def of(cls, ground: str, groups: list[Group]) -> "Scene":
@@ -109,15 +165,15 @@ def relation(first: Region, second: Region) -> str:
     return "above" if first[3] <= second[1] else "below"
 
 
-def draw_group(rng: random.Random, name: str, region: Region, count: int) -> Group:
+def draw_group(rng: random.Random, name: str, region: Region, count: int, preset: Preset = RICH) -> Group:
     """Lay `count` drawings out in the cells of a region, each moved at random within its cell."""
     left, top, right, bottom = region
     width, height = right - left, bottom - top
     columns = {1: 1, 4: 2}.get(count, count if width >= height else 1)
     rows = count // columns
     cell_w, cell_h = width / columns, height / rows
-    size = rng.choice(["small", "", "", "large"]) if count == 1 else ""
-    side = SIZES[size] * min(cell_w, cell_h)
+    size = rng.choice(preset.sizes) if count == 1 else ""
+    side = SIZES.get(size, preset.fill) * min(cell_w, cell_h, preset.largest)
     boxes = [
         (
             round(left + column * cell_w + rng.random() * (cell_w - side), 4),
@@ -130,26 +186,38 @@ def draw_group(rng: random.Random, name: str, region: Region, count: int) -> Gro
     return Group(name, count, size, region, boxes)
 
 
-def draw_scene(rng: random.Random) -> Scene:
+def draw_scene(rng: random.Random, preset: Preset = RICH) -> Scene:
     """A random scene: one group alone, one group at a place, two groups in a relation, or three in a row."""
-    kind = rng.choices(["alone", "place", "relation", "row"], weights=[30, 20, 40, 10])[0]
-    names = rng.sample(list(DRAWINGS), 3)
+    kind = rng.choices(list(preset.arrangements), weights=list(preset.arrangements.values()))[0]
+    names = rng.sample(preset.names, 3)
     if kind == "alone":
-        groups = [draw_group(rng, names[0], WHOLE, rng.choice([1, 1, 2, 3, 4]))]
+        layout = [(names[0], WHOLE, rng.choice(preset.alone))]
     elif kind == "place":
-        groups = [draw_group(rng, names[0], PLACES[rng.choice(list(PLACES))], 1)]
+        layout = [(names[0], PLACES[rng.choice(preset.places)], 1)]
     elif kind == "relation":
-        regions = RELATIONS[rng.choice(list(RELATIONS))]
-        counts = rng.choice([(1, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3)])
-        groups = [draw_group(rng, *args) for args in zip(names, regions, counts, strict=False)]
+        layout = list(zip(names, RELATIONS[rng.choice(list(RELATIONS))], rng.choice(preset.pairs), strict=False))
     else:
-        groups = [draw_group(rng, name, region, 1) for name, region in zip(names, ROW.values(), strict=True)]
-    return Scene.of(rng.choice(grounds_for(groups)), groups)
+        layout = [(name, region, 1) for name, region in zip(names, ROW.values(), strict=True)]
+    groups = [draw_group(rng, *group, preset) for group in layout]
+    return Scene.of(rng.choice(grounds_for(groups, preset)), groups)
 
 
-def grounds_for(groups: list[Group]) -> list[str]:
+def draw_pair(rng: random.Random, preset: Preset = RICH) -> Scene:
+    """A random scene whose caption may also say what is not there."""
+    scene = draw_scene(rng, preset)
+    if rng.random() < NEGATED:
+        scene.without = absent(rng, scene, preset)
+    return scene
+
+
+def absent(rng: random.Random, scene: Scene, preset: Preset = RICH) -> str:
+    """A drawing that the scene does not show."""
+    return rng.choice([name for name in preset.names if name not in {group.name for group in scene.groups}])
+
+
+def grounds_for(groups: list[Group], preset: Preset = RICH) -> list[str]:
     """The grounds on which all of the groups can be seen."""
-    return [ground for ground in GROUNDS if all(visible_on(ground, group.name) for group in groups)]
+    return [ground for ground in preset.grounds if all(visible_on(ground, group.name) for group in groups)]
 
 
 def render(scene: Scene, size: int) -> Image.Image:
@@ -166,6 +234,6 @@ def pair_members(key: str, scene: Scene, size: int) -> Members:
     """A pair as a webdataset sample: the image, its caption, the scene."""
     return [
         (f"{key}.png", png_bytes(render(scene, size))),
-        (f"{key}.txt", scene.caption.encode()),
+        (f"{key}.txt", scene.told.encode()),
         (f"{key}.json", json_bytes(asdict(scene))),
     ]

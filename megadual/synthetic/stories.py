@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from megadual.synthetic.edits import TASKS
 from megadual.synthetic.files import Members, json_bytes, png_bytes
-from megadual.synthetic.scenes import Scene, draw_scene, render
+from megadual.synthetic.scenes import RICH, Preset, Scene, draw_scene, render
 
 SENTENCES = {  # in the past, where one and many have the same verb
     "add": "Then {what} came, {where}.",
@@ -21,12 +21,12 @@ class Story:
     scenes: list[Scene]  # after each sentence
 
 
-def draw_story(rng: random.Random) -> Story:
+def draw_story(rng: random.Random, preset: Preset = RICH) -> Story:
     """A random story of two to four pictures, no two of which have the same caption."""
-    scene = draw_scene(rng)
+    scene = draw_scene(rng, preset)
     story, length = Story([f"Here we see {scene.caption}."], [scene]), rng.choice([2, 3, 3, 4])
     while len(story.scenes) < length:
-        change = TASKS[rng.choice(list(TASKS))](rng, story.scenes[-1])
+        change = TASKS[rng.choice(list(TASKS))](rng, story.scenes[-1], preset)
         if change and change.result.caption not in {scene.caption for scene in story.scenes}:
             story.sentences.append(SENTENCES[change.task].format(what=change.what, where=change.where))
             story.scenes.append(change.result)

@@ -9,8 +9,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from megadual.errors import UserError
+from megadual.evaluate.grammar import parse
 from megadual.synthetic.corpus import make_corpus
 from megadual.synthetic.drawings import GROUNDS, plural
+from megadual.synthetic.scenes import PRESETS
 
 EVERY_KIND = {"train": 60, "questions": 60, "edits": 60, "stories": 40, "heldout": 30}
 
@@ -56,12 +58,15 @@ def test_same_seed_same_bytes(tmp_path):
         assert first != other
 
 
-def test_captions_are_distinct_across_parts(tmp_path):
-    summary = make_corpus(tmp_path, train=1200, heldout=50, size=16, seed=0)
+def test_pictures_are_distinct_and_captions_across_parts(tmp_path):
+    summary = make_corpus(tmp_path, train=1200, heldout=50, size=32, scenes="simple")
     assert summary["pairs"]["files"] == ["train-00000.tar", "train-00001.tar", "heldout-00000.tar"]
-    every = [caption for file in summary["pairs"]["files"] for caption in captions(read_tar(tmp_path / file))]
-    assert len(every) == 1250
-    assert len(set(every)) == 1250
+    train, more, held_out = (read_tar(tmp_path / file) for file in summary["pairs"]["files"])
+    scenes = [data for name, data in (train | more | held_out).items() if name.endswith(".json")]
+    assert len(scenes) == len(set(scenes)) == 1250
+    trained = captions(train | more)
+    assert len(set(trained)) < len(trained)  # there are few captions of simple scenes
+    assert not set(trained) & set(captions(held_out))
 
 
 def test_no_held_out_scene_is_trained_on(tmp_path):
@@ -127,6 +132,16 @@ def test_files_have_the_published_formats(tmp_path):
 )
 def test_plural(name, expected):
     assert plural(name) == expected
+
+
+def test_simple_scenes(tmp_path):
+    """A dozen drawings on a few grounds, in every kind of sample."""
+    few, preset = dict.fromkeys(EVERY_KIND, 40), PRESETS["simple"]
+    summary = make_corpus(tmp_path, **few, size=16, scenes="simple")
+    assert summary["scenes"] == "simple" and summary["drawings"] == len(preset.names) == 12
+    shown = scene_captions(tmp_path, summary, "")
+    assert len(shown) > 200 and {parse(caption).ground for caption in shown} == set(preset.grounds)
+    assert {things.name for caption in shown for things in parse(caption).things} == set(preset.names)
 
 
 def test_impossible_size_is_refused(tmp_path):

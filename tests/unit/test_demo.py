@@ -1,6 +1,7 @@
 """The demo: its config, and a report of what its stages leave."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ SAID = [  # of two images: kind, question, answer, said
     ("b.png", "yes_no", "Is there a <dog>?", "yes", "no"),
     ("b.png", "yes_no", "Is there an owl?", "no", "no"),
 ]
+
+SEEN = {"all": {"right": 0.9, "of": 4}}
+DESCRIBED = dict.fromkeys(("kind", "count", "ground", "place", "size", "all"), {"right": 0.75, "of": 4})
+BESIDE = {"chance": {"all": {"right": 0.125, "of": 4}}, "ceiling": {"originals": SEEN, "reconstructions": {}}}
+SCORES = {"describe": DESCRIBED | BESIDE}
 
 
 @pytest.fixture
@@ -38,6 +44,7 @@ def run_folder(tmp_path):
         "use/descriptions.json": [{"file": "a.png", "caption": "a cat", "description": "a dog"}],
         "use/drawings.json": [{"file": "b.png", "caption": "an owl"}],
         "use/answers.json": answers,
+        "scenes/scenes.json": {"scores": SCORES, "summary": {"described": 0.75}},
         "use/edits.json": [{"instruction": "remove the cat", "source": "a.png", "drawn": "b.png", "true": "a.png"}],
     }
     for name, value in files.items():
@@ -50,15 +57,15 @@ def run_folder(tmp_path):
     return tmp_path
 
 
-def test_report_has_the_share_of_right_answers(run_folder):
+def test_report_has_the_scores_beside_chance_and_ceiling(run_folder):
     page = write_report(run_folder, {"corpus": 1.0})
     report = json.loads((run_folder / "report.json").read_text())
     assert list(report["tokenize"]) == ["edits", "pairs"]
-    answered = report["use"]["answered"]
-    assert answered["count"] == {"questions": 1, "right": 0.0, "most_frequent": 1.0}
-    assert answered["yes_no"] == {"questions": 3, "right": pytest.approx(2 / 3), "most_frequent": pytest.approx(2 / 3)}
-    assert answered["all"] == {"questions": 4, "right": 0.5, "most_frequent": 0.75}
+    assert report["use"]["answered"] == 4 and report["scenes"] == {"described": 0.75}
     html = page.read_text()
+    shares = re.findall(r'<td class="n">([^<]+)</td>', html[html.index("<td>all</td>") :])
+    assert shares[:5] == ["75.0 %", "12.5 %", "–", "90.0 %", "4"]
+    assert "higher is better" in html
     assert "Is there a &lt;dog&gt;?" in html and "remove the cat" in html
     assert html.count("✗") == 2 and html.count("✓") == 2
     assert html.count("data:image/png") == 3 + 1 + 1 + 2 + 3  # curves and codes, described, drawn, asked about, edited

@@ -10,7 +10,7 @@ import pytest
 from megadual.synthetic.drawings import DRAWINGS, GROUNDS, plural
 from megadual.synthetic.edits import draw_edit
 from megadual.synthetic.questions import draw_conversation
-from megadual.synthetic.scenes import Scene, draw_scene, render
+from megadual.synthetic.scenes import PRESETS, Scene, draw_scene, render
 from megadual.synthetic.stories import draw_story
 
 COUNTS = {"none": 0, "no": 0, "one": 1, "a": 1, "an": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
@@ -89,10 +89,10 @@ def is_right(scene: Scene, asked: str, answer: str) -> bool:
     return {"yes": truth, "no": not truth}[answer]
 
 
-@pytest.fixture(scope="module")
-def conversations():
+@pytest.fixture(scope="module", params=PRESETS.values(), ids=PRESETS)
+def conversations(request):
     rng = random.Random(0)
-    return [draw_conversation(rng) for _ in range(1500)]
+    return [draw_conversation(rng, request.param) for _ in range(1500)]
 
 
 def test_answers_are_right(conversations):
@@ -129,9 +129,10 @@ def test_yes_and_no_are_balanced(conversations):
         assert len(yes) > 100 and abs(np.mean(yes) - 0.5) < 3 * 0.5 / len(yes) ** 0.5, form
 
 
-def test_relations_are_true():
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_relations_are_true(preset):
     rng = random.Random(0)
-    scenes = [scene for scene in (draw_scene(rng) for _ in range(400)) if scene.kind == "relation"]
+    scenes = [scene for scene in (draw_scene(rng, preset) for _ in range(400)) if scene.kind == "relation"]
     assert len(scenes) > 100
     for scene in scenes:
         (relation,) = re.findall(RELATION, scene.caption)
@@ -144,10 +145,10 @@ def boxes(scene: Scene) -> set[tuple]:
     return {(group.name, *box) for group in scene.groups for box in group.boxes}
 
 
-@pytest.fixture(scope="module")
-def edits():
+@pytest.fixture(scope="module", params=PRESETS.values(), ids=PRESETS)
+def edits(request):
     rng = random.Random(0)
-    return [draw_edit(rng) for _ in range(240)]
+    return [draw_edit(rng, request.param) for _ in range(240)]
 
 
 def test_edits_change_what_they_say(edits):

@@ -12,15 +12,15 @@ from megadual.evaluate.__main__ import main
 from megadual.evaluate.detector import GRID, Detector, Found, Seen, ground_of, targets
 from megadual.evaluate.grammar import Said, Things, parse
 from megadual.evaluate.held_out import Trained
-from megadual.evaluate.judge import judge, judge_edit
-from megadual.evaluate.scene_scores import description, drawing_scores, question_scores
+from megadual.evaluate.judge import judge, judge_edit, sight
+from megadual.evaluate.scene_scores import description, drawing_scores, question_scores, table
 from megadual.synthetic.corpus import make_corpus
 from megadual.synthetic.drawings import DRAWINGS, GROUNDS
 from megadual.synthetic.edits import draw_edit
-from megadual.synthetic.scenes import Scene, draw_scene, render
+from megadual.synthetic.scenes import PRESETS, Scene, draw_pair, render
 from megadual.testing.models import write_export
 
-SCENES = [draw_scene(random.Random(seed)) for seed in range(300)]
+SCENES = [draw_pair(random.Random(seed)) for seed in range(300)]
 EDITS = [draw_edit(random.Random(seed)) for seed in range(200)]
 NAMES = sorted(DRAWINGS)
 
@@ -37,7 +37,8 @@ def seen(scene: Scene) -> Seen:
 
 def test_captions_are_read_as_they_were_composed():
     for scene in SCENES:
-        said = parse(scene.caption)
+        said, told = parse(scene.caption), parse(scene.told)
+        assert told == dataclasses.replace(said, without=scene.without) and bool(scene.without) == (told != said)
         things = {group.name: (group.count, group.size) for group in scene.groups}
         assert {each.name: (each.count, each.size) for each in said.things} == things and said.ground == scene.ground
 
@@ -53,6 +54,8 @@ def test_captions_are_read_as_they_were_composed():
         ("a cat, a dog and an egg in a row, on white",
          Said("white", (Things("cat", 1), Things("dog", 1), Things("egg", 1)), "in a row")),
         ("two cat, on red", None), ("cats, on red", None), ("a owl, on red", None), ("a cat on red", None),
+        ("a cat, without foxes, on red", Said("red", (Things("cat", 1),), None, "fox")),
+        ("a cat, without cats, on red", None), ("a cat, without a fox, on red", None),
         ("a cat, on mauve", None), ("five small cats, on red", None), ("a cat, a dog in a row, on red", None),
         ("", None),
     ],
@@ -69,11 +72,13 @@ def test_the_same_said_the_other_way_round_is_right():
     wrong = description(scene, swapped.replace("@", scene.groups[1].phrase))
     assert not wrong["place"] and not wrong["all"] and wrong["kind"] and wrong["count"] and wrong["ground"]
     assert description(scene, "a cat and")["all"] is False
+    denied = next(name for name in NAMES if name not in {group.name for group in scene.groups})
+    assert description(scene, dataclasses.replace(scene, without=denied).told)["all"]
 
 
 def test_a_perfect_picture_is_right_on_every_axis():
     judged = [judge(scene, seen(scene)) for scene in SCENES]
-    assert all(all(each.values()) for each in judged)
+    assert all(all(each.values()) for each in judged + [sight(scene, seen(scene)) for scene in SCENES])
     scores = drawing_scores(judged)
     assert scores["overall"] == scores["all_right"] == 1 and all(axis["of"] > 20 for axis in scores["axes"].values())
 
@@ -89,6 +94,9 @@ def test_each_fault_is_found_on_its_axis():
         missing = judge(scene, Seen(right.ground, right.found[1:]))
         assert not missing["all"] and not missing.get("counting", False)
         mirrored = [dataclasses.replace(found, x=1 - found.x, y=1 - found.y) for found in right.found]
+        if scene.without:
+            denied = judge(scene, Seen(right.ground, [*right.found, Found(scene.without, 0.5, 0.5, 1.0)]))
+            assert axes["negation"] and not denied["negation"]
         if scene.kind != "alone":
             assert {axis for axis, was in axes.items() if was != judge(scene, Seen(right.ground, mirrored))[axis]} == {
                 "position",
@@ -168,6 +176,17 @@ def test_held_out_is_held_out(corpus):
     assert len(trained.captions) > 150 + 30
 
 
+def test_scenes_are_drawn_as_the_corpus_was(tmp_path):
+    make_corpus(tmp_path, train=150, heldout=2, size=16, scenes="simple")
+    trained = Trained.on(tmp_path)
+    assert trained.preset is PRESETS["simple"]
+    for edit in trained.draw("edits", 20, "a"):
+        for scene in (edit.change.source, edit.change.result):
+            assert scene.ground in trained.preset.grounds and {g.name for g in scene.groups} <= set(
+                trained.preset.names
+            )
+
+
 def test_the_whole_way(corpus, model, tmp_path, capsys):
     """A detector that learned little, a model that learned nothing: all figures are there, the page shows pictures."""
     few = ["--steps", "2", "--batch-size", "4", "--device", "cpu", "--corpus", str(corpus)]
@@ -183,6 +202,11 @@ def test_the_whole_way(corpus, model, tmp_path, capsys):
         scores["edit"]["overall"]["of"] == 12
         and scores["draw"]["ceiling"]["originals"]["axes"]["colours"]["right"] == 1
     )
+    rows = {(row.task, row.name): row for row in table(scores)}
+    assert [row.task for row in rows.values() if row.whole] == ["describe", "ask", "draw", "edit"]
+    assert rows["describe", "all"].chance == 0 and rows["draw", "overall"].chance < 1
+    # What is not edited keeps the rest, by a detector that sees nothing.
+    assert rows["edit", "both"].chance == 0 and rows["edit", "rest"].chance == rows["edit", "rest"].originals
     page = (tmp_path / "scenes.html").read_text()
     assert page.count("<img ") >= 4 * 12 and "all right" in page
 
