@@ -2,6 +2,8 @@
 # make test   the tests
 # make check  lint, format and types
 # make test-mcore, test-transformers, test-slurm   against other versions; jobs on a real Slurm, started here as root
+# make test-latest   a part of the tests with the newest packages that setup.py allows
+# make constraints   renew constraints.txt from those
 # make test-lmms-eval   an exported folder in the real lmms-eval
 # make test-gpu   what needs a GPU
 # make golden  renew the numbers of the golden runs, for a change that is meant to change them
@@ -12,11 +14,14 @@ VENV     ?= .venv
 BIN      := $(VENV)/bin
 # torch goes first: what depends on it would otherwise bring the newest build, with CUDA.
 TORCH    ?= torch==2.13.0
+# The versions that the tests have passed with, so that a release of anything changes nothing here.
+CONSTRAINTS ?= constraints.txt
 PARALLEL ?= pipeline=2
 # DeepSpeed's kernels are built when they are first used, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: install demo test check test-gpu test-mcore test-transformers test-lmms-eval test-slurm golden clean
+.PHONY: install demo test check test-gpu test-mcore test-transformers test-lmms-eval test-latest constraints test-slurm \
+	golden clean
 install: $(VENV)/.installed
 demo: install
 	$(BIN)/python -m megadual.demo --parallel "$(PARALLEL)"
@@ -31,18 +36,39 @@ test-gpu: install
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: make test-gpu needs a GPU, and torch sees none here")'
 	$(BIN)/python -m pytest --noconftest tests/gpu
 
-$(VENV)/.installed: setup.py requirements-nodeps.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+$(VENV)/.installed: setup.py requirements-nodeps.txt $(CONSTRAINTS)
 	@echo "== setting up $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nodeps.txt
+	$(PIP) $(CONSTRAINTS:%=-c %) $(TORCH)
+	$(PIP) $(CONSTRAINTS:%=-c %) -e ".[test]"
+	$(PIP) --no-deps -r requirements-nodeps.txt
 	touch $@
+
+# The newest of everything but torch, in an environment of its own. What fails here fails for whoever installs without
+# constraints.txt: mend it, or bound it in setup.py.
+LATEST := $(VENV)-latest
+test-latest:
+	rm -rf $(LATEST)
+	$(MAKE) install VENV=$(LATEST) CONSTRAINTS=
+	$(LATEST)/bin/python -m pip freeze | diff --side-by-side --suppress-common-lines --width=100 constraints.txt - || true
+	$(LATEST)/bin/python -m pytest tests/unit tests/integration/test_pretrain.py::test_trains_and_resumes \
+		tests/integration/test_pipeline.py::test_streaming_dataset_reads_the_documents \
+		"tests/distributed/test_layouts.py::test_layout_equals_one_process[DeepSpeed ZeRO-2 DP2]" \
+		--deselect tests/unit/test_installation.py::test_constraints_leave_nothing_out
+
+# By the oldest Python: a newer one's packages may not be there for it. Then `make test` and the other versions' targets.
+UNBOUND := torch setuptools sympy networkx mpmath $(shell sed -n 's/^\([a-z].*\)==.*/\1/p' requirements-nodeps.txt)
+constraints: test-latest
+	(grep '^#' constraints.txt; $(LATEST)/bin/python -m pip freeze --exclude-editable $(UNBOUND:%=--exclude %) | \
+		sed 's/^megatron-core.*/&; python_version < "3.12"\nmegatron-core==$(MCORE); python_version >= "3.12"/') \
+		> $(LATEST)/constraints.txt
+	mv $(LATEST)/constraints.txt .
 
 # The distributed tests against the newest megatron-core, whatever this Python's pip resolves to.
 MCORE ?= 0.19.2
 test-mcore: install
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
+	$(PIP) --no-deps --ignore-requires-python \
 		--upgrade --target $(VENV)/megatron-core-$(MCORE) megatron-core==$(MCORE)
 	PYTHONPATH=$(VENV)/megatron-core-$(MCORE) $(BIN)/python -m pytest tests/distributed
 

