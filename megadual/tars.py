@@ -83,7 +83,7 @@ def tar_members(stream: BinaryIO, url: str, limit: int = SAMPLE_BYTES) -> Iterat
     """
     plain, sample, total = _Plain(stream), None, 0
     try:
-        with tarfile.open(fileobj=plain, mode="r|", tarinfo=_StrictInfo) as tar:
+        with tarfile.open(fileobj=plain, mode="r|", tarinfo=_StrictInfo) as tar:  # type: ignore[call-overload]
             for member in tar:
                 if member.isreg() and not SKIPPED.match(member.name):
                     key = base_plus_ext(member.name)[0]
