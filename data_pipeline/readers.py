@@ -146,12 +146,10 @@ def _mark(filesystem: fsspec.AbstractFileSystem, path: str, info: dict) -> str |
     """What changes with a file's content: its store's mark, else a hash of its ends; None where it can't be read."""
     if mark := info.get("ETag") or info.get("etag"):
         return f"etag {mark}"
-    state = hashlib.blake2b(digest_size=16)
+    state, size = hashlib.blake2b(digest_size=16), info["size"]
     try:
-        with filesystem.open(path, "rb") as file:
-            state.update(file.read(END))
-            file.seek(max(0, info["size"] - END))
-            state.update(file.read(END))
+        for begin in (0, max(0, size - END)):
+            state.update(filesystem.cat_file(path, start=begin, end=min(begin + END, size)))
     except Exception:  # every file system has errors of its own; whoever reads the input will tell
         return None
     return f"ends {state.hexdigest()}"

@@ -80,7 +80,9 @@ class Store:
             if self.files.cat_file(f"{target}/{MARKER}") == (folder / MARKER).read_bytes():
                 return
             self.files.rm_file(f"{target}/{MARKER}")  # first: from here on it is unfinished
-            for path in self.files.find(target):
+        names = {path.name for path in folder.iterdir()}
+        for path in self.files.find(target):  # no others: another worker may be putting the same ones
+            if path.rpartition("/")[2] not in names:
                 self.files.rm_file(path)
         for path in sorted(folder.iterdir(), key=lambda path: (path.name == MARKER, path.name)):
             self.files.put_file(str(path), f"{target}/{path.name}")

@@ -33,7 +33,7 @@ class ShardWriter:
     def __init__(
         self, store: Store, source: dict, identity: dict, streams: Iterable[str], marks: Marks, size_limit: int
     ):
-        """`source`: what is made into this folder, as `manifest.source_of` says it."""
+        """`source`: what is made into this folder, as `source_entry` says it."""
         self.store, self.source, self.identity = store, source, identity
         # Unique, since a worker whose driver was killed may still be writing the same shard.
         self.folder = store.new_folder(f"{source['folder']}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}")

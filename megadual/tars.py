@@ -27,13 +27,21 @@ class Refused:
 
 
 class _Plain:
-    """A tar's stream; tarfile.ReadError where it is compressed: a few KB of it could be GB."""
+    """A tar's stream; tarfile.ReadError where it is compressed: a few KB of it could be GB.
+
+    `error` is the stream's own, which is no damage of the tar.
+    """
 
     def __init__(self, stream: BinaryIO):
         self.stream, self.begun = stream, False
+        self.error: Exception | None = None
 
     def read(self, size: int) -> bytes:
-        piece = self.stream.read(size)
+        try:
+            piece = self.stream.read(size)
+        except Exception as error:
+            self.error = error
+            raise
         if not self.begun:
             self.begun = True
             for mark, name in COMPRESSED.items():
@@ -73,9 +81,9 @@ def tar_members(stream: BinaryIO, url: str, limit: int = SAMPLE_BYTES) -> Iterat
 
     tarfile.TarError where the tar is damaged, cut off or compressed. Errors of `stream` are raised as they are.
     """
-    sample, total = None, 0
+    plain, sample, total = _Plain(stream), None, 0
     try:
-        with tarfile.open(fileobj=_Plain(stream), mode="r|", tarinfo=_StrictInfo) as tar:
+        with tarfile.open(fileobj=plain, mode="r|", tarinfo=_StrictInfo) as tar:  # type: ignore[call-overload]
             for member in tar:
                 if member.isreg() and not SKIPPED.match(member.name):
                     key = base_plus_ext(member.name)[0]
@@ -84,6 +92,8 @@ def tar_members(stream: BinaryIO, url: str, limit: int = SAMPLE_BYTES) -> Iterat
                     yield {"fname": member.name, "data": _data(tar, member, total, limit), "__url__": url}
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
     except (ValueError, IndexError, OverflowError) as error:  # tarfile's, of numbers that are none
+        if error is plain.error:
+            raise
         raise tarfile.ReadError(f"broken header: {error}") from error
 
 
