@@ -30,6 +30,7 @@ SEEDS = 100_000  # short enough to be shown whole
 MAX_NEW_TOKENS = 64
 MOST_FILES = 8  # of a message
 MOST_BYTES = 32 << 20  # of a file
+MOST_TYPED = 1 << 20  # bytes of any other request
 MOST_PIXELS = 50_000_000  # of an image
 MOST_WAITING = 32  # requests
 MOST_VISITORS = 100  # whose conversations are kept
@@ -81,8 +82,9 @@ class OwnRequests:
             length = headers.get("content-length", "")
             if not length.isdecimal():
                 return 411, "the length of the request is missing"
-            if int(length) > MOST_FILES * MOST_BYTES:
-                return 413, f"the request has {length} bytes, more than {MOST_FILES * MOST_BYTES}"
+            most = MOST_FILES * MOST_BYTES if scope["path"].endswith("/upload") else MOST_TYPED
+            if int(length) > most:
+                return 413, f"the request has {length} bytes, more than {most}"
         return None
 
 
@@ -117,7 +119,7 @@ def from_uploads(image: gr.Image) -> gr.Image:
             raise problem(NO_UPLOAD)
         return data.path
 
-    image.preprocess = path
+    image.preprocess = path  # type: ignore[method-assign,assignment]
     return image
 
 

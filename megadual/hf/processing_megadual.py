@@ -342,7 +342,7 @@ def _open(image: Image.Image | str | Path, addresses: bool, paths: bool | str | 
         raise ValueError(f"{shown} is no image: {error}") from error
 
 
-def _filled(content: str | list, waiting: list[Image.Image]) -> str | list:
+def _filled(content: str | list | None, waiting: list[Image.Image]) -> str | list | None:
     """A message's content, its image parts without an image given one of `waiting`, which is used up."""
     if isinstance(content, str) or content is None:
         return content

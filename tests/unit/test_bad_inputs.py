@@ -96,7 +96,7 @@ LINES = [
     ("a\0b", "the line holds U+0000"),
     ("a\x1bb", "the line holds U+001B"),
     ("\udcff\udcfe", "the line holds U+DCFF"),
-    ("x " * 500_000, "the prompt takes 1000"),
+    ("x " * 100_000, "the prompt takes 200"),
     ("/draw " + "x" * 1000, "the prompt takes 1001 positions and an image 16; the model has 512"),
     ("/" + "x" * 1000, "'/xxx"),
     ('/image "', "a quote is not closed"),

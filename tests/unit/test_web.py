@@ -112,6 +112,8 @@ def test_uploads_are_bounded(address, monkeypatch):
     assert status == 413 and "size" in said
     status, said = request(address, "/gradio_api/upload", b"", Content_Length=str(web.MOST_FILES * web.MOST_BYTES + 1))
     assert status == 413 and "bytes, more than" in said
+    status, said = request(address, "/gradio_api/call/draw", b"", Content_Length=str(web.MOST_TYPED + 1))
+    assert status == 413 and f"more than {web.MOST_TYPED}" in said
     status, said = request(address, "/gradio_api/upload", iter([b"x"]), Transfer_Encoding="chunked")
     assert status == 411
     _, said = upload(address, png(Image.new("RGB", (8, 8))))

@@ -294,6 +294,7 @@ def test_a_file_is_the_same_image_everywhere(name, tmp_path):
     pair = RawDocument("k", [RawTurn(Role.CAPTION, [RawImage(data), "x"])])
     (piped,) = decode(pair, FilterConfig(), EncodeConfig()).images
     processor, text = MegaDualProcessor(train_text_tokenizer(["a"], 300), 16, 16), base64.b64encode(data).decode()
+    processor.allow_paths = True
     given = [open_image(), str(path), text, f"data:image/png;base64,{text}"]
     images = {
         "pipeline": to_tensor(centre_crop(piped.image, 16)),
@@ -305,7 +306,7 @@ def test_a_file_is_the_same_image_everywhere(name, tmp_path):
         **dict(
             zip(
                 ("PIL", "path", "base64", "data:"),
-                processor(images=given, allow_paths=True)["pixel_values"],
+                processor(images=given)["pixel_values"],
                 strict=True,
             )
         ),
