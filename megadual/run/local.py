@@ -21,14 +21,20 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 ALL_SIGNALS = (*STOP_SIGNALS, signal.SIGINT)
 GRACE_S = 20.0  # for the others to end by themselves, and to write down what they did, once a rank has failed
 PR_SET_PDEATHSIG = 1
+prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def hold_stop_signals() -> None:
-    """Before training can answer signals (megadual/run/signals.py): STOP_SIGNALS wait, and Ctrl-C ends at once."""
+    """Before training can answer signals (megadual/run/signals.py): STOP_SIGNALS wait, and Ctrl-C ends at once.
+
+    torchrun's end, by a signal that it does not hand on, is a SIGTERM for its ranks.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    if prctl and "TORCHELASTIC_RUN_ID" in os.environ:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def handled() -> list[signal.Signals]:
@@ -93,7 +99,6 @@ def _start(command: list[str], rank: int, count: int, store: Path) -> subprocess
 
 def _in_the_rank(parent: int):
     """What a rank does before its command runs. Safe: this process has one thread."""
-    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
     def prepare() -> None:
         if prctl:

@@ -22,10 +22,12 @@ INIT_S, FINISH_S = 30, 60  # how long wandb is waited for, unless WANDB_INIT_TIM
 def read_metrics(path: Path, last: int | None = None) -> tuple[list[dict], int]:
     """(what is said of each step, how many lines are broken), of the whole file or its `last` lines.
 
-    A crash leaves NULs, or lines that are no steps. A last line without an end is just being written, or was when its
+    A crash leaves NULs, or lines that are no steps. A part of a line at the end is just being written, or was when its
     writer was killed: it is left out.
     """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    if lines and _entry(lines[-1]) is None:
+        del lines[-1]
     entries = [_entry(line) for line in (lines if last is None else lines[-last:])]
     whole = [entry for entry in entries if entry is not None]
     return whole, len(entries) - len(whole)

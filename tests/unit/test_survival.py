@@ -260,7 +260,10 @@ def wait_for(condition, seconds=30):
 
 
 def alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_local_ranks_get_the_signals_and_give_their_exit_code(start_ranks, tmp_path):
@@ -302,8 +305,8 @@ def test_a_second_ctrl_c_ends_a_single_rank_at_once(tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_before_training_ends_at_once(tmp_path, ranks):
-    code = "import sys, time\nfrom megadual.run import local\nlocal.hold_stop_signals()\n"
-    (tmp_path / "rank.py").write_text(code + "print('begun', flush=True)\ntime.sleep(60)\n")
+    code = "import os, time\nfrom megadual.run import local\nlocal.hold_stop_signals()\n"
+    (tmp_path / "rank.py").write_text(code + "os.write(1, b'begun\\n')\ntime.sleep(60)\n")
     command = [sys.executable, tmp_path / "rank.py"]
     if ranks > 1:
         command[1:1] = ["-m", "megadual.run.local", str(ranks)]
@@ -313,6 +316,31 @@ def test_ctrl_c_before_training_ends_at_once(tmp_path, ranks):
     process.send_signal(signal.SIGINT)
     told = process.communicate(timeout=30)[1]
     assert (told, process.returncode) == ("", -signal.SIGINT if ranks == 1 else exits.INTERRUPTED)
+
+
+def test_ranks_stop_in_order_where_torchrun_is_killed(tmp_path):
+    rank = """
+import contextlib, os, sys, time
+from pathlib import Path
+from megadual.run.local import hold_stop_signals
+from megadual.run.signals import StopSignal
+hold_stop_signals()
+with contextlib.closing(StopSignal()) as stop:
+    print(os.getpid(), flush=True)
+    while not stop.got:
+        time.sleep(0.02)
+    Path(sys.argv[1]).write_text("saved")
+"""
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher, "-c", rank, tmp_path / "saved"],
+        env=os.environ | {"TORCHELASTIC_RUN_ID": "none"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    pid = int(process.stdout.readline())
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(30) == -signal.SIGUSR1
+    wait_for(lambda: not alive(pid))
+    assert (tmp_path / "saved").read_text() == "saved"
 
 
 def test_what_nohup_ignores_stays_ignored():
