@@ -80,10 +80,9 @@ class TensorFiles(FileSystemReader):
         for name, entry in self.entries.items():
             if not isinstance(name, str) or not isinstance(entry.properties.dtype, torch.dtype):
                 raise TypeError(f"{name!r} has no dtype")
-            for box in (entry, *entry.chunks):
-                sizes = [entry.size] if box is entry else [box.sizes, box.offsets]
-                if not all(isinstance(each, torch.Size) and len(each) == len(entry.size) for each in sizes):
-                    raise TypeError(f"'{name}' has no size")
+            sizes = [entry.size, *(size for chunk in entry.chunks for size in (chunk.sizes, chunk.offsets))]
+            if not all(isinstance(size, torch.Size) and len(size) == len(entry.size) for size in sizes):
+                raise TypeError(f"'{name}' has no size")
         for place in self.storage_data.values():
             if Path(place.relative_path).name != place.relative_path:
                 raise ValueError(f"'{place.relative_path}' is no file of the checkpoint")
