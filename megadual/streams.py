@@ -89,9 +89,6 @@ COLUMNS = {
 CODES = "ndarray:uint16"
 
 
-_SHAPES = (), (3,), (2,), ()  # of text_ids, turns, grids and image_use behind their first axis
-
-
 def check_stream_names(names: Iterable[str]) -> None:
     """ValueError where streams can't have these names: columns of shard sets, losses and parts of the model do too."""
     from torch.nn import ModuleDict  # takes seconds to import
@@ -254,13 +251,9 @@ class Document:
         )
 
     def check(self, special: SpecialIds) -> "Document":
-        """Raise ValueError, naming the document, where its columns do not fit together."""
-        shapes = self.text_ids.shape[1:], self.turns.shape[1:], self.grids.shape[1:], self.image_use.shape[1:]
-        if shapes != _SHAPES:
-            raise ValueError(
-                f"document '{self.key}': text_ids, turns, grids and image_use of shapes {self.text_ids.shape}, "
-                f"{self.turns.shape}, {self.grids.shape} and {self.image_use.shape}"
-            )
+        """Raise ValueError, naming the document, where its columns do not fit together; TypeError where one has other
+        axes. Cheap, since every document that is read is checked.
+        """
         images, positions = np.count_nonzero(self.text_ids == special.image), self.positions
         if images != len(self.grids):
             raise ValueError(f"document '{self.key}': {images} image tokens in the text, {len(self.grids)} grids")
@@ -272,9 +265,9 @@ class Document:
                 )
         if len(self.image_use) != images:
             raise ValueError(f"document '{self.key}': uses of {len(self.image_use)} images, there are {images}")
-        for use in self.image_use.tolist():
-            if use not in _USES:
-                raise ValueError(f"document '{self.key}': image_use has the unknown value {use}")
+        if not _USES.issuperset(uses := self.image_use.tolist()):
+            unknown = next(use for use in uses if use not in _USES)
+            raise ValueError(f"document '{self.key}': image_use has the unknown value {unknown}")
         turns, begin, captions = self.turns.tolist(), 0, 0
         for end, role, bits in turns:
             if end < begin:

@@ -226,6 +226,10 @@ class PackedDataset:
                     raise UserError(
                         f"{self._where(piece)}: not as its folder's {LENGTHS} and {CAPTIONS} say"
                     ) from error
+                except TypeError as error:
+                    raise UserError(
+                        f"{self._where(piece)}, '{document.key}': a column has other axes ({error}); {AGAIN}"
+                    ) from error
                 except ValueError as error:
                     raise UserError(f"{self._where(piece)}: {error}") from error
                 keys.append(document.key)
@@ -235,7 +239,7 @@ class PackedDataset:
                 keys.append("")
                 lengths.append(rest)
         assert whole is not None  # a row has a document
-        if self._out_of_range(whole.largest()):
+        if self.limits and self._out_of_range(whole.largest()):
             self._refuse(rows)
         return _micro_batch(whole, lengths, marks, keys)
 

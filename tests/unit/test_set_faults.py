@@ -257,8 +257,8 @@ DAMAGES = {
     "bits": (lambda d: d.turns.__setitem__((0, 2), 9), "unknown bits 9"),
     "end": (lambda d: d.turns.__setitem__((0, 0), 99), "turns end at .99"),
     "grid": (lambda d: d.grids.__setitem__((0, 0), 3), "the grids say 9 positions"),
-    "turns of one axis": (lambda d: setattr(d, "turns", d.turns.ravel()), "of shapes .*1,"),
-    "uses of two axes": (lambda d: setattr(d, "image_use", d.image_use.reshape(1, 1)), "of shapes .*1, 1"),
+    "turns of one axis": (lambda d: setattr(d, "turns", d.turns.ravel()), "other axes"),
+    "uses of two axes": (lambda d: setattr(d, "image_use", d.image_use.reshape(1, 1)), "other axes"),
 }  # fmt: skip
 
 
