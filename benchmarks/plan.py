@@ -171,9 +171,12 @@ def tables(measured: tuple[str, Rates], curves: dict[str, list[Candidate]]) -> d
 def renewed(page: str, tables: dict[str, str]) -> str:
     """The page with each table in the place that is marked with its name."""
     for name, table in tables.items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        before, _, rest = page.partition(begin)
-        page = before + begin + table + end + rest.partition(end)[2]
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, opened, rest = page.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (opened and closed):
+            raise UserError(f"the page has no place for the table '{name}': {begin.strip()} and {end}")
+        page = f"{before}{begin}{table}\n{end}{after}"
     return page
 
 

@@ -71,7 +71,7 @@ class Search:
         faster = [each for each in too_large if each.prediction.step_s < best.prediction.step_s]
         width = max(len(each.name) for each in [*shown, *faster[:2]])
         lines = [
-            f"  {each.name:{width}}  {each.prediction.step_s:8.2f} s a step  {each.most_gib:6.1f} GiB{what}"
+            f"  {each.name:{width}}  {each.prediction.step_s:9.3g} s a step  {each.most_gib:6.1f} GiB{what}"
             for each, what in [(each, "") for each in shown] + [(each, ", does not fit") for each in faster[:2]]
         ]
         lines.append(

@@ -160,7 +160,7 @@ def settle(run: PretrainConfig, world: int, inputs: Inputs, here: bool = True) -
 def _last_layout(run: PretrainConfig) -> tuple[int, str] | None:
     """The processes and the layout of this run's last start; None where there was none that can be read."""
     folder = Path(run.run.dir)
-    with contextlib.suppress(UserError, IndexError, OSError):
+    with contextlib.suppress(ValueError, LookupError, OSError):
         world, last = record.read_starts(folder)[-1]["world"], load_config(PretrainConfig, folder / session.CONFIG)
         return world, choose.describe(last, topology(last, world))
     return None
@@ -168,6 +168,8 @@ def _last_layout(run: PretrainConfig) -> tuple[int, str] | None:
 
 def check_agreed(run: PretrainConfig, ranks: Ranks) -> None:
     """UserError where ranks have picked different layouts, as they may on GPUs of different types."""
+    if run.parallel.layout == "given":
+        return
     picked = ranks.gather((dataclasses.asdict(run.parallel), run.train.recompute))
     if other := next((rank for rank, each in enumerate(picked) if each != picked[0]), None):
         raise UserError(
