@@ -40,6 +40,7 @@ class SteadyFile:
             self.close()
             told = f"'{self.url}' can't be read: {type(problem).__name__}: {problem}"
             missing = isinstance(problem, FileNotFoundError) or getattr(problem, "status", None) == 404
+            missing = missing or type(problem).__name__ == "NoSuchBucket"  # s3fs has it for no FileNotFoundError
             if missing and "://" in self.url:  # it may never have been there; a path was, when files were listed
                 raise UserError(told)
             if pause is not None:

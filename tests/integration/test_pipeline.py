@@ -349,6 +349,8 @@ def test_from_bucket_to_bucket(inputs, shards, cluster, s3, tmp_path):
     browse.main([f"{s3}/set", "--output", str(tmp_path / "page.html"), "-n", "3"])
     assert (tmp_path / "page.html").read_text().count("<article>") == 3
 
+    with pytest.raises(UserError, match="nowhere/set/manifest.json' can't be read: NoSuchBucket"):
+        ShardSet("s3://nowhere/set", cache=Cache(tmp_path / "trainer"))
     with pytest.raises(UserError, match="cannot write to 's3://nowhere/set'"):
         tokenize(dataclasses.replace(config, output="s3://nowhere/set"))
     files.rm_file("bucket/set/pages/shard.00000.mds")
