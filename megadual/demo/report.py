@@ -139,6 +139,7 @@ Everything is tiny: the figures show that each stage works, not what the method 
 
 <h2>Scores on held-out scenes</h2>
 {{ scores }}
+<p><a href="scenes/scenes.html">The pictures and texts that were scored</a>, each marked as right or wrong.</p>
 
 <h2>Stages</h2>
 <table>{% for name, seconds in report.stages.items() %}
