@@ -128,15 +128,19 @@ def draw(path: Path, measured: tuple[str, Rates]) -> dict[str, list[Candidate]]:
         curves[model] = [each[0] for each in picked if each]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
     for model, picked in curves.items():
-        left.plot([each.layout.world for each in picked], [100 * each.prediction.mfu for each in picked], "o-", ms=3,
-                  label=model.upper())  # fmt: skip
-    left.set(xscale="log", xlabel="GPUs", ylabel="MFU, %", ylim=(0, None), title=f"{ROWS_A_GPU} rows of 4,096 a GPU")
+        fixed = [each[0] for gpus in CURVE[::3] if (each := planned(model, gpus, 2**21, measured).fitting)]
+        for line, style, label in ((picked, "o-", model.upper()), (fixed, "--", None)):
+            points = [(each.layout.world, 100 * each.prediction.mfu) for each in line]
+            left.plot(*zip(*points, strict=True), style, ms=3, label=label, color=f"C{list(curves).index(model)}")
+    left.set(xscale="log", xlabel="GPUs", ylabel="MFU, %", ylim=(0, 55))
+    left.set_title(f"{ROWS_A_GPU} rows of 4,096 a GPU; dashed: 512 in all", fontsize=10)
     left.legend(loc="lower left")
     picked = curves["7b"]
     parts = [part for part in picked[0].prediction.parts if part not in NATURAL]
     shares = [[100 * each.prediction.parts[part] / each.prediction.step_s for each in picked] for part in parts]
     right.stackplot([each.layout.world for each in picked], shares, labels=parts)
-    right.set(xscale="log", xlabel="GPUs", ylabel="% of the step", title="7B: where the rest of the time goes")
+    right.set(xscale="log", xlabel="GPUs", ylabel="% of the step", ylim=(0, 20))
+    right.set_title("7B: what of a step is neither computing nor optimizer", fontsize=10)
     right.legend(loc="upper left", fontsize=7)
     for axes in (left, right):
         axes.set_xticks(CURVE[::3], [f"{gpus:,}" for gpus in CURVE[::3]])
