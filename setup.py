@@ -39,7 +39,7 @@ setup(
         "accelerate>=1,<2",  # device_map of exported models
         "safetensors<1",
         "tokenizers<1",
-        "omegaconf>=2.3,<3",
+        "omegaconf>=2.4.0,<3",
         "ray[default]>=2.49,<3",
         "webdataset>=1.0,<2",
         "pyarrow<27",
