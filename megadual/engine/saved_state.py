@@ -50,13 +50,15 @@ class SavedState(ABC):
         """Note the parameters and where they lie in the whole model, while they are whole (ZeRO-3 splits them)."""
         self.parameters: dict[str, torch.nn.Parameter] = {}
         self.entries, self.shapes, self.buffers = {}, {}, {}
+        self.constants: list = []  # the buffers' entries, under each name that another layout may give them
         for i, chunk in enumerate(self.chunks):
             entries, buffers = sharded.named_entries(chunk)
             for name, parameter in chunk.named_parameters():
                 key = f"{i}.{name}"
                 self.parameters[key], self.entries[key] = parameter, entries[name]
                 self.shapes[key] = parameter.shape
-            self.buffers |= {f"{i}.{name}": entry for name, entry in buffers.items()}
+            self.buffers |= {f"{i}.{name}": buffers[name] for name, _ in chunk.named_buffers() if name in buffers}
+            self.constants += buffers.values()
 
     @property
     def updates(self) -> int:
@@ -88,7 +90,7 @@ class SavedState(ABC):
             for name in self.parameters
             for prefix, tensor in self._empty(name)
         ]
-        sharded.check_fits(entries, list(self.buffers.values()), files)
+        sharded.check_fits(entries, self.constants, files)
         total = sum(math.prod(shape) for shape in self.shapes.values())
         parts = torch.tensor([total // LOADED_AT_ONCE + 1], device=torch.cuda.current_device())
         dist.all_reduce(parts, op=dist.ReduceOp.MAX)

@@ -47,12 +47,12 @@ class ShardedWrite:
 
 def read(state: dict, files: TensorFiles) -> dict:
     """`state` with its sharded tensors filled from `files`, by each rank for itself."""
-    return {name: _filled(entry, files) for name, entry in state.items()}
+    return _filled(state, files)
 
 
 def _filled(entry, files: TensorFiles):
     if isinstance(entry, dict):
-        return read(entry, files)
+        return {name: _filled(part, files) for name, part in entry.items()}
     if isinstance(entry, list):
         return [_filled(part, files) for part in entry]
     if isinstance(entry, ShardedTensorFactory):
@@ -105,9 +105,9 @@ def load_weights(chunks: list[torch.nn.Module], folder: Path) -> None:
 
 
 def named_entries(chunk: torch.nn.Module) -> tuple[dict, dict]:
-    """The entries of the chunk's parameters, and of the buffers that are saved, by local name."""
+    """The entries of the chunk's parameters, and of its buffers by all of their names, by local name."""
     state = chunk.sharded_state_dict(metadata=dict(METADATA))
-    buffers = {name: state[name] for name, _ in chunk.named_buffers() if name in state}
+    buffers = {name: state[name] for name, _ in chunk.named_buffers(remove_duplicate=False) if name in state}
     return {name: state[name] for name, _ in chunk.named_parameters()}, buffers
 
 
