@@ -120,12 +120,6 @@ def test_a_plan_with_all_inputs_reads_them(inputs, monkeypatch, capsys):
     assert dry_run(monkeypatch, capsys, *inputs, RANK="1", WORLD_SIZE="2") == ""
 
 
-def test_half_a_launcher_is_refused(inputs, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        dry_run(monkeypatch, capsys, *inputs, WORLD_SIZE="2")
-    assert "error: of RANK and WORLD_SIZE only one is set" in capsys.readouterr().err
-
-
 def test_auto_trains_and_picks_again_when_the_processes_change(inputs, tmp_path, monkeypatch, capsys):
     run = [*inputs, f"run.dir={tmp_path}", "parallel.layout=auto", "train.steps=2"]
     told = pretrain(*run, "run.ranks=2").stdout
