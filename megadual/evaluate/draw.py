@@ -192,6 +192,7 @@ def draw_on_ray(
             begin=lambda actor, batch: actor.draw.options(num_returns="streaming").remote(batch),
             todo=todo,
             board=board,
+            can_grow=not started,
         )
         try:
             for _ in range(worker_count(workers, len(todo), can_grow=not started)):

@@ -12,6 +12,7 @@ from megadual.errors import UserError
 from megadual.synthetic.corpus import KINDS
 from megadual.synthetic.drawings import DRAWINGS
 from megadual.synthetic.scenes import PRESETS, RICH, Preset, Scene
+from megadual.tars import tar_members
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,14 @@ def _preset_of(corpus: Path) -> Preset:
 def _scenes_of(corpus: Path) -> Iterator[dict]:
     """Every scene of the training parts, as it stands beside the pictures."""
     for path in sorted(corpus.glob("*train-*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith(".json"):
-                    described = json.load(tar.extractfile(member))
-                    yield from described.get("scenes") or [described.get("scene") or described]
+        try:
+            with open(path, "rb") as tar:
+                for member in tar_members(tar, str(path)):
+                    if member["fname"].endswith(".json"):
+                        described = json.loads(member["data"])
+                        yield from described.get("scenes") or [described.get("scene") or described]
+        except (tarfile.TarError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"'{path}' is no tar of a corpus: {error}; make the corpus again") from error
     for path in sorted(corpus.glob("edits-train-*.jsonl")):
         for line in path.read_text().splitlines():
             described = json.loads(line)
