@@ -116,7 +116,7 @@ def stages(layout: list[str]) -> list[Stage]:
         Stage(
             "scenes", "score describing, answering, drawing and editing on other held-out scenes",
             f"-m megadual.evaluate scenes --model {RUN}/hf --detector {RUN}/detector.pt --corpus {CORPUS} "
-            f"--output {RUN}/scenes --scenes 100",
+            f"--output {RUN}/scenes --scenes 40",
             RUN / "scenes/scenes.json",
         ),
     ]  # fmt: skip

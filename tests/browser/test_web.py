@@ -85,7 +85,7 @@ def test_drawing(browser, model):
 def test_describing(browser, model, picture, tmp_path):
     open_tab(browser, "Describe")
     browser.click("#describe")
-    browser.get_by_text("Choose an image first.").wait_for()
+    browser.get_by_text("choose an image first").wait_for()
     browser.set_input_files("#shown input[type=file]", tmp_path / "picture.png")
     browser.wait_for_selector("#shown img")
     browser.fill("#beginning textarea", "a")

@@ -64,10 +64,10 @@ def files(tmp_path_factory):
 
 
 FILES = [
-    ("text.png", "it is none of PNG, JPEG"),
-    ("empty.png", "it is none of PNG"),
+    ("text.png", "it is none of JPEG, PNG"),
+    ("empty.png", "it is none of JPEG"),
     ("cut.png", "."),
-    ("eps.jpg", "it is none of PNG"),
+    ("eps.jpg", "it is none of JPEG"),
     ("huge.png", "pixels"),
     ("large.png", "it has 12000 x 12000 pixels, more than 100000000"),
     ("long.png", "bytes, more than"),
@@ -171,7 +171,7 @@ PROMPTS = [
     (message({"type": "image", "url": "ftp://127.0.0.1/a.png"}), "no base64"),
     (message({"type": "image", "image": "data:image/png,abc"}), "data:image/...;base64,..."),
     (message({"type": "image", "image": "data:image/png;base64,abc"}), "is no image"),
-    (message({"type": "image", "image": "data:image/png;base64," + base64.b64encode(EPS).decode()}), "is none of PNG"),
+    (message({"type": "image", "image": "data:image/png;base64," + base64.b64encode(EPS).decode()}), "is none of JPEG"),
     (message({"type": "image", "base64": base64.b64encode(png_of(60_000, 60_000)).decode()}), "pixels"),
     (message({"type": "image", "image": "x" * 200}), "'" + "x" * 80 + "...' is no image"),
 ]
@@ -199,7 +199,7 @@ def test_files_are_opened_where_they_are_allowed(model, files, tmp_path):
     (tmp_path / "link.png").symlink_to(good)
     with pytest.raises(ValueError, match="it is not in"):
         red(model, str(tmp_path / "link.png"), allow_paths=tmp_path)
-    with pytest.raises(ValueError, match="is no image: it is none of PNG"):
+    with pytest.raises(ValueError, match="is no image: it is none of JPEG"):
         red(model, str(files / "eps.jpg"), allow_paths=True)
     with pytest.raises(ValueError, match="allow_paths"):
         red(model, good)
@@ -254,7 +254,7 @@ def server(files):
     ("path", "reason"),
     [
         ("/404", "404"),
-        ("/text", "it is none of PNG"),
+        ("/text", "it is none of JPEG"),
         ("/endless", "it has more than 1000000 bytes"),
         ("/slow", "it takes more than 0.2 s"),
         ("/to/file:///etc/hostname", "file:"),

@@ -380,10 +380,15 @@ with unbreakable_output(), contextlib.closing(StopSignal()) as stop:
     Path(sys.argv[1]).write_text("saved")
 sys.exit(75)
 """
+
+    def in_the_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup
+
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path / "saved"], stdin=theirs, stdout=theirs, stderr=theirs,
-        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        start_new_session=True, preexec_fn=in_the_terminal,
     )  # fmt: skip
     os.close(theirs)
     assert b"a step" in os.read(ours, 100)

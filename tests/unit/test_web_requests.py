@@ -132,7 +132,7 @@ def test_images_are_read_in_the_formats_that_are_meant(address, model):
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     (path,) = json.loads(upload(address, eps, "<b>.jpg")[1])
     error = call(address, "describe", file(path), "", "")["error"]["error"]
-    assert "it is none of PNG" in error and "<b>" not in error
+    assert "it is none of JPEG" in error and "<b>" not in error
     assert "choose an image first" in call(address, "describe", None, "", "")["error"]["error"]
 
 
