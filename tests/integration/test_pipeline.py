@@ -374,7 +374,8 @@ def test_verify_names_what_does_not_hold(shards, tmp_path, capsys):
         verify.main([str(damaged)])
     assert stopped.value.code == 2
     said = capsys.readouterr().err
-    for words in ("heldout-00000/shard.00000.mds: sha256", "lines: in the manifest", "stray: committed, but not in"):
+    damage = ("heldout-00000/shard.00000.mds: its SHA-256 is", "lines/lengths.npy: does not exist")
+    for words in (*damage, "stray: committed, but not in"):
         assert words in said
 
 

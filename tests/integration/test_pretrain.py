@@ -202,7 +202,7 @@ def test_draws_samples_from_checkpoints(inputs, tmp_path):
 
 
 def test_scores_checkpoints(inputs, tmp_path):
-    detector, run = tmp_path / "detector.pt", [*inputs, f"run.dir={tmp_path}", "train.steps=2"]
+    detector, run = tmp_path / "detector.pt", [*inputs, f"run.dir={tmp_path}", "train.steps=2", "train.seq_len=128"]
     Detector(sorted(DRAWINGS), side=64, width=4).save(detector)
     pretrain(*run, "run.evaluate_every=2", f"run.evaluate_detector={detector}", "run.evaluate_scenes=3")
     report = json.loads((tmp_path / "evaluations/00000002/scenes.json").read_text())
