@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadual.errors import UserError, command
+from megadual.errors import UserError, command, first_line
 from megadual.vision import DualToken, DualTokenConfig, StreamConfig
 from megadual.vision.config import read_siglip_config
 from megadual.vision.presets import siglip_from_shapes
@@ -82,7 +82,7 @@ def siglip_config(folder: Path | None, rqvaesiglip: dict[str, Any], state: dict[
         try:
             return read_siglip_config(folder).to_dict()
         except Exception as error:  # of transformers' checks
-            raise UserError(f"'{folder / 'config.json'}' is no SigLIP's: {str(error).splitlines()[0]}") from error
+            raise UserError(f"'{folder / 'config.json'}' is no SigLIP's: {first_line(error)}") from error
     prefix, decoder = "siglip_model.", take(rqvaesiglip, "ddconfig", "rqvaesiglip")
     shapes = {name.removeprefix(prefix): tuple(x.shape) for name, x in state.items() if name.startswith(prefix)}
     try:

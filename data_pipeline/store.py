@@ -16,6 +16,7 @@ from pathlib import Path
 import fsspec
 
 from megadual.errors import UserError
+from megadual.run.files import sync
 from megadual.run.lock import RunLock
 
 MARKER = "_SUCCESS"  # not *.json: streaming's merge_index takes every .json below a set for an index
@@ -30,15 +31,6 @@ def open_store(output: str) -> "Store":
         return Store(output)
     except (ImportError, ValueError) as error:
         raise UserError(f"output: '{output}' cannot be opened: {error}") from error
-
-
-def _sync(path: Path) -> None:
-    """Have a file's or folder's content on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Store:
@@ -147,7 +139,7 @@ class Folder(Store):
 
     def commit(self, folder: Path, name: str) -> None:
         for path in [*folder.iterdir(), folder]:
-            _sync(path)
+            sync(path)
         target = Path(self.root) / name
         try:
             folder.rename(target)
@@ -160,15 +152,15 @@ class Folder(Store):
                 folder.rename(target)
                 shutil.rmtree(old, ignore_errors=True)
             # else another worker did the same shard first, with the same bytes
-        _sync(Path(self.root))
+        sync(Path(self.root))
 
     def replace(self, name: str, chunks: Iterable[str]) -> None:
         temporary = Path(tempfile.mkdtemp(dir=Path(self.root) / TEMPORARY)) / name
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(chunks)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, Path(self.root) / name)
-        _sync(Path(self.root))
+        sync(Path(self.root))
         temporary.parent.rmdir()
 
     def clean(self) -> None:

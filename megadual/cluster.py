@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from megadual.errors import UserError
+from megadual.errors import UserError, first_line
 
 SECONDS_BEFORE_WORD = 60  # without any worker
 
@@ -201,4 +201,4 @@ def reason(error: RayError) -> str:
     """What went wrong, out of Ray's long account of it."""
     if isinstance(error, RayTaskError):
         return f"{type(error.cause).__name__}: {error.cause}"
-    return "the worker died" if isinstance(error, RayActorError) else str(error).splitlines()[0]
+    return "the worker died" if isinstance(error, RayActorError) else first_line(error)

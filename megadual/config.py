@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from megadual.errors import UserError
+from megadual.errors import UserError, first_line
 from megadual.keys import MISSING, Key
 
 Config = TypeVar("Config")
@@ -50,14 +50,14 @@ def load_config(
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(layer))
         except OmegaConfBaseException as error:
-            raise UserError(f"{place}: {_first_line(error)} ({getattr(error, 'full_key', '')})") from error
+            raise UserError(f"{place}: {first_line(error)} ({getattr(error, 'full_key', '')})") from error
     try:
         config: Any = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
         name = getattr(error, "full_key", "")
         raise UserError(f"config key '{name}' has no value; give it in the YAML or as {name}=...") from error
     except OmegaConfBaseException as error:  # of an interpolation: ${KEY}, ${oc.env:VARIABLE}
-        raise UserError(f"config key '{getattr(error, 'full_key', '')}': {_first_line(error)}") from error
+        raise UserError(f"config key '{getattr(error, 'full_key', '')}': {first_line(error)}") from error
     check_values(config)
     if hasattr(config, "resolve"):
         config.resolve()
@@ -399,9 +399,5 @@ def _contents(layer: DictConfig) -> dict:
 
 def _yaml_problem(error: Exception) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    line = _first_line(problem or error)
+    line = first_line(problem or error)
     return f"line {mark.line + 1}: {line}" if mark else line
-
-
-def _first_line(error: object) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

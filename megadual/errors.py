@@ -19,6 +19,11 @@ class UserError(ValueError):
     own = False  # whether one rank may see it alone
 
 
+def first_line(error: object) -> str:
+    """What an error says in one line, its type where it says nothing: libraries' messages may go on for pages."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def command(main):
     """Decorate a command's `main`: a UserError prints one line and exits with its code, no traceback. So does one whose
     output nobody reads any more (`| head`), without a line.

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megadual.errors import UserError, command
+from megadual.errors import UserError, command, first_line
 from megadual.streams import END_OF_TEXT, IMAGE, SPECIAL_TOKENS
 from megadual.tars import tar_members
 
@@ -26,7 +26,7 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         # An exported folder has code of its own, but not of its tokenizer; otherwise transformers asks on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"no text tokenizer in '{folder}': {str(error).splitlines()[0]}") from error
+        raise UserError(f"no text tokenizer in '{folder}': {first_line(error)}") from error
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     return tokenizer  # type: ignore[return-value]  # transformers has slow ones as well, for other files
 

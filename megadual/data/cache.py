@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megadual.errors import UserError
+from megadual.run.files import sync
 from megadual.steady_file import SteadyFile
 
 PIECE = 1 << 22  # bytes
@@ -122,7 +123,7 @@ class Cache:
                     part.unlink()
                     raise
                 os.rename(part, path)
-                _sync(self.folder)
+                sync(self.folder)
         except OSError as error:
             raise StoreError(f"data.cache: '{self.folder}' can't take '{url}': {error.strerror or error}") from error
 
@@ -205,12 +206,3 @@ def _is(file: BinaryIO, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False
-
-
-def _sync(folder: Path) -> None:
-    """Have a folder's names on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -22,7 +22,7 @@ import torch
 from megadual.data.cache import THREADS, Cache
 from megadual.data.contents import AGAIN, Contents, ShardFile, load_captions, load_lengths
 from megadual.data.places import Place, place
-from megadual.errors import UserError
+from megadual.errors import UserError, first_line
 from megadual.streams import CAPTIONS, CODES, COLUMNS, LENGTHS, Document, Lengths, mds_columns
 
 # An array's first byte (number of axes << 2 | log2 of the bytes of each, the fewest that do) -> its shape after that.
@@ -91,7 +91,7 @@ def _map(path: Path) -> memoryview:
         mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     except RuntimeError as error:
         raise UserError(
-            f"shard '{path}' can't be mapped into memory ({str(error).splitlines()[0]}); a process may map as many "
+            f"shard '{path}' can't be mapped into memory ({first_line(error)}); a process may map as many "
             "files as `sysctl vm.max_map_count` says: raise it, or make the set again with larger shards"
         ) from error
     return mapped.numpy().data

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from megadual.errors import UserError
+from megadual.errors import UserError, first_line
 from megadual.hf.configuration_megadual import MegaDualConfig
 from megadual.hf.modeling_megadual import MegaDualForCausalLM
 from megadual.hf.tensors import FolderTensors, misfits, read_json
@@ -53,7 +53,7 @@ def open_folder(folder: str | Path, device: str | None = None) -> MegaDualForCau
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} is not here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {device} is not here: {first_line(error)}") from error
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):

@@ -24,7 +24,7 @@ from megadual.engine import cpu
 cpu.install()
 
 from megadual.config import load_config  # noqa: E402
-from megadual.errors import UserError  # noqa: E402
+from megadual.errors import UserError, first_line  # noqa: E402
 from megadual.hf.configuration_megadual import MegaDualConfig  # noqa: E402
 from megadual.hf.export import DUALTOKEN, check_dualtoken, model_config, read_dualtoken  # noqa: E402
 from megadual.hf.folder import exported_shapes, is_export, read_export  # noqa: E402
@@ -49,7 +49,7 @@ def find_model(name: str) -> Path:
         try:
             return Path(snapshot_download(name, allow_patterns=FILES))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"--model '{name}' is no folder, and no model that can be downloaded: {reason}") from error
     if not (Path(name) / "config.json").is_file():
         raise UserError(f"--model '{name}' holds no config.json")
@@ -66,7 +66,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # of transformers' checks
-        raise UserError(f"'{folder / 'config.json'}' describes no model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"'{folder / 'config.json'}' describes no model: {first_line(error)}") from error
     rope = config.rope_parameters
     if rope["rope_type"] != "default":
         raise UserError(f"--model '{folder}' scales its positions ({rope['rope_type']}), which the trainer does not")
@@ -113,7 +113,7 @@ def read_tokenizer(folder: Path, other: str | None) -> tuple[PreTrainedTokenizer
         try:
             own = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
         except Exception as error:  # of tokenizers' reader
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"'{folder / 'tokenizer.json'}' is no tokenizer that can be read: {reason}") from error
     elif not other:
         raise UserError(f"--model '{folder}' has no tokenizer.json; give --text-tokenizer DIR")

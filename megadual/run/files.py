@@ -1,4 +1,4 @@
-"""Small files that are there whole or not at all."""
+"""Files that are on the disk, whole or not at all."""
 
 import os
 from pathlib import Path
@@ -12,3 +12,12 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

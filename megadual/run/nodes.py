@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megadual.errors import UserError
+from megadual.errors import UserError, first_line
 from megadual.run import exits
 from megadual.run.config import RunConfig
 from megadual.run.local import STORE
@@ -61,7 +61,7 @@ def open_store(rank: int, world: int, timeout_s: float = START_TIMEOUT_S) -> dis
             master_listen_fd=_listen(address, port) if serves else None,
         )
     except (OSError, RuntimeError) as error:  # ours, and torch.distributed's
-        place, reason = f"MASTER_ADDR={address} MASTER_PORT={port}", str(error).splitlines()[0]
+        place, reason = f"MASTER_ADDR={address} MASTER_PORT={port}", first_line(error)
         if serves:
             raise MeetingError(
                 f"rank 0 can't listen at {place}: {reason}; give another port, or its address"
@@ -125,7 +125,7 @@ def _gpu(device: str | None) -> list[str]:
         ones = torch.ones(256, 256, device=f"cuda:{local}")
         works = bool(torch.all(ones @ ones == 256))
     except RuntimeError as error:
-        return [f"GPU {local}: {str(error).splitlines()[0]}"]
+        return [f"GPU {local}: {first_line(error)}"]
     return [] if works else [f"GPU {local} multiplies wrongly"]
 
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megadual.errors import UserError
+from megadual.errors import UserError, first_line
 from megadual.run.checkpoints import PASSING
 
 INDEX = ".metadata"
@@ -73,7 +73,7 @@ class TensorFiles(FileSystemReader):
             self.storage_data = index.storage_data
             self._check()
         except Exception as error:  # of unpickling: whatever wrong bytes lead to
-            raise UserError(f"checkpoint '{checkpoint}': {INDEX} is not its index: {_line(error)}") from error
+            raise UserError(f"checkpoint '{checkpoint}': {INDEX} is not its index: {first_line(error)}") from error
 
     def _check(self) -> None:
         """Raises where the index is not made as one is, or leads out of the folder."""
@@ -113,7 +113,7 @@ class TensorFiles(FileSystemReader):
             except Exception as error:
                 if getattr(error, "errno", None) in PASSING:
                     raise
-                raise UserError(f"checkpoint '{self.folder}': {file} has no {name}: {_line(error)}") from error
+                raise UserError(f"checkpoint '{self.folder}': {file} has no {name}: {first_line(error)}") from error
 
 
 class _Into(DefaultLoadPlanner):
@@ -132,8 +132,3 @@ class _Into(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value) -> None:
         raise TypeError("it is no tensor")  # torch's would unpickle it
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import SiglipConfig
 
-from megadual.errors import UserError
+from megadual.errors import UserError, first_line
 from megadual.keys import key
 from megadual.run.checkpoints import CheckpointFolder
 from megadual.run.config import CheckpointConfig, OptimConfig, RunConfig, TrainConfig
@@ -144,7 +144,7 @@ def _siglip_config(name: str) -> SiglipConfig:
     try:
         return read_siglip_config(name)
     except OSError as error:
-        raise UserError(f"no SigLIP in '{name}': {str(error).splitlines()[0]}") from error
+        raise UserError(f"no SigLIP in '{name}': {first_line(error)}") from error
 
 
 def _how_many(pattern: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
-from megadual.errors import UserError
+from megadual.errors import UserError, first_line
 from megadual.keys import key
 from megadual.run.bad_loss import StepResult
 from megadual.run.config import CheckpointConfig, RunConfig, TrainConfig
@@ -135,7 +135,7 @@ def load_siglip(folder: str | Path) -> SiglipModel:
     try:
         return SiglipModel.from_pretrained(str(folder), config=read_siglip_config(folder)).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
-        raise UserError(f"no SigLIP in '{folder}': {str(error).splitlines()[0]}") from error
+        raise UserError(f"no SigLIP in '{folder}': {first_line(error)}") from error
 
 
 class SiglipTrainer(Trainer):

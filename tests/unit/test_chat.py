@@ -131,6 +131,5 @@ def test_a_folder_that_is_no_export_is_refused(tmp_path, folder):
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto"])
 def test_a_folder_opens_with_a_device_map(folder, device_map):
-    pytest.importorskip("accelerate")
     placed, plain = MegaDualForCausalLM.from_pretrained(folder, device_map=device_map), open_folder(folder, "cpu")
     assert placed.draw("two cats", seed=5)[0].tobytes() == plain.draw("two cats", seed=5)[0].tobytes()
