@@ -5,39 +5,18 @@ file and the stages before it are those of the last run; `make clean` starts ove
 """
 
 import argparse
-import dataclasses
-import hashlib
-import json
-import os
 import shlex
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from megadual.config import load_config
 from megadual.demo.report import write_report
+from megadual.demo.stage import Stage, run_stages
 from megadual.engine.topology import topology
 from megadual.errors import UserError, command
 from megadual.train.config import PretrainConfig
 
 RUN = Path("runs/demo")
 CORPUS, SHARDS = RUN / "corpus", RUN / "shards"
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One command, what it does in a line, and the file that is there once it is done."""
-
-    name: str
-    about: str
-    arguments: str  # of `python`
-    product: Path
-
-    def key(self, before: str) -> str:
-        """Changes with the command, with the YAML it names, and with the stages before."""
-        configs = [Path(a).read_text() for a in shlex.split(self.arguments) if a.endswith(".yaml")]
-        return hashlib.sha256("\n".join([before, self.arguments, *configs]).encode()).hexdigest()
 
 
 def stages(layout: list[str]) -> list[Stage]:
@@ -133,18 +112,6 @@ def layout_overrides(parallel: str) -> list[str]:
     return [f"parallel.{name}={value}" for name, value in sizes.items()]
 
 
-def run_stage(stage: Stage) -> float:
-    """Run the stage's command, its output shown as it comes; seconds it took."""
-    arguments = shlex.split(stage.arguments)
-    print(f"   $ python {stage.arguments}", flush=True)
-    begun = time.perf_counter()
-    code = subprocess.run([sys.executable, *arguments], env=os.environ | {"HF_HUB_OFFLINE": "1"}).returncode
-    if code:
-        print(f"error: stage '{stage.name}' failed with exit code {code}", file=sys.stderr)
-        sys.exit(code)
-    return time.perf_counter() - begun
-
-
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,22 +122,8 @@ def main() -> None:
     run = load_config(PretrainConfig, "pretrain/configs/tiny.yaml", layout)
     topology(run, run.parallel.tensor * run.parallel.pipeline)  # a layout that can't work stops here
 
-    record = RUN / "stages.json"
-    done = json.loads(record.read_text()) if record.is_file() else {}
-    plan, key = stages(layout), ""
-    for number, stage in enumerate(plan, start=1):
-        key = stage.key(key)
-        print(f"== {number}/{len(plan)} {stage.name}: {stage.about}", flush=True)
-        if done.get(stage.name, {}).get("key") == key and stage.product.exists():
-            print("   reused", flush=True)
-            continue
-        done = {s.name: done[s.name] for s in plan[: number - 1]}  # what follows is stale
-        seconds = run_stage(stage)
-        done[stage.name] = {"key": key, "seconds": round(seconds, 1)}
-        RUN.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(done, indent=2) + "\n")
-        print(f"   {seconds:.0f} s", flush=True)
-    page = write_report(RUN, {name: entry["seconds"] for name, entry in done.items()})
+    seconds = run_stages(stages(layout), RUN)
+    page = write_report(RUN, seconds)
     print(f"== report: {page}", flush=True)
 
 

@@ -11,14 +11,17 @@
 
 Each has a held-out part (`heldout-*.tar`, ...) of `--heldout` samples, of which no picture's caption is among the
 training's. The scenes that a sample shows are in its KEY.json, those of parquet rows in the `.jsonl` beside the file.
-`broken-00000.tar` mixes good pairs with unusable samples. The same arguments give the same bytes.
+`broken-00000.tar` mixes good pairs with unusable samples. The same arguments give the same bytes, with any number of
+`--workers`.
 """
 
 import argparse
 import json
+import multiprocessing
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,19 +108,21 @@ def make_corpus(
     edits: int = 0,
     stories: int = 0,
     scenes: str = "rich",
+    workers: int = 1,
 ) -> dict:
     """Write the corpus's files and `corpus.json`; returns the summary.
 
     train: pairs; questions, edits, stories: samples of these kinds, a conversation being one; heldout: samples in the
-    held-out part of each kind that there is; size: pixels of a side; scenes: a name in PRESETS.
+    held-out part of each kind that there is; size: pixels of a side; scenes: a name in PRESETS; workers: processes
+    that draw the pictures.
     """
     preset = PRESETS[scenes]
     check_packages()
     counts = {"pairs": train, "questions": questions, "edits": edits, "stories": stories}
-    if train < 1 or heldout < 1 or min(counts.values()) < 0 or size < 16:
+    if train < 1 or heldout < 1 or workers < 1 or min(counts.values()) < 0 or size < 16:
         raise UserError(
-            f"train {train} and heldout {heldout} must be at least 1, questions {questions}, edits {edits} and stories "
-            f"{stories} at least 0, size {size} at least 16 pixels"
+            f"train {train}, heldout {heldout} and workers {workers} must be at least 1, questions {questions}, edits "
+            f"{edits} and stories {stories} at least 0, size {size} at least 16 pixels"
         )
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -135,24 +140,39 @@ def make_corpus(
             barred |= {s.caption for name in parts for sample in parts[name][part] for s in KINDS[name].scenes(sample)}
 
     summary: dict = {"size": size, "seed": seed, "scenes": scenes, "drawings": len(preset.names)}
-    with tqdm(total=sum(map(len, _all(parts))), desc="corpus", unit="sample", mininterval=1) as bar:
-        for name, of in parts.items():
-            kind, files = KINDS[name], []
-            for part in ("train", "heldout"):
-                keyed = [(f"{kind.prefix}{part}-{i:06d}", sample) for i, sample in enumerate(of[part])]
-                for number, start in enumerate(range(0, len(keyed), SAMPLES_PER_FILE)):
-                    files.append(f"{kind.prefix}{part}-{number:05d}{kind.suffix}")
-                    kind.write(output / files[-1], keyed[start : start + SAMPLES_PER_FILE], size)
-                    bar.update(len(keyed[start : start + SAMPLES_PER_FILE]))
-            kinds = Counter(each for sample in of["train"] for each in kind.kinds(sample))
-            lengths = {part: len(samples) for part, samples in sorted(of.items(), reverse=True)}
-            summary[name] = {**lengths, "files": files, "kinds": dict(sorted(kinds.items()))}  # of the training part
+    files: list[tuple[str, Path, list[tuple[str, Any]]]] = []  # kind, path, keyed samples
+    for name, of in parts.items():
+        kind, begun = KINDS[name], len(files)
+        for part in ("train", "heldout"):
+            keyed = [(f"{kind.prefix}{part}-{i:06d}", sample) for i, sample in enumerate(of[part])]
+            for number, start in enumerate(range(0, len(keyed), SAMPLES_PER_FILE)):
+                path = output / f"{kind.prefix}{part}-{number:05d}{kind.suffix}"
+                files.append((name, path, keyed[start : start + SAMPLES_PER_FILE]))
+        kinds = Counter(each for sample in of["train"] for each in kind.kinds(sample))
+        lengths = {part: len(samples) for part, samples in sorted(of.items(), reverse=True)}
+        written = [path.name for _, path, _ in files[begun:]]
+        summary[name] = {**lengths, "files": written, "kinds": dict(sorted(kinds.items()))}  # of the training part
+    total = sum(len(keyed) for *_, keyed in files)
+    with tqdm(total=total, desc="corpus", unit="sample", mininterval=1) as bar:
+        for written_now in _written(files, size, workers):
+            bar.update(written_now)
     (output / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def _all(parts: dict[str, dict[str, list]]) -> Iterable[list]:
-    return (samples for of in parts.values() for samples in of.values())
+def _write(name: str, path: Path, keyed: list[tuple[str, Any]], size: int) -> int:
+    KINDS[name].write(path, keyed, size)
+    return len(keyed)
+
+
+def _written(files: list[tuple[str, Path, list[tuple[str, Any]]]], size: int, workers: int) -> Iterator[int]:
+    """Write the files; of each, as it is done, the number of its samples."""
+    if workers == 1:
+        yield from (_write(*file, size) for file in files)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(_write, *file, size) for file in files]):
+            yield done.result()
 
 
 @command
@@ -170,6 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw the pictures (default: 1)")
     args = parser.parse_args(argv)
     summary = make_corpus(**vars(args))
     for name in KINDS:

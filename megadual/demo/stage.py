@@ -1,0 +1,84 @@
+"""Running commands one after the other, each once: what is done is reused until its command or its config changes."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megadual.run import exits
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One command, what it does in a line, and the file that is there once it is done."""
+
+    name: str
+    about: str
+    arguments: str  # of `python`
+    product: Path
+
+    def key(self, before: str) -> str:
+        """Changes with the command, with the YAML it names, and with the stages before."""
+        configs = [Path(a).read_text() for a in shlex.split(self.arguments) if a.endswith(".yaml")]
+        return hashlib.sha256("\n".join([before, self.arguments, *configs]).encode()).hexdigest()
+
+
+def run_stages(plan: list[Stage], folder: Path, stop_after: float | None = None) -> dict[str, float]:
+    """Run what is not done yet, its output shown as it comes; seconds that each stage took when it was done.
+
+    Exits with a failed stage's code, and `stop_after` seconds from now with exits.STOPPED: a training stage has then
+    saved a checkpoint and goes on from it, another is begun anew. `folder`/stages.json keeps what is done.
+    """
+    record, until = folder / "stages.json", time.monotonic() + stop_after if stop_after else None
+    done = json.loads(record.read_text()) if record.is_file() else {}
+    key = ""
+    for number, stage in enumerate(plan, start=1):
+        key = stage.key(key)
+        print(f"== {number}/{len(plan)} {stage.name}: {stage.about}", flush=True)
+        if done.get(stage.name, {}).get("key") == key and stage.product.exists():
+            print("   reused", flush=True)
+            continue
+        before = done.get(stage.name, {})
+        spent = before.get("seconds", 0.0) if before.get("stopped") == key else 0.0
+        for stale in plan[number - 1 :]:
+            done.pop(stale.name, None)
+        code, seconds = _run(stage, until)
+        seconds += spent
+        stopped = until is not None and code not in (0, exits.WRONG_INPUT) and time.monotonic() > until
+        if not code or stopped:
+            done[stage.name] = {"stopped" if stopped else "key": key, "seconds": round(seconds, 1)}
+            folder.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(done, indent=2) + "\n")
+        if stopped:
+            print(f"stopped in stage '{stage.name}' after {stop_after:g} s; start again to go on", flush=True)
+            sys.exit(exits.STOPPED)
+        if code:
+            print(f"error: stage '{stage.name}' failed with exit code {code}", file=sys.stderr)
+            sys.exit(code)
+        print(f"   {seconds:.0f} s", flush=True)
+    return {stage.name: done[stage.name]["seconds"] for stage in plan}
+
+
+def _run(stage: Stage, until: float | None) -> tuple[int, float]:
+    """The command's exit code and the seconds it took; at `until` (time.monotonic) it gets SIGTERM."""
+    print(f"   $ python {stage.arguments}", flush=True)
+    begun = time.monotonic()
+    left = None if until is None else max(until - begun, 0.0)
+    process = subprocess.Popen(
+        [sys.executable, *shlex.split(stage.arguments)], env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    try:
+        code = process.wait(left)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait()
+    except BaseException:  # Ctrl-C, which the command got too
+        process.wait()
+        raise
+    return code, time.monotonic() - begun
