@@ -1,4 +1,5 @@
 # make demo   the whole way on a laptop: corpus -> tokenizer -> shards -> LLM -> Hugging Face folder -> report
+# make scenes the same at a size at which it works: on one GPU, from nothing to a model that describes and draws
 # make test   the tests
 # make check  lint, format and types
 # make test-mcore, test-transformers, test-slurm   against other versions; jobs on a real Slurm, started here as root
@@ -20,11 +21,14 @@ PARALLEL ?= pipeline=2
 # DeepSpeed's kernels are built when they are first used, not at installation.
 export DS_BUILD_OPS := 0
 
-.PHONY: install demo test check test-gpu test-mcore test-transformers test-lmms-eval test-latest constraints test-slurm \
+.PHONY: install demo scenes test check test-gpu test-mcore test-transformers test-lmms-eval test-latest constraints test-slurm \
 	golden clean
 install: $(VENV)/.installed
 demo: install
 	$(BIN)/python -m megadual.demo --parallel "$(PARALLEL)"
+# In pieces: SCENES="--stop-after 540" make scenes, as often as it takes.
+scenes: install
+	$(BIN)/python -m megadual.demo.scenes $(SCENES)
 # Two at a time, a file's in one process: most tests use one core, and share what their file has made.
 test: install
 	$(BIN)/python -m pytest tests --ignore=tests/slurm -n 2 --dist loadfile

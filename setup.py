@@ -27,7 +27,7 @@ setup(
     packages=find_packages(include=["megadual*", "pretrain*", "data_pipeline*", "checkpoints_tools*"]),
     package_data={
         "megadual.engine": ["rates.yaml"],
-        "pretrain": ["configs/*.yaml", "configs/stages/*.yaml"],
+        "pretrain": ["configs/*.yaml", "configs/stages/*.yaml", "configs/scenes/*.yaml"],
         "data_pipeline": ["configs/*.yaml"],
     },
     install_requires=[

@@ -75,17 +75,18 @@ PRESETS = {
         fill=0.8,
         largest=1.0,
     ),
-    # Large drawings that differ in colour and outline even where they are blurred: what minutes of training can learn.
+    # Large drawings of few colours and plain outlines, which differ even where they are blurred: what minutes of
+    # training can learn.
     "simple": Preset(
         names=(
-            "red apple", "banana", "carrot", "tree", "pig", "frog", "whale", "penguin", "sunflower", "mushroom",
-            "eggplant", "house",
+            "red heart", "green heart", "purple heart", "red circle", "orange circle", "blue square", "green square",
+            "purple square", "star", "tree", "pig", "penguin",
         ),
-        grounds=("white", "grey", "yellow", "blue", "pink"),
-        arrangements={"alone": 30, "place": 20, "relation": 50},
+        grounds=("white", "grey", "brown", "blue", "orange"),
+        arrangements={"alone": 35, "place": 20, "relation": 45},
         places=("at the top", "at the bottom", "on the left", "on the right"),
         alone=(1, 1, 2, 3),
-        pairs=((1, 1), (1, 1), (2, 1), (1, 2)),
+        pairs=((1, 1), (1, 1), (1, 1), (2, 1), (1, 2)),
         sizes=("",),
         fill=0.95,
         largest=0.6,

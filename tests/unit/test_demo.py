@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from PIL import Image
 from megadual.config import load_config, to_yaml
 from megadual.demo.__main__ import SHARDS, stages
 from megadual.demo.report import write_report
+from megadual.demo.scenes import SHARDS as SCENES_SHARDS
+from megadual.demo.scenes import model_stages, shared_stages
+from megadual.demo.stage import Stage, run_stages
 from megadual.testing.models import sized_run
 from megadual.train.config import PretrainConfig
 
@@ -71,7 +75,60 @@ def test_report_has_the_scores_beside_chance_and_ceiling(run_folder):
     assert html.count("data:image/png") == 3 + 1 + 1 + 2 + 3  # curves and codes, described, drawn, asked about, edited
 
 
-def test_every_set_that_is_trained_on_is_made():
-    run = load_config(PretrainConfig, Path(__file__).parents[2] / "pretrain/configs/tiny.yaml")
-    made = {str(stage.product.parent) for stage in stages([]) if stage.product.is_relative_to(SHARDS)}
+@pytest.mark.parametrize(
+    "config, plan, shards",
+    [
+        ("tiny.yaml", stages([]), SHARDS),
+        ("scenes/llm.yaml", [*shared_stages(1), *model_stages(Path("run"), [])], SCENES_SHARDS),
+    ],
+)
+def test_every_set_that_is_trained_on_is_made(config, plan, shards):
+    run = load_config(PretrainConfig, Path(__file__).parents[2] / "pretrain/configs" / config)
+    made = {str(stage.product.parent) for stage in plan if stage.product.is_relative_to(shards)}
     assert {each.path for each in run.data.sets} == made
+
+
+def code(folder: Path, name: str, script: str = "") -> Stage:
+    """A stage that notes its name in `folder`/ran, runs the script and then makes its product."""
+    product = folder / name
+    note = f"open({str(folder / 'ran')!r}, 'a').write({name + ' '!r})"
+    return Stage(name, "", shlex.join(["-c", f"{note}\n{script}\nopen({str(product)!r}, 'w')"]), product)
+
+
+def test_stages_run_once_until_they_or_one_before_them_changes(tmp_path):
+    def run(*plan: Stage) -> str:
+        (tmp_path / "ran").unlink(missing_ok=True)
+        run_stages(list(plan), tmp_path)
+        return (tmp_path / "ran").read_text() if (tmp_path / "ran").exists() else ""
+
+    shared, one, other = (code(tmp_path, name) for name in ("shared", "one", "other"))
+    assert run(shared, one) == "shared one "
+    assert run(shared, other) == "other "
+    assert run(shared, one) == "" == run(shared, other)
+    assert run(code(tmp_path, "shared", "1 + 1"), one) == "shared one "
+    assert run(code(tmp_path, "shared", "1 + 1"), other) == "other "
+    one.product.unlink()
+    assert run(code(tmp_path, "shared", "1 + 1"), one) == "one "
+
+
+def test_a_failed_stage_ends_the_run_with_its_code(tmp_path):
+    with pytest.raises(SystemExit, match="3"):
+        run_stages([code(tmp_path, "a"), code(tmp_path, "b", "raise SystemExit(3)"), code(tmp_path, "c")], tmp_path)
+    assert (tmp_path / "ran").read_text() == "a b "
+
+
+def test_stages_stop_in_time_and_go_on(tmp_path):
+    # saves at SIGTERM, as trainings do, and needs no time once it has
+    script = f"""
+import pathlib, signal, sys, time
+saved = pathlib.Path({str(tmp_path / "saved")!r})
+signal.signal(signal.SIGTERM, lambda *_: (saved.touch(), sys.exit(75)))
+saved.exists() or time.sleep(60)
+"""
+    plan = [code(tmp_path, "a"), code(tmp_path, "b", script), code(tmp_path, "c")]
+    with pytest.raises(SystemExit, match="75"):
+        run_stages(plan, tmp_path, stop_after=1.5)
+    stopped = json.loads((tmp_path / "stages.json").read_text())
+    seconds = run_stages(plan, tmp_path, stop_after=60)
+    assert (tmp_path / "ran").read_text() == "a b b c "
+    assert seconds["b"] > stopped["b"]["seconds"] > 0.5
