@@ -115,8 +115,8 @@ def is_json(folder: str, name: str) -> bool:
 class Trial:
     """The model at work; each method saves pictures in `output` and returns records of them."""
 
-    def __init__(self, model, output: Path, cfg_scale: float, seed: int):
-        self.model, self.output, self.cfg_scale, self.seed = model, output, cfg_scale, seed
+    def __init__(self, model, output: Path, seed: int, **sampling: float):
+        self.model, self.output, self.seed, self.sampling = model, output, seed, sampling
 
     def describe(self, pairs: list) -> Iterator[dict]:
         for i, (key, image, caption) in enumerate(pairs):
@@ -130,7 +130,7 @@ class Trial:
         for start in range(0, len(pairs), BATCH):
             batch = pairs[start : start + BATCH]
             captions = [caption.decode().strip() for *_, caption in batch]
-            images = self.model.draw(captions, cfg_scale=self.cfg_scale, seed=self.seed + start)
+            images = self.model.draw(captions, **self.sampling, seed=self.seed + start)
             for i, ((key, *_), caption, image) in enumerate(zip(batch, captions, images, strict=True), start):
                 file = self._save(image, f"drawing-{i:03d}")
                 yield {"key": key, "file": file, "caption": caption, "seed": self.seed + i}
@@ -152,7 +152,7 @@ class Trial:
     def edit(self, rows: list) -> Iterator[dict]:
         for start in range(0, len(rows), BATCH):
             keys, sources, instructions, trues = zip(*rows[start : start + BATCH], strict=True)
-            drawn = self.model.edit(list(sources), list(instructions), cfg_scale=self.cfg_scale, seed=self.seed + start)
+            drawn = self.model.edit(list(sources), list(instructions), **self.sampling, seed=self.seed + start)
             for i, (key, instruction, *images) in enumerate(
                 zip(keys, instructions, sources, drawn, trues, strict=True), start
             ):
@@ -177,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--answer", type=int, default=100, help="conversations whose questions are asked")
     parser.add_argument("--edit", type=int, default=8, help="edits to make")
     parser.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of drawings and edits")
+    parser.add_argument("--temperature", type=float, default=1.0, help="that their codes are drawn at")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -192,7 +193,8 @@ def main(argv: list[str] | None = None) -> None:
         work["edits"] = (Trial.edit, first("--edits", args.edits, edits(args.edits), args.edit))
 
     args.output.mkdir(parents=True, exist_ok=True)
-    trial = Trial(open_model(args.model), args.output, args.cfg_scale, args.seed)
+    sampling = {"cfg_scale": args.cfg_scale, "temperature": args.temperature}
+    trial = Trial(open_model(args.model), args.output, args.seed, **sampling)
     done = []
     for name, (use, given) in work.items():
         records = list(tqdm(use(trial, given), desc=name, mininterval=1 if sys.stderr.isatty() else 10))

@@ -47,13 +47,13 @@ def model_stages(run: Path, overrides: list[str]) -> list[Stage]:
             "use", "describe, draw, answer and edit what was held out, with the exported folder alone",
             f"checkpoints_tools/try_export.py --model {run}/hf --data {held_out} "
             f"--questions '{CORPUS}/questions-heldout-*.tar' --edits '{CORPUS}/edits-heldout-*.parquet' "
-            f"--output {run}/use --draw 16 --answer 12",
+            f"--output {run}/use --draw 16 --answer 12 --temperature 0.5",
             run / "use/drawings.json",
         ),
         Stage(
             "scenes", "score describing, answering, drawing and editing on other held-out scenes",
             f"-m megadual.evaluate scenes --model {run}/hf --detector {DETECTOR} --corpus {CORPUS} "
-            f"--output {run}/scenes --scenes 400",
+            f"--output {run}/scenes --scenes 400 --temperature 0.5",
             run / "scenes/scenes.json",
         ),
     ]  # fmt: skip
