@@ -6,6 +6,7 @@ Shape suffixes: S positions of a sequence, D code depth of a stream.
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -176,13 +177,13 @@ def lay_out(doc: Document, marks: Marks, reading: Reading, on: Sequence, begin: 
     pieces, end_loss = _pieces(doc, marks, reading)
     text = np.concatenate([piece.ids for piece in pieces])
     places = (text == marks.image).nonzero()[0].tolist()
-    images = list(zip(places, doc.grids.tolist(), doc.image_use.tolist(), reading.draw, strict=True))
+    images = zip(places, doc.grids.tolist(), doc.image_use.tolist(), reading.draw, strict=True)
     at, read, codes = begin, 0, 0  # positions laid out, text ids and codes used
     end = done = 0  # text ids and images of the pieces so far
     for ids, text_loss, draw_loss in pieces:
         first, end = at + end - read, end + len(ids)  # first: position of the piece, then of what follows an image
         before, done = done, bisect_left(places, end)
-        for place, (rows, columns), use, draw in images[before:done]:
+        for place, (rows, columns), use, draw in islice(images, done - before):
             start, size = at + place - read, rows * columns
             on.tokens[at:start] = text[read:place]
             at, read, codes = start, place + 1, codes + size
