@@ -130,19 +130,15 @@ def _pair_pieces(doc: Document, marks: Marks, reading: Reading, full: bool, text
     """Image-first to describe, image-last to draw; asked for in chat form where there is a prompt."""
     several, (draw,) = len(doc.turns) > 1, reading.draw
     image, caption = doc.text_ids[:1], doc.captions()[reading.caption] if several else doc.text_ids[1:]
-    if reading.prompt is not None and not draw:
-        asked = marks.headers[Role.USER], image, np.array(reading.prompt), [marks.im_end], marks.newline
-        answer = np.append(caption, marks.im_end)
-        return [
-            _Piece(np.concatenate([*asked, marks.headers[Role.ASSISTANT]]), full, False),
-            _Piece(answer, text, True),
-            _Piece(marks.newline, full, False),
-        ], full
     if draw:
         read = [image] if reading.drop_text else [caption, image]
-    else:
-        read = [image, caption] if several else [doc.text_ids]
-    return [_Piece(ids, text, True) for ids in read], text
+        return [_Piece(ids, text, True) for ids in read], text
+    if reading.prompt is None:
+        return [_Piece(ids, text, True) for ids in ([image, caption] if several else [doc.text_ids])], text
+    user, assistant = marks.headers[Role.USER], marks.headers[Role.ASSISTANT]
+    asked = np.concatenate([user, image, reading.prompt, [marks.im_end], marks.newline, assistant])
+    answer = _Piece(np.append(caption, marks.im_end), text, True)
+    return [_Piece(asked, full, False), answer, _Piece(marks.newline, full, False)], full
 
 
 def to_sequence(doc: Document, marks: Marks, reading: Reading) -> Sequence:
