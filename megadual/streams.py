@@ -254,7 +254,7 @@ class Document:
         """Raise ValueError, naming the document, where its columns do not fit together; TypeError where one has other
         axes. Cheap, since every document that is read is checked.
         """
-        images, positions = np.count_nonzero(self.text_ids == special.image), self.positions
+        images, positions = len((self.text_ids == special.image).nonzero()[0]), self.positions
         if images != len(self.grids):
             raise ValueError(f"document '{self.key}': {images} image tokens in the text, {len(self.grids)} grids")
         for stream, codes_ND in self.codes.items():
@@ -303,10 +303,8 @@ class Document:
     @classmethod
     def from_row(cls, row: dict) -> "Document":
         """The document that `row()` stored, with its streams and meta as far as `row` still holds them."""
-        key, text_ids, turns, grids, image_use = (
-            row.pop(name) for name in ("key", "text_ids", "turns", "grids", "image_use")
-        )
-        meta = row.pop("meta", {})
+        key, text_ids, turns, meta = row.pop("key"), row.pop("text_ids"), row.pop("turns"), row.pop("meta", {})
+        grids, image_use = row.pop("grids"), row.pop("image_use")
         if grids.item(0):
             return cls(key, text_ids, row, grids, meta, turns, image_use)
         none = {stream: codes_ND[:0] for stream, codes_ND in row.items()}

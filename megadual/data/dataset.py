@@ -15,7 +15,7 @@ import torch
 
 from megadual.data.contents import AGAIN
 from megadual.data.dealing import deal
-from megadual.data.layout import IGNORE, Sequence, lay_out
+from megadual.data.layout import Sequence, lay_out
 from megadual.data.packing import PackedRows, Piece
 from megadual.data.source import Source
 from megadual.errors import UserError
@@ -70,25 +70,28 @@ def _micro_batch(sequence: Sequence, lengths: list[int], special: SpecialIds, ke
     """A micro-batch of what is laid out on `sequence`, parts of `lengths`."""
     ends = np.cumsum([0] + lengths)
     # Indices are found here and not on the GPU, where finding them would wait for it.
-    predicts_codes_at = np.flatnonzero(sequence.draw)
+    (drawn,) = sequence.draw_loss.nonzero()
     arrays = {
         "tokens": sequence.tokens,
-        "positions": np.arange(ends[-1]) - np.repeat(ends[:-1], lengths),
+        "positions": np.arange(ends[-1]) - ends[:-1].repeat(lengths),
         "cu_seqlens": ends.astype(np.int32),
         "text_targets": sequence.text_targets,
-        "image_at": np.flatnonzero(sequence.tokens == special.image),
-        "predicts_text_at": np.flatnonzero(sequence.text_targets != IGNORE),
-        "predicts_codes_at": predicts_codes_at,
+        "image_at": (sequence.tokens == special.image).nonzero()[0],
+        "predicts_text_at": sequence.text_loss[1:].nonzero()[0],
+        "predicts_codes_at": drawn - 1,
     }
-    drawn = predicts_codes_at + 1
     return MicroBatch(
         **{name: torch.from_numpy(array) for name, array in arrays.items()},
-        codes={stream: torch.from_numpy(codes) for stream, codes in sequence.codes.items()},
-        draw_targets={stream: torch.from_numpy(codes[drawn]) for stream, codes in sequence.codes.items()},
+        codes={stream: _tensor(codes) for stream, codes in sequence.codes.items()},
+        draw_targets={stream: _tensor(codes.take(drawn, axis=0)) for stream, codes in sequence.codes.items()},
         keys=[key for key in keys if key],
         lengths=[length for length, key in zip(lengths, keys, strict=True) if key],
         longest=max(lengths),
     )
+
+
+def _tensor(codes: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(codes.astype(np.int64))
 
 
 class PackedDataset:
@@ -210,13 +213,13 @@ class PackedDataset:
 
     def _read(self, rows: list[list[Piece]]) -> MicroBatch:
         marks, keys, lengths = self.marks, [], []
-        whole: Sequence | None = None
+        # All are decoded before the first is laid out: one in turn with the other takes a fifth longer, since a
+        # processor's caches hold the code of either.
+        documents = [[self.sets[piece.set][piece.document] for piece in row] for row in rows]
+        whole = Sequence.padding(len(rows) * self.seq_len, self.depths or documents[0][0].depths, marks)
         for i, row in enumerate(rows):
             begin = end = i * self.seq_len
-            for piece in row:
-                document = self.sets[piece.set][piece.document]
-                if whole is None:
-                    whole = Sequence.padding(len(rows) * self.seq_len, self.depths or document.depths, marks)
+            for piece, document in zip(row, documents[i], strict=True):
                 try:
                     document.check(marks)
                     end = lay_out(document, marks, piece.reading, whole, begin)
@@ -238,7 +241,6 @@ class PackedDataset:
             if rest := (i + 1) * self.seq_len - end:
                 keys.append("")
                 lengths.append(rest)
-        assert whole is not None  # a row has a document
         if self.limits and self._out_of_range(whole.largest()):
             self._refuse(rows)
         return _micro_batch(whole, lengths, marks, keys)

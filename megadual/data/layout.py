@@ -3,8 +3,10 @@
 Shape suffixes: S positions of a sequence, D code depth of a stream.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,32 +23,39 @@ _DRAWN, _EITHER, _IMAGE_MAY_DROP = int(ImageUse.DRAWN), int(ImageUse.EITHER), in
 class Sequence:
     """One document laid out as positions, or several, end to end.
 
-    tokens (S,) int64, `<image>` at image positions; codes: stream -> (S, D) int64, zero at text positions;
-    text_targets (S,) int64, the next token where it is text, else IGNORE; draw (S,) bool, true where the
-    next position is an image position to be drawn (its codes are then those of the next position).
+    tokens (S,) int64, `<image>` at image positions; codes: stream -> (S, D) uint16, zero at text positions;
+    text_loss (S,) bool, where the token is text to be predicted, from the position before; draw_loss (S,) bool, where
+    an image position's codes are.
     """
 
     tokens: np.ndarray
     codes: dict[str, np.ndarray]
-    text_targets: np.ndarray
-    draw: np.ndarray
+    text_loss: np.ndarray
+    draw_loss: np.ndarray
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, part: slice) -> "Sequence":
         codes = {stream: codes_SD[part] for stream, codes_SD in self.codes.items()}
-        return Sequence(self.tokens[part], codes, self.text_targets[part], self.draw[part])
+        return Sequence(self.tokens[part], codes, self.text_loss[part], self.draw_loss[part])
 
     @classmethod
     def padding(cls, length: int, depths: Mapping[str, int], special: SpecialIds) -> "Sequence":
         """Positions that hold no document: end-of-text tokens without targets. `depths`: stream -> D."""
         return cls(
             tokens=np.full(length, special.end_of_text, dtype=np.int64),
-            codes={stream: np.zeros((length, depth), dtype=np.int64) for stream, depth in depths.items()},
-            text_targets=np.full(length, IGNORE, dtype=np.int64),
-            draw=np.zeros(length, dtype=bool),
+            codes={stream: np.zeros((length, depth), dtype=np.uint16) for stream, depth in depths.items()},
+            text_loss=np.zeros(length, dtype=bool),
+            draw_loss=np.zeros(length, dtype=bool),
         )
+
+    @property
+    def text_targets(self) -> np.ndarray:
+        """(S,) int64, the next token where it is text with a loss, else IGNORE."""
+        targets = np.full(len(self), IGNORE, dtype=np.int64)
+        np.copyto(targets[:-1], self.tokens[1:], where=self.text_loss[1:])
+        return targets
 
     def largest(self) -> dict[str, int]:
         """The largest text id and code of each stream, by the column of a document that it comes from."""
@@ -64,8 +73,8 @@ class Sequence:
                 stream: np.concatenate([sequence.codes[stream] for sequence in sequences])
                 for stream in sequences[0].codes
             },
-            text_targets=np.concatenate([sequence.text_targets for sequence in sequences]),
-            draw=np.concatenate([sequence.draw for sequence in sequences]),
+            text_loss=np.concatenate([sequence.text_loss for sequence in sequences]),
+            draw_loss=np.concatenate([sequence.draw_loss for sequence in sequences]),
         )
 
 
@@ -96,7 +105,7 @@ def _pieces(doc: Document, marks: Marks, reading: Reading) -> tuple[list[_Piece]
     full, text = reading.loss == "full", reading.loss != "none"
     if doc.is_pair:
         return _pair_pieces(doc, marks, reading, full, text)
-    turns = doc.turns.tolist()
+    turns, stop = doc.turns.tolist(), np.array([marks.im_end])
     last = max((k for k, (_, _, bits) in enumerate(turns) if bits & _LOSS), default=-1)
     pieces, begin, newline = [], 0, False
     for k, (end, role, bits) in enumerate(turns):
@@ -104,12 +113,13 @@ def _pieces(doc: Document, marks: Marks, reading: Reading) -> tuple[list[_Piece]
         if reading.drop_text and bits & _MAY_DROP:
             said = said[said == marks.image]
         learned = bool(bits & _LOSS) and (k == last or reading.loss != "last_turn")
-        if header is not None:
-            pieces.append(_Piece(np.concatenate([marks.newline, header]) if newline else header, full, False))
-            said = np.append(said, marks.im_end)
-        elif newline:
+        if newline:
             pieces.append(_Piece(marks.newline, full, False))
+        if header is not None:
+            pieces.append(_Piece(header, full, False))
         pieces.append(_Piece(said, full or learned and text, learned))
+        if header is not None:
+            pieces.append(_Piece(stop, full or learned and text, False))
         begin, newline = end, header is not None
     if newline:
         return [*pieces, _Piece(marks.newline, full, False)], full
@@ -121,9 +131,10 @@ def _pair_pieces(doc: Document, marks: Marks, reading: Reading, full: bool, text
     several, (draw,) = len(doc.turns) > 1, reading.draw
     image, caption = doc.text_ids[:1], doc.captions()[reading.caption] if several else doc.text_ids[1:]
     if draw:
-        return [_Piece(image if reading.drop_text else np.concatenate([caption, image]), text, True)], text
+        read = [image] if reading.drop_text else [caption, image]
+        return [_Piece(ids, text, True) for ids in read], text
     if reading.prompt is None:
-        return [_Piece(np.concatenate([image, caption]) if several else doc.text_ids, text, True)], text
+        return [_Piece(ids, text, True) for ids in ([image, caption] if several else [doc.text_ids])], text
     user, assistant = marks.headers[Role.USER], marks.headers[Role.ASSISTANT]
     asked = np.concatenate([user, image, reading.prompt, [marks.im_end], marks.newline, assistant])
     answer = _Piece(np.append(caption, marks.im_end), text, True)
@@ -160,13 +171,15 @@ def lay_out(doc: Document, marks: Marks, reading: Reading, on: Sequence, begin: 
                 f"document '{doc.key}' has {doc.codes[stream].shape[1]} {stream} codes a position, not {on_SD.shape[1]}"
             )
     pieces, end_loss = _pieces(doc, marks, reading)
-    images = zip(doc.grids.tolist(), doc.image_use.tolist(), reading.draw, strict=True)
-    at, codes = begin, 0  # positions laid out, codes used
-    no_text = []  # positions whose next one is an image position or has no loss
-    for text, text_loss, draw_loss in pieces:
-        piece, read = at, 0
-        for place in (text == marks.image).nonzero()[0].tolist():
-            (rows, columns), use, draw = next(images)
+    text = np.concatenate([piece.ids for piece in pieces])
+    places = (text == marks.image).nonzero()[0].tolist()
+    images = zip(places, doc.grids.tolist(), doc.image_use.tolist(), reading.draw, strict=True)
+    at, read, codes = begin, 0, 0  # positions laid out, text ids and codes used
+    end = done = 0  # text ids and images of the pieces so far
+    for ids, text_loss, draw_loss in pieces:
+        first, end = at + end - read, end + len(ids)  # first: position of the piece, then of what follows an image
+        before, done = done, bisect_left(places, end)
+        for place, (rows, columns), use, draw in islice(images, done - before):
             start, size = at + place - read, rows * columns
             on.tokens[at:start] = text[read:place]
             at, read, codes = start, place + 1, codes + size
@@ -178,15 +191,12 @@ def lay_out(doc: Document, marks: Marks, reading: Reading, on: Sequence, begin: 
             on.tokens[at - 1] = marks.image_gen_end if drawn else marks.image_end
             for stream, on_SD in on.codes.items():
                 on_SD[start + 1 : at - 1] = doc.codes[stream][codes - size : codes]
-            on.draw[start : at - 2] = draw_loss and drawn != 0
-            no_text.append(slice(start, at - 2))
-        end = at + len(text) - read
-        on.tokens[at:end] = text[read:]
-        at = end
-        if not text_loss:
-            no_text.append(slice(max(piece - 1, begin), end - 1))
-    on.tokens[at] = marks.end_of_text
-    on.text_targets[begin : at if end_loss else at - 1] = on.tokens[begin + 1 : at + 1 if end_loss else at]
-    for positions in no_text:
-        on.text_targets[positions] = IGNORE
-    return at + 1
+            on.draw_loss[start + 1 : at - 1] = draw_loss and drawn
+            on.text_loss[first : start + 1] = text_loss
+            first = at - 1
+        on.text_loss[first : at + end - read] = text_loss
+    last = at + end - read
+    on.tokens[at:last] = text[read:]
+    on.tokens[last] = marks.end_of_text
+    on.text_loss[last], on.text_loss[begin] = end_loss, False  # nothing is before a document
+    return last + 1

@@ -109,7 +109,8 @@ class _Shard:
 
     def __getitem__(self, i: int) -> Document:
         content, offsets = self.mapped or self.map()
-        record = bytes(content[offsets[i] : offsets[i + 1]])
+        begin, end = offsets[i : i + 2].tolist()
+        record = bytes(content[begin:end])
         try:
             return self.records.decode(record)
         except (ValueError, IndexError, struct.error) as error:

@@ -61,11 +61,17 @@ def _type_for_optimizer(torch_type):
     return type_
 
 
+def _compile(function=None, **_):
+    """torch.compile where it is disabled: torch's own imports its compiler nevertheless, for a third of a start."""
+    return function or (lambda function: function)
+
+
 def install() -> None:
     """Answer megatron-core's CUDA calls with the CPU, where there is no CUDA. Idempotent."""
     if PATCHES or torch.cuda.is_available():
         return
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # megatron's jit_fuser is torch.compile
+    if os.environ.setdefault("TORCH_COMPILE_DISABLE", "1") == "1":  # megatron's jit_fuser is torch.compile
+        _replace(torch, "compile", _compile)
     if importlib.util.find_spec("triton") is None:  # 0.19 imports this kernel file from its schedules
         stub = types.ModuleType("megatron.core.transformer.moe.ops.paged_stash")
         stub.GLOBAL_BLOCK_SIZE, stub.paged_stash_copy_kernel, stub.paged_stash_pop_kernel = 1024, None, None

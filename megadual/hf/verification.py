@@ -167,7 +167,7 @@ def exported_logits(folder: Path, samples: list[Sequence], image: int, python: s
         tokens = torch.from_numpy(sample.tokens)
         tensors[f"{i}.tokens"] = tokens
         for stream, codes in sample.codes.items():
-            tensors[f"{i}.codes.{stream}"] = torch.from_numpy(codes)[tokens == image]
+            tensors[f"{i}.codes.{stream}"] = torch.from_numpy(codes.astype(np.int64))[tokens == image]
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = f"{scratch}/inputs.safetensors", f"{scratch}/outputs.safetensors"
         save_file(tensors, inputs)

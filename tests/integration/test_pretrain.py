@@ -65,19 +65,13 @@ def test_trains_and_resumes(inputs, tmp_path):
         "tokens", "tokens_per_s", "model_tflops", "mfu", "fill", "data_wait_s",
     }  # fmt: skip
     assert (tmp_path / "checkpoints" / "latest").read_text() == "00000004"
-    again = pretrain(*run, "train.steps=5", "train.global_batch_tokens=512", "train.seed=7", "data.verify=true")
+    changed = "train.global_batch_tokens=512", "train.seed=7", "parallel.pipeline=1"
+    again = pretrain(*run, "train.steps=5", *changed, "data.verify=true")
     assert "verified: " in again.stdout
     assert "not as in" in again.stderr and "goes on at row" in again.stderr
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["tokens"] == 4 * 256 + 512
     assert list(tmp_path.glob("wandb/offline-run-*"))
-
-
-def test_dry_run_prints_config_and_plan(inputs, tmp_path):
-    done = pretrain(*inputs, f"run.dir={tmp_path / 'run'}", "train.steps=2", "parallel.pipeline=2", "--dry-run")
-    assert "seq_len: 64" in done.stdout
-    assert "pipeline=2" in done.stdout and "60 documents" in done.stdout
-    assert not (tmp_path / "run").exists()
 
 
 def dry_run(monkeypatch, capsys, *arguments, **environment) -> str:
@@ -88,6 +82,13 @@ def dry_run(monkeypatch, capsys, *arguments, **environment) -> str:
         monkeypatch.setenv(name, value)
     main()
     return capsys.readouterr().out
+
+
+def test_dry_run_prints_config_and_plan(inputs, tmp_path, monkeypatch, capsys):
+    told = dry_run(monkeypatch, capsys, *inputs, f"run.dir={tmp_path / 'run'}", "train.steps=2", "parallel.pipeline=2")
+    assert "seq_len: 64" in told
+    assert "pipeline=2" in told and "60 documents" in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_plan_needs_no_inputs(inputs, monkeypatch, capsys):
@@ -160,32 +161,42 @@ def test_stages_of_the_paper(inputs, tmp_path, monkeypatch, capsys, model, stage
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["train.stepz=3"], "did you mean 'train.steps'"),
     (["parallel.tensor=3"], "model.heads=4 does not divide by parallel.tensor=3"),
     (["data.sets=[nowhere]"], "no finished shard set in 'nowhere'"),
+    (["checkpoint.start=nowhere"], "'nowhere' is not a checkpoint"),
     (["model.text_tokenizer=nowhere"], "no text tokenizer in 'nowhere'"),
     (["model.dualtoken=nowhere"], "no DualToken in 'nowhere'"),
     (["run.samples_every=3", "run.samples=[a]"], "a multiple of checkpoint.every=2"),
     (["run.evaluate_every=2", "run.evaluate_detector=nowhere"], "run.evaluate_detector=nowhere is no file"),
-    (["checkpoint.start=nowhere"], "'nowhere' is not a checkpoint"),
     (["run.profile=[3]"], "run.profile=[3] must be two steps"),
     (["--gpus=8"], "--gpus 8 is for --dry-run alone"),
     (["--gpus=0", "--dry-run"], "--gpus 0 must be at least 1"),
     (["parallel.layout=auto", "parallel.tensor=2"], "parallel.tensor=2 is given, but parallel.layout=auto picks that"),
 ])  # fmt: skip
-def test_wrong_input(inputs, tmp_path, arguments, message):
-    done = pretrain(*inputs, f"run.dir={tmp_path}", "train.steps=2", *arguments, ok=False)
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def test_wrong_input(inputs, tmp_path, monkeypatch, capsys, arguments, message):
+    """In this process: it is refused before torch has anything to do with it."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["", *map(str, inputs), f"run.dir={tmp_path}", "train.steps=2", *arguments])
+    with pytest.raises(SystemExit, match=str(exits.WRONG_INPUT)):
+        main()
+    assert_one_error(capsys.readouterr().err, message)
+
+
+def assert_one_error(told: str, message: str) -> None:
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
     assert message in line
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in told
 
 
-def test_set_of_another_tokenizer(inputs, tmp_path):
+def test_a_start_with_wrong_input_ends_with_its_code(inputs, tmp_path):
     other = write_dualtoken(tmp_path / "other", seed=1)
-    done = pretrain(*inputs, f"run.dir={tmp_path}", "train.steps=2", f"model.dualtoken={tmp_path / 'other'}", ok=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert other.fingerprint()[:12] in done.stderr and "was made with the dualtoken of" in done.stderr
+    for argument, message in (
+        ("train.stepz=3", "did you mean 'train.steps'"),
+        (f"model.dualtoken={tmp_path / 'other'}", f"({other.fingerprint()[:12]}); tokenize the data again"),
+    ):
+        done = pretrain(*inputs, f"run.dir={tmp_path}", "train.steps=2", argument, ok=False)
+        assert done.returncode == exits.WRONG_INPUT
+        assert_one_error(done.stderr, message)
 
 
 def test_draws_samples_from_checkpoints(inputs, tmp_path):

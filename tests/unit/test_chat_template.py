@@ -118,7 +118,7 @@ def laid_out(messages: list[dict], tokenizer) -> tuple[list[int], list[bool]]:
     marks = Marks.of(tokenizer)
     document = stored(messages, tokenizer, marks)
     sequence = to_sequence(document, marks, Reading(draw=(False,) * len(document.grids)))
-    learned = np.append(False, (sequence.text_targets != IGNORE) | sequence.draw)[:-1]
+    learned = sequence.text_loss | sequence.draw_loss
     assert sequence.tokens[-1] == marks.end_of_text and not learned[-1]
     return sequence.tokens[:-1].tolist(), learned[:-1].tolist()
 

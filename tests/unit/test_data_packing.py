@@ -262,8 +262,7 @@ def test_a_batch_is_its_documents_laid_end_to_end(root):
     pieces = data.rows[6] + data.rows[7]
     starts, documents = batch.cu_seqlens.tolist(), iter(pieces)
     draw = torch.zeros(2 * SEQ, dtype=torch.bool)
-    draw[batch.predicts_codes_at] = True
-    found = {"draw": draw, **vars(batch)}
+    draw[batch.predicts_codes_at + 1] = True
     assert batch.image_at.tolist() == (batch.tokens == SPECIAL.image).nonzero().flatten().tolist()
     assert batch.predicts_text_at.tolist() == (batch.text_targets != IGNORE).nonzero().flatten().tolist()
     assert starts[0] == 0 and starts[-1] == 2 * SEQ == len(batch.tokens)
@@ -277,8 +276,10 @@ def test_a_batch_is_its_documents_laid_end_to_end(root):
             continue
         piece = next(documents)
         sequence = to_sequence(data.sets[0][piece.document], SPECIAL, piece.reading)
-        for name in ("tokens", "text_targets", "draw"):
-            np.testing.assert_array_equal(found[name][part].numpy(), getattr(sequence, name))
+        for found, expected in (
+            (batch.tokens, sequence.tokens), (batch.text_targets, sequence.text_targets), (draw, sequence.draw_loss),
+        ):  # fmt: skip
+            np.testing.assert_array_equal(found[part].numpy(), expected)
         for stream, codes in sequence.codes.items():
             np.testing.assert_array_equal(batch.codes[stream][part].numpy(), codes)
         filled += end - start

@@ -1,5 +1,6 @@
 """From a run's config to what it trains on: which streams, which losses, and what doesn't belong together."""
 
+import sys
 from collections import Counter
 
 import pytest
@@ -53,6 +54,16 @@ def test_some_streams_train_on_a_set_of_all(run_with):
     losses = {name.removeprefix(LOSS): value for name, value in result.items() if name.startswith(LOSS)}
     assert read == {"pixel"} and list(losses) == ["text", "pixel"]
     assert result["loss"] == pytest.approx(losses["text"] + 0.5 * losses["pixel"])
+
+
+def compiler_is_loaded() -> bool:
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="megatron-core's functions are compiled there")
+def test_a_trainer_on_a_cpu_does_not_load_the_compiler():
+    """It would take a fifth of each process's start."""
+    assert run_distributed(compiler_is_loaded, 1) == [False]
 
 
 def test_the_model_has_the_streams_that_are_chosen(run_with):

@@ -25,7 +25,7 @@ def test_describe():
     sequence = to_sequence(pair(), SPECIAL, Reading((False,)))
     assert sequence.tokens.tolist() == [START, IMG, IMG, END, 20, 21, EOS]
     assert sequence.text_targets.tolist() == [IGNORE, IGNORE, END, 20, 21, EOS, IGNORE]
-    assert not sequence.draw.any()
+    assert not sequence.draw_loss.any()
     assert sequence.codes["a"].tolist() == [[0, 0], [1, 2], [3, 4], [0, 0], [0, 0], [0, 0], [0, 0]]
     assert sequence.codes["b"].tolist() == [[0], [11], [13], [0], [0], [0], [0]]
 
@@ -34,8 +34,7 @@ def test_draw():
     sequence = to_sequence(pair(), SPECIAL, Reading((True,)))
     assert sequence.tokens.tolist() == [20, 21, GEN, IMG, IMG, GEN_END, EOS]
     assert sequence.text_targets.tolist() == [21, GEN, IGNORE, IGNORE, GEN_END, EOS, IGNORE]
-    # the start token predicts the first image position, the last image position predicts the end token
-    assert sequence.draw.tolist() == [False, False, True, True, False, False, False]
+    assert sequence.draw_loss.tolist() == [False, False, False, True, True, False, False]
 
 
 def test_caption_dropout_leaves_the_image_alone():
@@ -52,7 +51,7 @@ def test_interleaved_documents_keep_their_order():
     )
     sequence = to_sequence(document.check(SPECIAL), SPECIAL, Reading((False, True)))
     assert sequence.tokens.tolist() == [30, START, IMG, END, 31, GEN, IMG, IMG, GEN_END, EOS]
-    assert np.flatnonzero(sequence.draw).tolist() == [5, 6]
+    assert np.flatnonzero(sequence.draw_loss).tolist() == [6, 7]
 
 
 def conversation():
@@ -83,7 +82,7 @@ def test_losses_fall_on_what_the_turns_say(loss, learned, drawn):
     assert sequence.tokens.tolist() == [*FIRST, *ANSWER, *BETWEEN, *LAST, *NEWLINE, EOS]
     targets = sequence.text_targets[sequence.text_targets != IGNORE]
     assert targets.tolist() == [token for token in learned if token != IMG]
-    assert sequence.draw.sum() == drawn
+    assert sequence.draw_loss.sum() == drawn
     positions = np.flatnonzero(sequence.text_targets != IGNORE)
     assert (sequence.tokens[positions + 1] == targets).all()  # each is of the position before it
     drawing = len(FIRST) + ANSWER.index(GEN)
