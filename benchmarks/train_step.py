@@ -5,11 +5,11 @@ python benchmarks/train_step.py --only "ours in the engine" "ours with muon" --m
 
 Random weights in bf16, one micro-batch of one row of which half are image positions to be drawn. "ours" is the model
 that pretrain.py trains: alone (gradients in bf16, as the baselines'), and in the megatron engine, which adds fp32
-gradients, weights and moments; "ours with muon" is that with train.optimizer=muon, whose work does not depend on the
-batch: give as many micro-batches a step as a GPU has. "plain" is Hugging Face's Qwen2 with plain depth heads, eager and by torch.compile,
-with bf16 weights, gradients and moments; "amp" has fp32 ones under autocast. Medians of CUDA-event times. FLOPs are
-the model's (megadual/model/flops.py) for all, so TFLOP/s and MFU compare as tokens/s do. Each contestant is run in a
-process of its own.
+gradients, weights and moments; "with muon" is that with train.optimizer=muon, whose work does not depend on the batch:
+give as many micro-batches a step as a GPU has. "plain" is Hugging Face's Qwen2 with plain depth heads, eager and by
+torch.compile, with bf16 weights, gradients and moments; "amp" has fp32 ones under autocast. Medians of CUDA-event
+times. FLOPs are the model's (megadual/model/flops.py) for all, so TFLOP/s and MFU compare as tokens/s do. Each
+contestant is run in a process of its own.
 """
 
 import argparse
