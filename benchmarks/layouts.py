@@ -1,6 +1,7 @@
 """Train a tiny model under every layout and compare it with one process, step by step.
 
-python benchmarks/layouts.py [--only TP2 PP2 ...] [--precision fp32 bf16] [--device cuda] [--output layouts.json]
+python benchmarks/layouts.py [--only TP2 PP2 ...] [--precision fp32 bf16] [--optimizer muon] [--device cuda]
+    [--output layouts.json]
 
 Four layers, the real data path, gloo processes on this machine's CPU, or NCCL with a GPU for each process. Prints a
 Markdown table: over the steps, the largest difference of the total's or a stream's loss and, relative, of the gradient
@@ -58,15 +59,21 @@ def main() -> None:
         help="default: all, on GPUs those that have enough",
     )
     parser.add_argument("--precision", nargs="*", choices=list(TOLERANCE), default=list(TOLERANCE))
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: under the megatron engine's layouts"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="JSON of all differences, kept up while it runs")
+    parser.add_argument("--output", type=Path, help="JSON of one optimizer's differences, kept up while it runs")
     args = parser.parse_args()
     gpus = args.device == "cuda"
     if not gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     most = torch.cuda.device_count() if gpus else max(processes for processes, _ in LAYOUTS.values())
-    names = args.only or [name for name, (processes, _) in LAYOUTS.items() if processes <= most]
+    takes_all = args.optimizer == "adamw"
+    names = args.only or [
+        name for name, (processes, _) in LAYOUTS.items() if processes <= most and (takes_all or "DeepSpeed" not in name)
+    ]
     results = json.loads(args.output.read_text()) if args.output and args.output.is_file() else {}
     to_do = [(name, p) for name in names for p in args.precision if p not in results.get(name, {})]
 
@@ -76,8 +83,13 @@ def main() -> None:
         def train(processes: int, runs: list[tuple[str, list[str]]]) -> list[list[dict]]:
             configs = [
                 tiny.tiny_run(
-                    Path(folder), shards, f"train.steps={args.steps}", f"train.precision={precision}", *overrides
-                )
+                    Path(folder),
+                    shards,
+                    f"train.steps={args.steps}",
+                    f"train.precision={precision}",
+                    f"train.optimizer={args.optimizer}",
+                    *overrides,
+                )  # fmt: skip
                 for precision, overrides in runs
             ]
             backend = "nccl" if gpus else "gloo"

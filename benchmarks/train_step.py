@@ -1,13 +1,15 @@
 """Speed of one training step on one GPU, beside the same model as it is usually put together.
 
 python benchmarks/train_step.py [--layers 4] [--seq-len 4096] [--documents 1] [--output result.json]
+python benchmarks/train_step.py --only "ours in the engine" "ours with muon" --micro-batches 64
 
 Random weights in bf16, one micro-batch of one row of which half are image positions to be drawn. "ours" is the model
 that pretrain.py trains: alone (gradients in bf16, as the baselines'), and in the megatron engine, which adds fp32
-gradients, weights and moments. "plain" is Hugging Face's Qwen2 with plain depth heads, eager and by torch.compile,
-with bf16 weights, gradients and moments; "amp" has fp32 ones under autocast. Medians of CUDA-event times. FLOPs are
-the model's (megadual/model/flops.py) for all, so TFLOP/s and MFU compare as tokens/s do. Each contestant is run in a
-process of its own.
+gradients, weights and moments; "with muon" is that with train.optimizer=muon, whose work does not depend on the batch:
+give as many micro-batches a step as a GPU has. "plain" is Hugging Face's Qwen2 with plain depth heads, eager and by
+torch.compile, with bf16 weights, gradients and moments; "amp" has fp32 ones under autocast. Medians of CUDA-event
+times. FLOPs are the model's (megadual/model/flops.py) for all, so TFLOP/s and MFU compare as tokens/s do. Each
+contestant is run in a process of its own.
 """
 
 import argparse
@@ -46,7 +48,8 @@ from megadual.streams import Document, Stream  # noqa: E402
 from megadual.testing.shards import SPECIAL  # noqa: E402
 from megadual.train.config import PretrainConfig  # noqa: E402
 
-CONTESTANTS = ("ours alone", "plain compiled", "ours in the engine", "plain", "plain compiled amp")
+ADAMW, MUON = "ours in the engine", "ours with muon"
+CONTESTANTS = ("ours alone", "plain compiled", ADAMW, "plain", "plain compiled amp", MUON)
 GIB = 2**30
 
 
@@ -167,14 +170,15 @@ def parts_of(run: PretrainConfig, vocabulary: Vocabulary, model: DualLM, batch: 
 
 
 def measure_engine(run: PretrainConfig, vocabulary: Vocabulary, batch: MicroBatch, args) -> dict:
-    """Whole steps of the engine, of one and of eight micro-batches; the plan's estimate of memory."""
+    """Whole steps of the engine, of one and of several micro-batches; the plan's estimate of memory."""
     layout = topology(run, 1)
     run.parallel.stage_layers = [run.model.layers]
     engine = MegatronEngine(run, layout, vocabulary)
     batch = batch.to("cpu")
     result = {"step_ms": milliseconds(lambda: engine.train_step([batch]), args.repeats)}
-    eight = milliseconds(lambda: engine.train_step([batch] * 8), max(1, args.repeats // 4), warmup=1)
-    result["ms_a_micro_batch_of_8"] = eight / 8
+    count = args.micro_batches
+    several = milliseconds(lambda: engine.train_step([batch] * count), max(1, args.repeats // 4), warmup=1)
+    result["ms_a_micro_batch_of_several"] = several / count
     positions = batch.filled
     traffic = Traffic(
         len(batch.predicts_text_at) / positions, len(batch.predicts_codes_at) / positions,
@@ -192,6 +196,7 @@ def measure(name: str, args) -> dict:
     """Run one contestant in this process."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     run, vocabulary = setting(args)
+    run.train.optimizer = "muon" if name == MUON else "adamw"
     batch = micro_batch(run, vocabulary, args.documents).to(device())
     if torch.cuda.is_available():
         torch.cuda.set_device(0)
@@ -218,7 +223,7 @@ def row(name: str, result: dict, key: str) -> str:
 TIMES = {
     "forward_backward_ms": "forward + backward",
     "step_ms": "with the optimizer",
-    "ms_a_micro_batch_of_8": "with the optimizer, 8 micro-batches a step",
+    "ms_a_micro_batch_of_several": "with the optimizer, several micro-batches a step",
 }
 
 
@@ -226,6 +231,16 @@ def table(results: dict[str, dict]) -> str:
     lines = ["| | tokens/s | TFLOP/s | MFU | peak GiB |", "| --- | --- | --- | --- | --- |"]
     lines += [row(f"{name}: {what}", r, key) for key, what in TIMES.items() for name, r in results.items() if key in r]
     return "\n".join(lines)
+
+
+def muons_cost(adamw: dict, muon: dict, micro_batches: int) -> str:
+    """Its step beside AdamW's."""
+    several = "ms_a_micro_batch_of_several"
+    return (
+        f"Muon's step takes {muon['step_ms'] - adamw['step_ms']:.0f} ms more than AdamW's: {muon['step_ms']:.0f} / "
+        f"{adamw['step_ms']:.0f} ms = x {muon['step_ms'] / adamw['step_ms']:.3f} at one micro-batch, "
+        f"x {muon[several] / adamw[several]:.3f} at {micro_batches}"
+    )
 
 
 def details(name: str, result: dict) -> str:
@@ -251,6 +266,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--documents", type=int, default=1, help="in the row; the baselines attend over all of it")
+    parser.add_argument("--micro-batches", type=int, default=8, help="of the engine's steps of several")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--only", nargs="*", choices=CONTESTANTS, default=CONTESTANTS)
     parser.add_argument("--here", action="store_true", help="run the one contestant in this process")
@@ -263,9 +279,8 @@ def main() -> None:
     for name in args.only:
         print(f"== {name}", flush=True)
         path = Path(f"/tmp/train_step_{os.getpid()}.json")
-        sizes = [
-            f"--{key.replace('_', '-')}={getattr(args, key)}" for key in ("preset", "layers", "seq_len", "documents")
-        ]
+        keys = ("preset", "layers", "seq_len", "documents", "micro_batches")
+        sizes = [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in keys]
         again = [sys.executable, __file__, *sizes, f"--repeats={args.repeats}", "--here", f"--output={path}"]
         begun = time.perf_counter()
         ended = subprocess.run([*again, "--only", name], check=False)
@@ -279,6 +294,8 @@ def main() -> None:
         if args.output:  # as far as it got, should it be stopped
             args.output.write_text(json.dumps(results, indent=1))
     print(table(results))
+    if ADAMW in results and MUON in results:
+        print(muons_cost(results[ADAMW], results[MUON], args.micro_batches))
 
 
 if __name__ == "__main__":

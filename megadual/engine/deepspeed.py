@@ -29,7 +29,7 @@ from deepspeed.utils import (
 from megadual.data.dataset import MicroBatch
 from megadual.engine import deepspeed_internals, megatron_internals, sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
-from megadual.engine.saved_state import OPTIMIZER_STATE, SavedState
+from megadual.engine.saved_state import SavedState
 from megadual.engine.schedule import schedule
 from megadual.engine.step import GlobalLosses, StepResult
 from megadual.engine.topology import Topology
@@ -225,20 +225,19 @@ class DeepSpeedEngine(SavedState):
         mine = owner == self.data_rank
         with self._gathered(parameter):
             yield "", parameter.detach().to("cpu", copy=True) if mine else None
-        if parameter.requires_grad:
-            for prefix, key in OPTIMIZER_STATE.items():
-                if key == "param":
-                    tensor = safe_get_full_fp32_param(parameter)
-                else:
-                    tensor = safe_get_full_optimizer_state(parameter, key)
-                yield prefix, tensor.to("cpu", copy=True) if mine else None
+        for prefix, key in self._state(parameter).items():
+            if key == "param":
+                tensor = safe_get_full_fp32_param(parameter)
+            else:
+                tensor = safe_get_full_optimizer_state(parameter, key)
+            yield prefix, tensor.to("cpu", copy=True) if mine else None
 
     def _fill(self, parameter: torch.nn.Parameter, prefix: str, tensor: torch.Tensor) -> None:
         tensor = tensor.to(parameter.device)
         if not prefix:
             with self._gathered(parameter, modifier_rank=0):
                 parameter.copy_(tensor)
-        elif (key := OPTIMIZER_STATE[prefix]) == "param":
+        elif (key := self._state(parameter)[prefix]) == "param":
             safe_set_full_fp32_param(parameter, tensor)
         else:
             safe_set_full_optimizer_state(parameter, tensor, key)

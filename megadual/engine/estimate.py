@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from megadual.engine.muon import work
 from megadual.engine.stages import Traffic, costs
 from megadual.engine.topology import Topology
 from megadual.model import sizes
@@ -25,6 +26,7 @@ class StageEstimate:
     weights: float
     gradients: float
     optimizer: float
+    orthogonalised: float  # multiply-adds of a step's on the GPU that orthogonalises most; 0 without Muon
     activations: float
     logits: float
 
@@ -40,9 +42,11 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
     virtual = parallel.virtual_pipeline
     hidden, head, tensor, data = model.hidden, model.head, parallel.tensor, layout.data
     kv = model.kv_heads * (hidden // model.heads)
-    layer = sizes.layer(model).total
+    a_layer = sizes.layer(model)
+    layer = a_layer.total
     table = sizes.text_table(model, vocabulary.padded_text_size).total
-    projector = sizes.projector(model, vocabulary.streams).total
+    a_projector = sizes.projector(model, vocabulary.streams)
+    projector = a_projector.total
     all_heads = [sizes.HeadWeights.of(model, stream) for stream in vocabulary.streams]
 
     cost = costs(run, vocabulary, traffic)
@@ -53,7 +57,7 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
     total_share = sum(shares)
 
     width = 2 if train.precision == "bf16" else 4
-    # fp32 gradients; fp32 moments, and a fp32 copy of the weights where they are bf16
+    # fp32 gradients; fp32 moments, of which Muon has one, and a fp32 copy of the weights where they are bf16
     per_weight, per_gradient, per_optimizer = width, 4, 8 + (4 if width == 2 else 0)
     stage_zero = parallel.zero_stage if run.engine == "deepspeed" else 1
     positions = train.seq_len * train.micro_batch_size / parallel.context
@@ -93,6 +97,12 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
             logits += (llm * table / tensor + heads * classifiers) * width
             codes = most_drawn(positions, traffic) / inner * sum(stream.depth for stream in vocabulary.streams)
             logits += codes * head.layers * (8 * head.width + 3 * head.ffn) * width
+        muon: list[tuple[sizes.Weights, int]] = []  # what it trains, and over how many GPUs that is split
+        if train.optimizer == "muon":
+            muon += [(a_layer, tensor)] * (llm * sum(chunks))
+            muon += [(a_projector, 1)] * (first and "projector" in train.parts)
+            muon += [(part, 1) for each in all_heads for part in (each.projector, each.transformer) if last and heads]
+        works = [work(*shape) for weights, _ in muon for shape in weights.shapes]
         bucket = DEEPSPEED_BUCKET * per_gradient if run.engine == "deepspeed" else 0
         stages.append(
             StageEstimate(
@@ -102,7 +112,9 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
                 flops_share=shares[stage] / total_share,
                 weights=on_gpu * per_weight / (data if stage_zero == 3 else 1),
                 gradients=trained * per_gradient / (data if stage_zero >= 2 else 1) + bucket,
-                optimizer=trained * per_optimizer / data,
+                optimizer=(trained * per_optimizer - sum(4 * each.matrices / over for each, over in muon)) / data,
+                # of a fused matrix's parts, two at most are large
+                orthogonalised=max(sum(works) / (data * tensor), 2 * max(works, default=0)),
                 activations=in_flight / virtual * kept_layers * positions * kept,
                 logits=logits,
             )

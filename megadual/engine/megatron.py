@@ -13,7 +13,8 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megadual.data.dataset import MicroBatch
 from megadual.engine import megatron_internals, sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
-from megadual.engine.saved_state import OPTIMIZER_STATE, SavedState, data_parallel_group
+from megadual.engine.muon import Muon
+from megadual.engine.saved_state import MUON_STATE, SavedState, data_parallel_group
 from megadual.engine.schedule import schedule
 from megadual.engine.step import GlobalLosses, StepResult
 from megadual.engine.topology import Topology
@@ -21,6 +22,7 @@ from megadual.model.context import context_share
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.freezing import train_only
 from megadual.model.init import initialize
+from megadual.model.matrices import hidden_matrices
 from megadual.train.config import PretrainConfig
 
 
@@ -85,7 +87,10 @@ class MegatronEngine(SavedState):
         )
         self._describe()
         megatron_internals.check(self.optimizer if self._adam() else None)
+        self.by_muon: set[torch.nn.Parameter] = set()
         if self._adam():
+            if train.optimizer == "muon":
+                self._use_muon()
             for group in self._adam().param_groups if sharded.is_torchs(self._adam()) else ():
                 group["fused"] = torch.cuda.is_available()  # one pass over weights, gradients and moments
             sharded.hold_moments(self._adam(), [p for group in self._adam().param_groups for p in group["params"]])
@@ -96,6 +101,21 @@ class MegatronEngine(SavedState):
             chunk.config.finalize_model_grads_func = finalize_model_grads
             chunk.config.grad_scale_func = self.optimizer.scale_loss
         self.forward_backward = get_forward_backward_func()
+
+    def _use_muon(self) -> None:
+        """Put Muon in AdamW's place."""
+        matrices = [matrix for chunk in self.chunks for matrix in hidden_matrices(chunk, self.run.model)]
+        self.by_muon = {matrix.parameter for matrix in matrices}
+        shares = [megatron_internals.held(self.optimizer, matrix.parameter) for matrix in matrices]
+        muon = Muon(
+            megatron_internals.adamw(self.optimizer).param_groups,
+            matrices,
+            [share and (share[0], share[1]["param"]) for share in shares],
+            self.run.train.momentum,
+            self.chunks[0].config.params_dtype,
+        )
+        sharded.hold_moments(muon, muon.mains, sharded.MOMENTUM)
+        megatron_internals.replace_adamw(self.optimizer, muon)
 
     def train_step(self, batches: list[MicroBatch], approve: Callable[[StepResult], bool] | None = None) -> StepResult:
         """One optimizer step over this rank's micro-batches.
@@ -164,11 +184,14 @@ class MegatronEngine(SavedState):
         trained = any(parameter.requires_grad for chunk in self.chunks for parameter in chunk.parameters())
         return megatron_internals.adamw(self.optimizer) if trained else None
 
+    def _state(self, parameter: torch.nn.Parameter) -> dict[str, str]:
+        return MUON_STATE if parameter in self.by_muon else super()._state(parameter)
+
     def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
         group = data_parallel_group()
         mine = owner == dist.get_rank(group)
         yield "", parameter.detach().to("cpu", copy=True) if mine else None
-        for prefix, key in OPTIMIZER_STATE.items() if parameter.requires_grad else ():
+        for prefix, key in self._state(parameter).items():
             whole = torch.zeros(parameter.numel(), device=parameter.device)
             if share := megatron_internals.held(self.optimizer, parameter):
                 place, state = share
@@ -182,7 +205,7 @@ class MegatronEngine(SavedState):
             parameter.copy_(tensor)
         elif share := megatron_internals.held(self.optimizer, parameter):
             place, state = share
-            state[OPTIMIZER_STATE[prefix]].copy_(tensor.flatten()[place])
+            state[self._state(parameter)[prefix]].copy_(tensor.flatten()[place])
 
     def shutdown(self) -> None:
         destroy_groups()

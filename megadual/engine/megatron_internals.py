@@ -39,6 +39,12 @@ def adamw(optimizer) -> torch.optim.Optimizer:
     return _reach(chained, "optimizer")
 
 
+def replace_adamw(optimizer, made: torch.optim.Optimizer) -> None:
+    """Put `made`, which has the AdamW's own parameter groups, in the place of the AdamW inside megatron's optimizer."""
+    (chained,) = _reach(optimizer, "chained_optimizers")
+    chained.optimizer = made
+
+
 def held(optimizer, parameter: torch.nn.Parameter) -> tuple[slice, dict[str, torch.Tensor]] | None:
     """This rank's share of a parameter's optimizer state, if it has one.
 

@@ -196,6 +196,7 @@ def _update_s(
     parallel = run.parallel
     ranks = layout.data * parallel.context
     seconds = stage.trained * (OPTIMIZER_BYTES / ranks + ZEROING_BYTES) / rates.memory
+    seconds += 2 * stage.orthogonalised / rates.products
     exchanged = stage.trained * (4 * GRADIENTS_EXPOSED + 2) * (ranks - 1) / ranks / _data_bus(run, layout, rates)
     buckets = math.ceil(stage.trained / max(BUCKET, BUCKET_A_RANK * ranks))
     exchanged += (GRADIENTS_EXPOSED + 1) * buckets * (ranks - 1) * rates.hop  # rings

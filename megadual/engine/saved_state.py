@@ -1,4 +1,4 @@
-"""What both engines do alike to save and load: one parameter after another, with its AdamW state."""
+"""What both engines do alike to save and load: one parameter after another, with its optimizer state."""
 
 import math
 from abc import ABC, abstractmethod
@@ -16,7 +16,9 @@ from megadual.model.dual_lm import DualLM
 from megadual.run.tensor_files import TensorFiles
 
 # Prefix of a checkpoint's entry -> what it is of a parameter's optimizer state: its fp32 copy, or a moment.
-OPTIMIZER_STATE = {sharded.STATE.format(key): key for key in ("param", *sharded.MOMENTS)}
+ADAMW_STATE, MUON_STATE = (
+    {sharded.STATE.format(key): key for key in ("param", *moments)} for moments in (sharded.MOMENTS, sharded.MOMENTUM)
+)
 LOADED_AT_ONCE = 1 << 28  # parameters whose state is on the host at a time
 
 
@@ -33,7 +35,7 @@ class SavedState(ABC):
 
     @abstractmethod
     def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """(entry's prefix, copy on the host) of a parameter and, if it is trained, of its OPTIMIZER_STATE.
+        """(entry's prefix, copy on the host) of a parameter and of its `_state`.
 
         None on other data-parallel ranks than `owner` (collective over them).
         """
@@ -44,7 +46,11 @@ class SavedState(ABC):
 
     @abstractmethod
     def _adam(self) -> torch.optim.Optimizer | None:
-        """The AdamW inside, None on a rank where nothing is trained."""
+        """The optimizer inside, None on a rank where nothing is trained."""
+
+    def _state(self, parameter: torch.nn.Parameter) -> dict[str, str]:
+        """What is saved of a parameter's optimizer state, as in ADAMW_STATE; nothing where it is not trained."""
+        return ADAMW_STATE if parameter.requires_grad else {}
 
     def _describe(self) -> None:
         """Note the parameters and where they lie in the whole model, while they are whole (ZeRO-3 splits them)."""
@@ -136,7 +142,7 @@ class SavedState(ABC):
         """What `_whole` gives of a parameter, not filled."""
         shape, parameter = self.shapes[name], self.parameters[name]
         yield "", torch.empty(shape, dtype=parameter.dtype)
-        for prefix in OPTIMIZER_STATE if parameter.requires_grad else ():
+        for prefix in self._state(parameter):
             yield prefix, torch.empty(shape)
 
 

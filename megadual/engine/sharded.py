@@ -1,7 +1,8 @@
 """Sharded state on disk, the same for both engines and every layout: torch_dist files, written by megatron-core.
 
 Entries have the names of the whole model: `decoder.layers.3.mlp.linear_fc2.weight` is a weight, and with
-`optimizer.state.` and `param`, `exp_avg` or `exp_avg_sq` before it, its fp32 copy or one of AdamW's moments.
+`optimizer.state.` and `param`, `exp_avg` or `exp_avg_sq` before it, its fp32 copy or one of AdamW's moments; a matrix
+that Muon trains has `momentum` in their place.
 """
 
 from pathlib import Path
@@ -17,8 +18,9 @@ from megadual.run.ranks import Ranks
 from megadual.run.tensor_files import TensorFiles
 
 METADATA = {"non_homogeneous_layers": True}
-STATE = "optimizer.state.{}."  # of an AdamW state's entries
-MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE = "optimizer.state.{}."  # of an optimizer state's entries
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+MOMENTUM = ("momentum",)  # Muon's
 
 
 class ShardedWrite:
@@ -111,17 +113,22 @@ def named_entries(chunk: torch.nn.Module) -> tuple[dict, dict]:
     return {name: state[name] for name, _ in chunk.named_parameters()}, buffers
 
 
-def hold_moments(optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor]) -> None:
-    """Give AdamW the state that it makes at its first step, so that it can be saved and loaded before."""
+def hold_moments(
+    optimizer: torch.optim.Optimizer, parameters: list[torch.Tensor], names: tuple[str, ...] = MOMENTS
+) -> None:
+    """Give the optimizer the state that AdamW makes at its first step, so that it can be saved and loaded before.
+
+    Parameters that have one keep it.
+    """
     for parameter in parameters:
         if parameter.numel() and not optimizer.state[parameter]:
-            optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in MOMENTS}
+            optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in names}
             if is_torchs(optimizer):
                 optimizer.state[parameter]["step"] = _step(optimizer, parameter, 0)
 
 
 def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Set how many updates AdamW has made."""
+    """Set how many updates the optimizer has made."""
     if not is_torchs(optimizer):
         for group in optimizer.param_groups:
             group["step"] = updates
@@ -131,7 +138,7 @@ def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
 
 
 def updates(optimizer: torch.optim.Optimizer) -> int:
-    """How many updates AdamW has made."""
+    """How many updates the optimizer has made."""
     counted = next(iter(optimizer.state.values())) if is_torchs(optimizer) else optimizer.param_groups[0]
     return int(counted.get("step", 0))
 

@@ -118,6 +118,11 @@ def _check_engine(run: PretrainConfig) -> None:
             "train.bad_loss=skip needs engine=megatron: DeepSpeed updates the weights within the backward pass's last "
             "call, when the loss of all ranks is not known yet"
         )
+    if run.engine == "deepspeed" and run.train.optimizer == "muon":
+        raise UserError(
+            "train.optimizer=muon needs engine=megatron: DeepSpeed hands an optimizer flat pieces of all parameters "
+            "together, of which no matrix can be told"
+        )
     if run.engine == "deepspeed" and parallel.virtual_pipeline > 1:
         raise UserError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs engine=megatron")
     if run.engine == "deepspeed" and parallel.context > 1:

@@ -23,15 +23,26 @@ def global_name(name: str, module: torch.nn.Module) -> str:
     return f"{match[1]}{layer}{match[3]}"
 
 
-def tensor_parallel_slice(name: str, full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This tensor-parallel rank's share of the full tensor."""
+def tensor_parallel_slice(
+    name: str, full: torch.Tensor, parameter: torch.Tensor, rank: int | None = None
+) -> torch.Tensor:
+    """A tensor-parallel rank's share of the full tensor; None: this one's."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return full
-    rank = parallel_state.get_tensor_model_parallel_rank()
+    rank = parallel_state.get_tensor_model_parallel_rank() if rank is None else rank
     size = parallel_state.get_tensor_model_parallel_world_size()
     if name.endswith("linear_fc1.weight"):  # gate and up are split each by themselves
         return torch.cat([half.chunk(size)[rank] for half in full.chunk(2)])
     return full.chunk(size, dim=parameter.partition_dim)[rank]
+
+
+def tensor_parallel_whole(name: str, shares: list[torch.Tensor], parameter: torch.Tensor) -> torch.Tensor:
+    """The full tensor of all tensor-parallel ranks' shares, in their order."""
+    if not getattr(parameter, "tensor_model_parallel", False) or len(shares) == 1:
+        return shares[0]
+    if name.endswith("linear_fc1.weight"):
+        return torch.cat([share.chunk(2)[half] for half in range(2) for share in shares])
+    return torch.cat(shares, dim=parameter.partition_dim)
 
 
 def initial(name: str, shape: list[int], seed: int, hidden: int, layers: int) -> torch.Tensor:

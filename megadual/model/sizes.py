@@ -9,10 +9,15 @@ from megadual.streams import Stream
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers in a part's matrices, each a multiply-add for what goes through, and in its vectors, which cost none."""
+    """A part's matrices, by their shapes, and how many numbers its vectors have."""
 
-    matrices: int
+    shapes: tuple[tuple[int, int], ...]
     vectors: int = 0
+
+    @property
+    def matrices(self) -> int:
+        """Numbers in them, each a multiply-add for what goes through; vectors cost none."""
+        return sum(rows * columns for rows, columns in self.shapes)
 
     @property
     def total(self) -> int:
@@ -23,20 +28,20 @@ def layer(model: ModelConfig) -> Weights:
     """One transformer layer."""
     hidden, kv = model.hidden, model.kv_heads * (model.hidden // model.heads)
     return Weights(
-        matrices=hidden * (2 * hidden + 2 * kv) + 3 * hidden * model.ffn,
+        shapes=(*2 * [(hidden, hidden)], *2 * [(kv, hidden)], *2 * [(model.ffn, hidden)], (hidden, model.ffn)),
         vectors=hidden + 2 * kv + 2 * hidden,  # of q, k, v; two norms
     )
 
 
 def text_table(model: ModelConfig, padded_text_size: int) -> Weights:
     """The text embedding, or the output layer."""
-    return Weights(padded_text_size * model.hidden)
+    return Weights(((padded_text_size, model.hidden),))
 
 
 def projector(model: ModelConfig, streams: Iterable[Stream]) -> Weights:
     """From the code vectors of all streams to the embedding of an image position."""
     hidden = model.hidden
-    return Weights(sum(stream.code_dim for stream in streams) * hidden + hidden**2, 2 * hidden)
+    return Weights(((hidden, sum(stream.code_dim for stream in streams)), (hidden, hidden)), 2 * hidden)
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,15 @@ class HeadWeights:
     def of(cls, model: ModelConfig, stream: Stream) -> "HeadWeights":
         width, layers, ffn = model.head.width, model.head.layers, model.head.ffn
         return cls(
-            projector=Weights(model.hidden * width + width**2, 2 * width),
+            projector=Weights(((width, model.hidden), (width, width)), 2 * width),
             transformer=Weights(
-                matrices=stream.code_dim * width + layers * (4 * width**2 + 3 * width * ffn),
+                shapes=(
+                    (width, stream.code_dim),
+                    *layers * [*4 * [(width, width)], *2 * [(ffn, width)], (width, ffn)],
+                ),
                 vectors=width + layers * 2 * width + width,  # of the codes' projector; norms of the layers and the last
             ),
-            classifiers=Weights(stream.depth * stream.codebook_size * width, stream.depth * width),
+            classifiers=Weights(((stream.depth * stream.codebook_size, width),), stream.depth * width),
         )
 
     @property

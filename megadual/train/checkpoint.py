@@ -114,10 +114,11 @@ class Checkpointer(CheckpointFolder):
     def load(self, engine: Engine, checkpoint: Path) -> dict:
         """Fill the engine from a checkpoint of any layout; returns the `step` it was made after and `data`.
 
-        UserError names the files that are not what was written, and what does not fit the run's model.
+        UserError names the files that are not what was written, and what does not fit the run's model or optimizer.
         """
         check(checkpoint)
         check_model(self.run, checkpoint)
+        check_optimizer(self.run, checkpoint)
         progress = read_progress(checkpoint)
         engine.load(checkpoint, progress["step"], progress["updates"])
         return progress
@@ -192,12 +193,27 @@ def read_progress(checkpoint: Path) -> dict:
 
 def check_model(run: PretrainConfig, checkpoint: Path) -> None:
     """UserError names the keys of the model's shape that the checkpoint's model has otherwise."""
-    try:
-        stored = OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG))["model"]
-        stored |= {f"head.{name}": value for name, value in stored["head"].items()}
-    except Exception as error:  # of YAML's reader, or of what lies in it
-        raise UserError(f"'{checkpoint / CONFIG}' is not a run's config: {' '.join(str(error).split())}") from error
+    stored = _stored_section(checkpoint, "model")
+    stored |= {f"head.{name}": value for name, value in stored["head"].items()}
     model = vars(run.model) | {f"head.{name}": value for name, value in vars(run.model.head).items()}
     if wrong := [name for name in SHAPE if name in stored and stored[name] != model[name]]:
         differ = "; ".join(f"model.{name} is {stored[name]}, the run's is {model[name]}" for name in wrong)
         raise UserError(f"checkpoint '{checkpoint}' does not fit the run's model: {differ}")
+
+
+def check_optimizer(run: PretrainConfig, checkpoint: Path) -> None:
+    """UserError where the checkpoint has the state of another optimizer than the run's."""
+    stored = _stored_section(checkpoint, "train").get("optimizer", "adamw")  # the only one that there was
+    if stored != run.train.optimizer:
+        raise UserError(
+            f"train.optimizer={run.train.optimizer} can't go on from checkpoint '{checkpoint}', which has the state of "
+            f"{stored}: give train.optimizer={stored}, or a new run.dir and checkpoint.start={checkpoint}"
+        )
+
+
+def _stored_section(checkpoint: Path, section: str) -> dict:
+    """A section of the config that the checkpoint was written with."""
+    try:
+        return dict(OmegaConf.to_container(OmegaConf.load(checkpoint / CONFIG))[section])
+    except Exception as error:  # of YAML's reader, or of what lies in it
+        raise UserError(f"'{checkpoint / CONFIG}' is not a run's config: {' '.join(str(error).split())}") from error

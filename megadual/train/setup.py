@@ -202,7 +202,8 @@ def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
         f"({layout.rows_per_step} rows of {train.seq_len}, {layout.microbatches} micro-batches a rank) on {documents}",
         f"in all: {train.steps * train.global_batch_tokens:,} positions, {flops:.2e} model FLOPs" + _epochs(inputs),
         *_repeated(inputs),
-        f"layout: engine={run.engine} {layout.describe(run)} on {layout.world} processes, {train.precision}",
+        f"layout: engine={run.engine} {layout.describe(run)} on {layout.world} processes, {train.precision}, "
+        + train.optimizer,
         f"model: {run.model.layers} layers of {run.model.hidden}, {vocabulary.text_size:,} text tokens; "
         + ", ".join(f"{stream.name}: {stream.depth} codes among {stream.codebook_size:,}" for stream in streams),
     ]

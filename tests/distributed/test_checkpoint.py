@@ -1,6 +1,7 @@
 """Resuming goes on as if nothing had happened, under the same layout and others."""
 
 import errno
+import functools
 import os
 import resource
 import signal
@@ -22,6 +23,7 @@ from megadual.train.checkpoint import Checkpointer, load_run_config, resolve_che
 
 STEPS = 6
 LAYOUTS = layouts.LAYOUTS | {"one": (1, [])}
+LAYOUTS |= {f"{name}, muon": (n, [*given, "train.optimizer=muon"]) for name, (n, given) in LAYOUTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -38,25 +40,36 @@ def run_in(shards, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(run_in, tmp_path_factory):
-    return run_distributed(train_part, 1, run_in(tmp_path_factory.mktemp("straight")), 0, STEPS, False)[0]
+def straight(run_in, tmp_path_factory):
+    @functools.cache
+    def run(optimizer: str):
+        folder = tmp_path_factory.mktemp("straight")
+        return run_distributed(train_part, 1, run_in(folder, f"train.optimizer={optimizer}"), 0, STEPS, False)[0]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(straight):
+    return straight("adamw")
 
 
 @pytest.mark.parametrize("saved, loaded", [
     ("one", "TP2xPP2+SP"), ("TP2xPP2+SP", "PP2xVPP2"), ("PP2", "DP2"), ("TP2xPP2+SP", "DeepSpeed ZeRO-3 DP2"),
     ("DeepSpeed ZeRO-3 TP2xDP2+SP", "DeepSpeed ZeRO-1 DP2"), ("DeepSpeed PP2", "DeepSpeed ZeRO-2 DP2"),
-    ("DeepSpeed PP2", "one"), ("DP2", "TP2xCP2+SP"),
+    ("DeepSpeed PP2", "one"), ("DP2", "TP2xCP2+SP"), ("TP2xPP2+SP, muon", "DP2, muon"), ("DP2, muon", "PP2xVPP2, muon"),
 ])  # fmt: skip
-def test_resume_under_another_layout(run_in, uninterrupted, tmp_path, saved, loaded):
+def test_resume_under_another_layout(run_in, straight, tmp_path, saved, loaded):
     (processes, layout), (other_processes, other_layout) = LAYOUTS[saved], LAYOUTS[loaded]
     run_distributed(train_part, processes, run_in(tmp_path, *layout, "checkpoint.background=false"), 0, 3, True)
     got, _ = run_distributed(train_part, other_processes, run_in(tmp_path, *other_layout), 3, STEPS, False)[0]
-    assert max(layouts.differences(got, uninterrupted[0][3:])) < 1e-5
+    expected, _ = straight("muon" if saved.endswith("muon") else "adamw")
+    assert max(layouts.differences(got, expected[3:])) < 1e-5
 
 
 @pytest.mark.parametrize("layout, precision", [
     ("PP2", "bf16"), ("DP2", "fp32"), ("DeepSpeed ZeRO-1 DP2", "bf16"), ("DeepSpeed ZeRO-3 DP2", "fp32"),
-    ("DeepSpeed PP2", "bf16"),
+    ("DeepSpeed PP2", "bf16"), ("DP2, muon", "bf16"),
 ])  # fmt: skip
 def test_resume_is_bitwise_and_background_writing_sees_no_later_step(run_in, tmp_path, layout, precision):
     processes, overrides = LAYOUTS[layout]
@@ -219,6 +232,13 @@ def test_a_checkpoint_of_another_shape_is_refused(run_in, weights_only, tmp_path
         assert "does not fit the run's model: " in said and expected in said and len(said) < 1000 and "\n" not in said
 
 
+def test_another_optimizers_checkpoint_is_refused(run_in, weights_only):
+    run = run_in(weights_only.parent / "run", "train.optimizer=muon")
+    checkpointer = Checkpointer(run)
+    with pytest.raises(UserError, match=r"^train.optimizer=muon can't go on .* has the state of adamw: give train"):
+        checkpointer.load(None, checkpointer.latest())
+
+
 @pytest.mark.parametrize("parts, then", [("projector", "llm,projector"), ("heads", "projector,llm,heads")])
 def test_stages_follow_each_other_where_a_pipeline_stage_trains_nothing(run_in, tmp_path, parts, then):
     """A rank without an optimizer saves and resumes; the next training stage starts from what the first has learned."""
@@ -268,12 +288,15 @@ def _all_tensors(engine):
         yield from state.values()
 
 
-def test_refused_step_changes_nothing_but_the_schedule(run_in, uninterrupted, tmp_path):
-    same, refused, after, updates = run_distributed(skip_one, 2, run_in(tmp_path))[0]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_refused_step_changes_nothing_but_the_schedule(run_in, straight, tmp_path, optimizer):
+    run = run_in(tmp_path, f"train.optimizer={optimizer}")
+    same, refused, after, updates = run_distributed(skip_one, 2, run)[0]
     assert same and updates == 2
-    assert refused.loss == pytest.approx(uninterrupted[0][1]["loss"], abs=1e-5)
-    assert refused.grad_norm == pytest.approx(uninterrupted[0][1]["grad_norm"], abs=1e-5)
-    assert after.lr == uninterrupted[0][2]["lr"] and after.loss != pytest.approx(uninterrupted[0][2]["loss"], abs=1e-5)
+    results, _ = straight(optimizer)
+    assert refused.loss == pytest.approx(results[1]["loss"], abs=1e-5)
+    assert refused.grad_norm == pytest.approx(results[1]["grad_norm"], abs=1e-5)
+    assert after.lr == results[2]["lr"] and after.loss != pytest.approx(results[2]["loss"], abs=1e-5)
 
 
 def bytes_to_write(run, folder) -> int:

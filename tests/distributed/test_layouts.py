@@ -1,21 +1,26 @@
-"""Every layout trains as one process does: losses of all streams and gradient norm over 5 steps."""
+"""Every layout trains as one process does, also with Muon: losses of all streams and gradient norm over 5 steps."""
 
 import functools
 
 import pytest
 
 from megadual.data.mds_reader import ShardSet
+from megadual.model import matrices
 from megadual.streams import Stream
 from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
 from megadual.testing.layouts import LAYOUTS, TOLERANCE, differences
 from megadual.train.metrics import LOSS, numbers_of
 
-# benchmarks/layouts.py runs all of testing.layouts, in both precisions.
+# benchmarks/layouts.py runs all of testing.layouts, in both precisions, with either optimizer.
 TESTED = (
     "PP2", "TP2", "TP2+SP", "DP2", "PP2xVPP2", "PP4, heads alone", "TP2xPP2+SP", "TP2xDP2, micro-batch 2",
     "TP2xPP2xDP2+SP+recompute", "CP2", "TP2xCP2+SP", "PP2xCP2+recompute", "DeepSpeed ZeRO-1 DP2",
     "DeepSpeed ZeRO-2 DP2", "DeepSpeed ZeRO-3 TP2xDP2+SP", "DeepSpeed TP2xPP2xDP2+SP",
+)  # fmt: skip
+BOTH = ("adamw", "muon")
+BY_MUON = (
+    "PP2", "TP2+SP", "DP2", "PP2xVPP2", "TP2xPP2+SP", "TP2xPP2xDP2+SP+recompute", "CP2", "TP2xCP2+SP",
 )  # fmt: skip
 
 
@@ -36,6 +41,19 @@ def train(shards, tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module")
+def train_with(shards, tmp_path_factory):
+    """By rank, the results with each optimizer."""
+    folder = tmp_path_factory.mktemp("optimizers")
+
+    @functools.cache
+    def run(optimizers: tuple[str, ...], processes: int, *overrides: str) -> list[list[list[dict]]]:
+        runs = [tiny.tiny_run(folder, shards, *overrides, f"train.optimizer={each}") for each in optimizers]
+        return run_distributed(tiny.losses_of, processes, runs)
+
+    return run
+
+
 def mean_losses(step: dict) -> dict[str, float]:
     return {name.removeprefix(LOSS): value for name, value in step.items() if name.startswith(LOSS)}
 
@@ -45,11 +63,13 @@ def assert_equal_runs(got: list[dict], expected: list[dict], tolerance: float) -
 
 
 @pytest.mark.parametrize("layout", TESTED)
-def test_layout_equals_one_process(train, layout):
+def test_layout_equals_one_process(train_with, layout):
     processes, overrides = LAYOUTS[layout]
-    (expected,) = train(1)
-    for result in train(processes, *overrides):  # every rank reports the same numbers
-        assert_equal_runs(result, expected, TOLERANCE["fp32"])
+    (expected,) = train_with(BOTH, 1)
+    optimizers = BOTH if layout in BY_MUON else ("adamw",)
+    for results in train_with(optimizers, processes, *overrides):  # every rank reports the same numbers
+        for result, of_one in zip(results, expected, strict=False):
+            assert_equal_runs(result, of_one, TOLERANCE["fp32"])
 
 
 @pytest.mark.parametrize("layout", ["PP2", "TP2"])
@@ -59,11 +79,14 @@ def test_tied_embeddings(train, layout):
     assert_equal_runs(train(processes, *overrides, "model.tie_embeddings=true")[0], expected, TOLERANCE["fp32"])
 
 
-@pytest.mark.parametrize("layout", ["TP2xPP2+SP", "CP2", "DeepSpeed ZeRO-2 DP2"])
-def test_bf16(train, layout):
+@pytest.mark.parametrize("layout, optimizer", [
+    ("TP2xPP2+SP", "adamw"), ("TP2xPP2+SP", "muon"), ("CP2", "adamw"), ("DeepSpeed ZeRO-2 DP2", "adamw"),
+])  # fmt: skip
+def test_bf16(train, layout, optimizer):
     processes, overrides = LAYOUTS[layout]
-    (expected,) = train(1, "train.precision=bf16")
-    assert_equal_runs(train(processes, *overrides, "train.precision=bf16")[0], expected, TOLERANCE["bf16"])
+    of_both = ["train.precision=bf16", f"train.optimizer={optimizer}"]
+    (expected,) = train(1, *of_both)
+    assert_equal_runs(train(processes, *overrides, *of_both)[0], expected, TOLERANCE["bf16"])
 
 
 def test_training_learns(train):
@@ -114,10 +137,22 @@ def losses_with_unsummed_heads(run):
     return results
 
 
-def test_broken_layout_is_noticed(train, shards, tmp_path):
-    (expected,) = train(1)
-    run = tiny.tiny_run(tmp_path, shards, *LAYOUTS["TP2+SP"][1])
-    broken = run_distributed(losses_with_unsummed_heads, 2, run)[0]
+def losses_with_gate_and_up_mixed(run):
+    """A broken layout: Muon takes a matrix of two parts, split each by itself, as if it were split as a whole."""
+    join, share = matrices.tensor_parallel_whole, matrices.tensor_parallel_slice
+    matrices.tensor_parallel_whole = lambda name, *rest: join("", *rest)
+    matrices.tensor_parallel_slice = lambda name, *rest: share("", *rest)
+    return tiny.losses(run)
+
+
+@pytest.mark.parametrize(
+    "optimizer, losses", [("adamw", losses_with_unsummed_heads), ("muon", losses_with_gate_and_up_mixed)]
+)
+def test_broken_layout_is_noticed(train_with, shards, tmp_path, optimizer, losses):
+    (results,) = train_with(BOTH, 1)
+    expected = results[BOTH.index(optimizer)]
+    run = tiny.tiny_run(tmp_path, shards, *LAYOUTS["TP2+SP"][1], f"train.optimizer={optimizer}")
+    broken = run_distributed(losses, 2, run)[0]
     with pytest.raises(AssertionError):
         assert_equal_runs(broken, expected, tolerance=1e-5)
 

@@ -8,6 +8,7 @@ from megadual.data.source import Source
 from megadual.engine.estimate import estimate, table
 from megadual.engine.stages import Costs, Traffic, split_layers
 from megadual.engine.topology import topology
+from megadual.model.matrices import hidden_matrices
 from megadual.streams import Stream
 from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
@@ -65,6 +66,12 @@ def built_parameters(run, trained: bool = False, streams=tiny.STREAMS) -> int:
     return sum(parameter.numel() for parameter in parameters if parameter.requires_grad or not trained)
 
 
+def numbers_of_matrices(run) -> int:
+    """Of those that Muon trains."""
+    engine, _ = tiny.build(run)
+    return sum(matrix.parameter.numel() for matrix in hidden_matrices(engine.chunks[0], run.model))
+
+
 def test_planned_parameters_are_those_built(tmp_path):
     streams = [Stream("a", 3, 64, 8), Stream("b", 2, 48, 6)]
     shards = tiny.write_tiny_set(tmp_path / "set", count=20, streams=streams)
@@ -82,6 +89,9 @@ def test_planned_memory(tmp_path):
     )
     assert shared.activations == one.activations / 2 and shared.optimizer == one.optimizer / 2
     assert shared.weights == one.weights == 4 * one.parameters
+    (muon,) = planned(tiny.tiny_run(tmp_path, shards, "train.optimizer=muon"), 1)
+    matrices = run_distributed(numbers_of_matrices, 1, tiny.tiny_run(tmp_path, shards))[0]
+    assert one.optimizer - muon.optimizer == 4 * matrices  # one moment of two
     assert "will not fit" in table([one], gpu_memory_gib=1e-6)
     assert "will not fit" not in table([one], gpu_memory_gib=1)
 
