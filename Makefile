@@ -17,7 +17,7 @@ BIN      := $(VENV)/bin
 TORCH    ?= torch==2.13.0
 # The versions that the tests have passed with, so that a release of anything changes nothing here.
 CONSTRAINTS ?= constraints.txt
-PARALLEL ?= pipeline=2
+PARALLEL ?= data=2
 # DeepSpeed's kernels are built when they are first used, not at installation.
 export DS_BUILD_OPS := 0
 

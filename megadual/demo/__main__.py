@@ -83,7 +83,7 @@ def stages(layout: list[str]) -> list[Stage]:
             "use", "describe, draw, answer and edit what was held out, with the exported folder alone",
             f"checkpoints_tools/try_export.py --model {RUN}/hf --data {held_out} "
             f"--questions '{CORPUS}/questions-heldout-*.tar' --edits '{CORPUS}/edits-heldout-*.parquet' "
-            f"--output {RUN}/use --draw 16 --answer 12 --temperature 0.5",
+            f"--output {RUN}/use --draw 16 --answer 12",
             RUN / "use/drawings.json",
         ),
         Stage(
@@ -95,7 +95,7 @@ def stages(layout: list[str]) -> list[Stage]:
         Stage(
             "scenes", "score describing, answering, drawing and editing on other held-out scenes",
             f"-m megadual.evaluate scenes --model {RUN}/hf --detector {RUN}/detector.pt --corpus {CORPUS} "
-            f"--output {RUN}/scenes --scenes 40 --temperature 0.5",
+            f"--output {RUN}/scenes --scenes 40",
             RUN / "scenes/scenes.json",
         ),
     ]  # fmt: skip
@@ -103,24 +103,25 @@ def stages(layout: list[str]) -> list[Stage]:
 
 def layout_overrides(parallel: str) -> list[str]:
     """`tensor=2` -> the trainer's overrides, every size that is not named being 1."""
-    sizes = {"tensor": "1", "pipeline": "1"}
+    sizes = {"tensor": 1, "pipeline": 1, "data": 1}
     for part in parallel.replace(",", " ").split():
-        name, separator, value = part.partition("=")
-        if not separator:
-            raise UserError(f"PARALLEL '{parallel}': '{part}' is not of the form name=size, as in tensor=2")
-        sizes[name] = value
-    return [f"parallel.{name}={value}" for name, value in sizes.items()]
+        name, _, value = part.partition("=")
+        if name not in sizes or not value.isdecimal() or int(value) < 1:
+            raise UserError(f"PARALLEL '{parallel}': '{part}' is not of the form tensor=2, pipeline=2 or data=2")
+        sizes[name] = int(value)
+    ranks = sizes["tensor"] * sizes["pipeline"] * sizes.pop("data")
+    return [f"run.ranks={ranks}", *(f"parallel.{name}={size}" for name, size in sizes.items())]
 
 
 @command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parallel", default="pipeline=2", help="the trainer's layout: pipeline=2, tensor=2, ...")
+    parser.add_argument("--parallel", default="data=2", help="the trainer's layout: data=2, pipeline=2, tensor=2, ...")
     args = parser.parse_args()
 
     layout = layout_overrides(args.parallel)
     run = load_config(PretrainConfig, "pretrain/configs/tiny.yaml", layout)
-    topology(run, run.parallel.tensor * run.parallel.pipeline)  # a layout that can't work stops here
+    topology(run, run.run.ranks)  # a layout that can't work stops here
 
     seconds = run_stages(stages(layout), RUN)
     page = write_report(RUN, seconds)

@@ -32,7 +32,7 @@ def collect(run_folder: Path, seconds: dict[str, float]) -> dict:
     manifests = {path.parent.name: _read(path) for path in sorted((run_folder / "shards").glob("*/manifest.json"))}
     steps, _ = read_metrics(run_folder / "pretrain" / METRICS)
     run = load_config(PretrainConfig, run_folder / "pretrain/config.yaml")
-    layout = topology(run, run.parallel.tensor * run.parallel.pipeline)
+    layout = topology(run, run.run.ranks or run.parallel.tensor * run.parallel.pipeline)
     losses = {
         name: {"first": value, "last": steps[-1][name]} for name, value in steps[0].items() if name.startswith(LOSS)
     }

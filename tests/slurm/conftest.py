@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = [
     "model.layers=2", "model.hidden=64", "model.ffn=96", "model.heads=4", "model.kv_heads=2", "model.head.width=32",
     "model.head.layers=2", "model.head.heads=2", "model.head.ffn=48", "train.seq_len=64", "train.lr=1e-2",
-    "train.global_batch_tokens=1024", "parallel.pipeline=1",
+    "train.global_batch_tokens=1024", "train.micro_batch_size=1", "train.optimizer=adamw", "parallel.pipeline=1",
 ]  # fmt: skip
 ENDS = {"COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "CANCELLED"}
 TASKS = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=2000"]

@@ -23,7 +23,8 @@ def undisturbed(inputs, tmp_path_factory):
     paths = [f"model.dualtoken={inputs}/dualtoken", f"model.text_tokenizer={inputs}/text_tokenizer"]
     done = subprocess.run(
         [sys.executable, "pretrain/pretrain.py", "--config", "pretrain/configs/tiny.yaml", *paths,
-         f"data.sets=[{inputs}/shards]", *MODEL, f"train.steps={STEPS}", f"run.dir={run}", "run.wandb=disabled"],
+         f"data.sets=[{inputs}/shards]", *MODEL, f"train.steps={STEPS}", f"run.dir={run}", "run.wandb=disabled",
+         "run.ranks=1"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
