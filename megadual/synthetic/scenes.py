@@ -89,7 +89,7 @@ PRESETS = {
         pairs=((1, 1), (1, 1), (1, 1), (2, 1), (1, 2)),
         sizes=("",),
         fill=0.95,
-        largest=0.6,
+        largest=0.9,
     ),
 }  # fmt: skip
 RICH = PRESETS["rich"]

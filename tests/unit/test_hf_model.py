@@ -417,7 +417,10 @@ def test_an_edit_is_guided_by_text_and_image_as_training_drops_them(model, pictu
         for dropped in ((False, False), (True, False), (True, True)):
             sequence = to_sequence(document, marks, Reading((False,) * len(document.grids), *dropped))
             tokens = torch.from_numpy(sequence.tokens)
-            codes = {stream: torch.from_numpy(codes)[tokens == marks.image] for stream, codes in sequence.codes.items()}
+            codes = {
+                stream: torch.from_numpy(codes.astype(np.int64))[tokens == marks.image]
+                for stream, codes in sequence.codes.items()
+            }
             with torch.no_grad():
                 logits.append(model(input_ids=tokens[None], codes=codes).visual_logits)
         for stream in model.streams:
