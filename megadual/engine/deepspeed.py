@@ -218,7 +218,7 @@ class DeepSpeedEngine(SavedState):
         """What DeepSpeed hands a first stage, which reads the feed."""
         return torch.zeros(1, device=torch.cuda.current_device())
 
-    def _adam(self) -> torch.optim.Optimizer:
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
         return deepspeed_internals.adamw(self.engine)
 
     def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
@@ -245,7 +245,7 @@ class DeepSpeedEngine(SavedState):
     def _hold_moments(self) -> None:
         """Give AdamW its state before the first step, and DeepSpeed's parameters their views of it."""
         stage = self.run.parallel.zero_stage
-        sharded.hold_moments(self._adam(), deepspeed_internals.flat_weights(self.engine, stage))
+        sharded.hold_moments(self._inner_optimizer(), deepspeed_internals.flat_weights(self.engine, stage))
         deepspeed_internals.show_moments(self.engine, stage)
 
     def _gathered(self, parameter: torch.nn.Parameter, modifier_rank: int | None = None):

@@ -86,14 +86,16 @@ class MegatronEngine(SavedState):
             self.model,
         )
         self._describe()
-        megatron_internals.check(self.optimizer if self._adam() else None)
+        megatron_internals.check(self.optimizer if self._inner_optimizer() else None)
         self.by_muon: set[torch.nn.Parameter] = set()
-        if self._adam():
+        if self._inner_optimizer():
             if train.optimizer == "muon":
                 self._use_muon()
-            for group in self._adam().param_groups if sharded.is_torchs(self._adam()) else ():
+            for group in self._inner_optimizer().param_groups if sharded.is_torchs(self._inner_optimizer()) else ():
                 group["fused"] = torch.cuda.is_available()  # one pass over weights, gradients and moments
-            sharded.hold_moments(self._adam(), [p for group in self._adam().param_groups for p in group["params"]])
+            sharded.hold_moments(
+                self._inner_optimizer(), [p for group in self._inner_optimizer().param_groups for p in group["params"]]
+            )
         self.scheduler = schedule(run, self.optimizer)
         no_sync = [wrapped.no_sync for wrapped in self.model] if ddp.overlap_grad_reduce else [None]
         self.no_sync = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -179,7 +181,7 @@ class MegatronEngine(SavedState):
             forward_only=forward_only,
         )
 
-    def _adam(self) -> torch.optim.Optimizer | None:
+    def _inner_optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer inside megatron's, None on a rank where nothing is trained."""
         trained = any(parameter.requires_grad for chunk in self.chunks for parameter in chunk.parameters())
         return megatron_internals.adamw(self.optimizer) if trained else None

@@ -45,7 +45,7 @@ class SavedState(ABC):
         """Put back one that `_whole` gave; every rank has it (collective over the data-parallel ranks)."""
 
     @abstractmethod
-    def _adam(self) -> torch.optim.Optimizer | None:
+    def _inner_optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer inside, None on a rank where nothing is trained."""
 
     def _state(self, parameter: torch.nn.Parameter) -> dict[str, str]:
@@ -68,7 +68,7 @@ class SavedState(ABC):
 
     @property
     def updates(self) -> int:
-        made = sharded.updates(self._adam()) if self._adam() else 0
+        made = sharded.updates(self._inner_optimizer()) if self._inner_optimizer() else 0
         updates = torch.tensor([made], device=torch.cuda.current_device())
         dist.all_reduce(updates, op=dist.ReduceOp.MAX)  # a stage without trained parts has made none
         return int(updates.item())
@@ -118,8 +118,8 @@ class SavedState(ABC):
                         dist.broadcast(tensor, dist.get_global_rank(group, owners[name]), group=group)
                     with torch.no_grad():
                         self._fill(parameter, prefix, tensor)
-        if self._adam():
-            sharded.set_updates(self._adam(), updates)
+        if self._inner_optimizer():
+            sharded.set_updates(self._inner_optimizer(), updates)
         self.scheduler.step(increment=step)
 
     def _owners(self) -> dict[str, int]:

@@ -48,8 +48,8 @@ def scene_captions(folder, summary: dict, part: str) -> set[str]:
 
 def test_same_seed_same_bytes(tmp_path):
     few = dict.fromkeys(EVERY_KIND, 8)
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        make_corpus(tmp_path / name, **few, size=32, seed=seed)
+    for name, seed, workers in (("a", 0, 1), ("b", 0, 2), ("c", 1, 1)):
+        make_corpus(tmp_path / name, **few, size=32, seed=seed, workers=workers)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert len(files) == 2 * 5 + 2  # each part of each kind, the edits' scenes; the broken samples and the summary
     for file in files:
