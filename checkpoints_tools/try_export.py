@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -99,7 +100,7 @@ def open_model(folder: str):
         lacking = sorted(name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in told[kind])
         if lacking:
             raise ValueError(f"its weights do not fit its config.json: {', '.join(map(str, lacking[:4]))}")
-        return model.eval()
+        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     except Exception as error:  # of the folder's code, or of transformers
         reason = " ".join(str(error).split())[:400]
         sys.exit(f"error: --model '{folder}' can't be opened: {type(error).__name__}: {reason}")

@@ -2,7 +2,7 @@
 
 `python -m megadual.demo.scenes`
 
-The demo's way at a size at which it works: 134 drawings, 1 to 4 of them a scene, at 144 pixels (docs/scenes.md tells
+The demo's way at a size at which it works: 134 drawings, 1 to 4 of them a scene, at 128 pixels (docs/scenes.md tells
 the recipe and what came of it). Each stage is a command of its own, printed before it runs. A stage is reused while
 its command, its config file and the stages before it are those of the last run. With --stop-after the stages can be run
 in pieces: a training that is stopped goes on from where it was.
@@ -22,6 +22,7 @@ from megadual.errors import command
 
 RUN = Path("runs/scenes")
 CORPUS, SHARDS, DETECTOR = RUN / "corpus", RUN / "shards", RUN / "detector.pt"
+SAMPLING = "--cfg-scale 2 --temperature 0.7"  # docs/scenes.md has others
 
 
 def model_stages(run: Path, overrides: list[str]) -> list[Stage]:
@@ -47,14 +48,19 @@ def model_stages(run: Path, overrides: list[str]) -> list[Stage]:
             "use", "describe, draw, answer and edit what was held out, with the exported folder alone",
             f"checkpoints_tools/try_export.py --model {run}/hf --data {held_out} "
             f"--questions '{CORPUS}/questions-heldout-*.tar' --edits '{CORPUS}/edits-heldout-*.parquet' "
-            f"--output {run}/use --draw 16 --answer 12 --temperature 0.5",
+            f"--output {run}/use --draw 16 --answer 12 {SAMPLING}",
             run / "use/drawings.json",
         ),
         Stage(
             "scenes", "score describing, answering, drawing and editing on other held-out scenes",
             f"-m megadual.evaluate scenes --model {run}/hf --detector {DETECTOR} --corpus {CORPUS} "
-            f"--output {run}/scenes --scenes 400 --temperature 0.5",
+            f"--output {run}/scenes --scenes 400 {SAMPLING}",
             run / "scenes/scenes.json",
+        ),
+        Stage(
+            "pictures", "show what it does with the first held-out scenes",
+            f"-m megadual.demo.pictures --model {run}/hf --corpus {CORPUS} --output {run}/pictures {SAMPLING}",
+            run / "pictures/edits.png",
         ),
     ]  # fmt: skip
 
@@ -65,7 +71,7 @@ def shared_stages(workers: int) -> list[Stage]:
     return [
         Stage(
             "corpus", "compose scenes from drawings: captions, questions and edits",
-            f"-m megadual.synthetic.corpus --output {CORPUS} --size 144 --train 150000 --questions 50000 --edits 50000 "
+            f"-m megadual.synthetic.corpus --output {CORPUS} --size 128 --train 200000 --questions 70000 --edits 70000 "
             f"--heldout 500 --workers {workers}",
             CORPUS / "corpus.json",
         ),

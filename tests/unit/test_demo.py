@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from checkpoints_tools.try_export import samples
 from megadual.config import load_config, to_yaml
+from megadual.demo import pictures
 from megadual.demo.__main__ import SHARDS, stages
 from megadual.demo.report import write_report
 from megadual.demo.scenes import SHARDS as SCENES_SHARDS
 from megadual.demo.scenes import model_stages, shared_stages
 from megadual.demo.stage import Stage, run_stages
-from megadual.testing.models import sized_run
+from megadual.synthetic.corpus import make_corpus
+from megadual.testing.models import sized_run, write_export
 from megadual.train.config import PretrainConfig
 
 SAID = [  # of two images: kind, question, answer, said
@@ -131,4 +134,17 @@ saved.exists() or time.sleep(60)
     stopped = json.loads((tmp_path / "stages.json").read_text())
     seconds = run_stages(plan, tmp_path, stop_after=60)
     assert (tmp_path / "ran").read_text() == "a b b c "
-    assert seconds["b"] > stopped["b"]["seconds"] > 0.5
+    assert seconds["b"] >= stopped["b"]["seconds"] > 0.5
+
+
+def test_pictures_show_the_first_held_out_samples(tmp_path, monkeypatch):
+    make_corpus(tmp_path / "corpus", train=8, questions=8, edits=8, heldout=7, size=16)
+    options = ["--model", str(write_export(tmp_path)), "--corpus", str(tmp_path / "corpus"), "--count", "7"]
+    monkeypatch.setattr("sys.argv", ["pictures", *options, "--output", str(tmp_path / "shown")])
+    pictures.main()
+    sizes = {path.stem: Image.open(path).size for path in (tmp_path / "shown").iterdir()}
+    assert sorted(sizes) == ["answers", "drawings", "edits", "reconstructions"]
+    assert sizes["edits"][1] > sizes["answers"][1] > sizes["drawings"][1]  # two rows of pairs; of pictures, more text
+    _, first, _ = next(samples("", f"{tmp_path}/corpus/heldout-*.tar", "txt"))
+    shown = Image.open(tmp_path / "shown/reconstructions.png").convert("RGB").getpixel((12, 12))
+    assert all(abs(a - b) < 24 for a, b in zip(shown, first.convert("RGB").getpixel((1, 1)), strict=True))
