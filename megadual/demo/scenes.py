@@ -7,32 +7,31 @@ the recipe and what came of it). Each stage is a command of its own, printed bef
 its command, its config file and the stages before it are those of the last run. With --stop-after the stages can be run
 in pieces: a training that is stopped goes on from where it was.
 
---streams and --seed train another LLM on the same shards, beside the first: what one kind of codes is good for alone.
+--variant trains another LLM on the same shards, in a folder of its own, and scores it: what one kind of codes is good
+for alone, another size or rate (benchmarks/scenes.py makes tables of such). Several may run at a time, each on its GPU.
 """
 
 import argparse
-import dataclasses
 import os
 import shlex
 from pathlib import Path
 
 from megadual.demo.report import write_report
-from megadual.demo.stage import Stage, run_stages
-from megadual.errors import command
+from megadual.demo.stage import Stage, done_key, run_stages
+from megadual.errors import UserError, command
 
 RUN = Path("runs/scenes")
 CORPUS, SHARDS, DETECTOR = RUN / "corpus", RUN / "shards", RUN / "detector.pt"
+CONFIG = "pretrain/configs/scenes/llm.yaml"
 SAMPLING = "--cfg-scale 2 --temperature 0.7"  # docs/scenes.md has others
 
 
-def model_stages(run: Path, overrides: list[str]) -> list[Stage]:
-    """Training an LLM on the shards, its export and its scores, in the folder `run`."""
-    config = "pretrain/configs/scenes/llm.yaml"
-    held_out = f"'{CORPUS}/heldout-*.tar'"
+def model_stages(run: Path, overrides: list[str], scenes: int = 400) -> list[Stage]:
+    """Training an LLM on the shards, its export and its scores on `scenes` of each task, in the folder `run`."""
     return [
         Stage(
             "pretrain", "train the unified LLM on pairs, questions and edits, with megatron-core",
-            shlex.join(["pretrain/pretrain.py", "--config", config, f"run.dir={run}/pretrain", *overrides]),
+            shlex.join(["pretrain/pretrain.py", "--config", CONFIG, f"run.dir={run}/pretrain", *overrides]),
             run / "pretrain/checkpoints/latest",
         ),
         Stage(
@@ -40,22 +39,28 @@ def model_stages(run: Path, overrides: list[str]) -> list[Stage]:
             f"checkpoints_tools/convert_to_hf.py --checkpoint {run}/pretrain --output {run}/hf", run / "hf/config.json",
         ),
         Stage(
+            "scenes", "score describing, answering, drawing and editing on held-out scenes",
+            f"-m megadual.evaluate scenes --model {run}/hf --detector {DETECTOR} --corpus {CORPUS} "
+            f"--output {run}/scenes --scenes {scenes} {SAMPLING}",
+            run / "scenes/scenes.json",
+        ),
+    ]  # fmt: skip
+
+
+def shown_stages(run: Path) -> list[Stage]:
+    """Proof and pictures of the model in the folder `run`."""
+    return [
+        Stage(
             "verify", "compare the exported model with the trainer's",
             f"checkpoints_tools/verify.py --checkpoint {run}/pretrain --model {run}/hf --output {run}/verify.json",
             run / "verify.json",
         ),
         Stage(
             "use", "describe, draw, answer and edit what was held out, with the exported folder alone",
-            f"checkpoints_tools/try_export.py --model {run}/hf --data {held_out} "
+            f"checkpoints_tools/try_export.py --model {run}/hf --data '{CORPUS}/heldout-*.tar' "
             f"--questions '{CORPUS}/questions-heldout-*.tar' --edits '{CORPUS}/edits-heldout-*.parquet' "
             f"--output {run}/use --draw 16 --answer 12 {SAMPLING}",
             run / "use/drawings.json",
-        ),
-        Stage(
-            "scenes", "score describing, answering, drawing and editing on other held-out scenes",
-            f"-m megadual.evaluate scenes --model {run}/hf --detector {DETECTOR} --corpus {CORPUS} "
-            f"--output {run}/scenes --scenes 400 {SAMPLING}",
-            run / "scenes/scenes.json",
         ),
         Stage(
             "pictures", "show what it does with the first held-out scenes",
@@ -117,32 +122,33 @@ def shared_stages(workers: int) -> list[Stage]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="end then, saved; start again to go on")
-    parser.add_argument("--streams", nargs="+", metavar="NAME", help="the LLM's streams of codes (default: both)")
-    parser.add_argument("--seed", type=int, default=0, help="of the LLM's weights and of the order of its data")
+    parser.add_argument("--variant", metavar="NAME", help=f"train another LLM, in {RUN}/NAME")
+    parser.add_argument(
+        "--scenes", type=int, default=400, help="held-out samples of each task that models are scored on"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"keys of {CONFIG}, for a variant")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw pictures")
     parser.add_argument("--dry-run", action="store_true", help="print the stages' commands")
-    args = parser.parse_args()
-
-    streams, overrides = args.streams or [], []
-    if streams:
-        overrides.append(f"model.streams=[{','.join(streams)}]")
-    if args.seed:
-        overrides.append(f"train.seed={args.seed}")
-    variant = "-".join([*(streams or ["all"]), str(args.seed)])
-    run = RUN / variant if overrides else RUN
-    model = [
-        dataclasses.replace(stage, name=f"{stage.name} {variant}") if overrides else stage
-        for stage in model_stages(run, overrides)
-    ]
-    plan = shared_stages(args.workers) + model
+    args = parser.parse_intermixed_args()
+    if bool(args.variant) != bool(args.overrides):
+        raise UserError(f"--variant {args.variant} with {args.overrides}: give a name and what differs, or neither")
+    shared = shared_stages(args.workers)
+    run = RUN / args.variant if args.variant else RUN
+    own = model_stages(run, args.overrides, args.scenes)
+    if not args.variant:
+        own += shown_stages(run)
     if args.dry_run:
-        print("\n".join(f"python {stage.arguments}" for stage in plan))
+        print("\n".join(f"python {stage.arguments}" for stage in shared + own))
         return
-    seconds = run_stages(plan, RUN, args.stop_after)
-    if run == RUN:
+    if not args.variant:
+        seconds = run_stages(shared + own, RUN, args.stop_after)
         print(f"== report: {write_report(RUN, seconds)}", flush=True)
-    else:
-        print(f"== scores: {run / 'scenes/scenes.html'}", flush=True)
+        return
+    before = done_key(shared, RUN)
+    if before is None:
+        raise UserError(f"the stages that a variant shares are not done in '{RUN}'; run without --variant first")
+    run_stages(own, run, args.stop_after, before)
+    print(f"== scores: {run / 'scenes/scenes.html'}", flush=True)
 
 
 if __name__ == "__main__":

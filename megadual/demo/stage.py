@@ -13,6 +13,8 @@ from pathlib import Path
 
 from megadual.run import exits
 
+RECORD = "stages.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -29,23 +31,39 @@ class Stage:
         return hashlib.sha256("\n".join([before, self.arguments, *configs]).encode()).hexdigest()
 
 
-def run_stages(plan: list[Stage], folder: Path, stop_after: float | None = None) -> dict[str, float]:
+def done_key(plan: list[Stage], folder: Path) -> str | None:
+    """The last stage's key, for what builds on these stages elsewhere; None where one is not done in `folder`."""
+    done, key = _done(folder), ""
+    for stage in plan:
+        key = stage.key(key)
+        if done.get(stage.name, {}).get("key") != key or not stage.product.exists():
+            return None
+    return key
+
+
+def _done(folder: Path) -> dict:
+    record = folder / RECORD
+    return json.loads(record.read_text()) if record.is_file() else {}
+
+
+def run_stages(plan: list[Stage], folder: Path, stop_after: float | None = None, before: str = "") -> dict[str, float]:
     """Run what is not done yet, its output shown as it comes; seconds that each stage took when it was done.
 
+    `before` is the key of stages done elsewhere.
+
     Exits with a failed stage's code, and `stop_after` seconds from now with exits.STOPPED: a training stage has then
-    saved a checkpoint and goes on from it, another is begun anew. `folder`/stages.json keeps what is done.
+    saved a checkpoint and goes on from it, another is begun anew. `folder`/RECORD keeps what is done.
     """
-    record, until = folder / "stages.json", time.monotonic() + stop_after if stop_after else None
-    done = json.loads(record.read_text()) if record.is_file() else {}
-    key = ""
+    record, until = folder / RECORD, time.monotonic() + stop_after if stop_after else None
+    done, key = _done(folder), before
     for number, stage in enumerate(plan, start=1):
         key = stage.key(key)
         print(f"== {number}/{len(plan)} {stage.name}: {stage.about}", flush=True)
         if done.get(stage.name, {}).get("key") == key and stage.product.exists():
             print("   reused", flush=True)
             continue
-        before = done.get(stage.name, {})
-        spent = before.get("seconds", 0.0) if before.get("stopped") == key else 0.0
+        last = done.get(stage.name, {})
+        spent = last.get("seconds", 0.0) if last.get("stopped") == key else 0.0
         for stale in plan[number - 1 :]:
             done.pop(stale.name, None)
         code, seconds = _run(stage, until)
