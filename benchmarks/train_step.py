@@ -6,9 +6,10 @@ python benchmarks/train_step.py --only "ours in the engine" "ours with muon" --m
 Random weights in bf16, one micro-batch of one row of which half are image positions to be drawn. "ours" is the model
 that pretrain.py trains: alone (gradients in bf16, as the baselines'), and in the megatron engine, which adds fp32
 gradients, weights and moments; "with muon" is that with train.optimizer=muon, whose work does not depend on the batch:
-give as many micro-batches a step as a GPU has. "plain" is Hugging Face's Qwen2 with plain depth heads, eager and by
-torch.compile, with bf16 weights, gradients and moments; "amp" has fp32 ones under autocast. Medians of CUDA-event
-times. FLOPs are the model's (megadual/model/flops.py) for all, so TFLOP/s and MFU compare as tokens/s do. Each
+give as many micro-batches a step as a GPU has; "in fp8" is with train.fp8=true. "plain" is Hugging Face's Qwen2 with
+plain depth heads, eager and by torch.compile, with bf16 weights, gradients and moments; "amp" has fp32 ones under
+autocast. Medians of CUDA-event times. FLOPs are the model's (megadual/model/flops.py) for all, so TFLOP/s and MFU
+compare as tokens/s do. Each
 contestant is run in a process of its own.
 """
 
@@ -30,6 +31,7 @@ cpu.install()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from gpu_timing import kernels_of, milliseconds  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from plain_unified import PlainUnified  # noqa: E402
 
 from megadual.config import load_config  # noqa: E402
@@ -38,9 +40,11 @@ from megadual.data.layout import Reading, to_sequence  # noqa: E402
 from megadual.engine.estimate import estimate  # noqa: E402
 from megadual.engine.groups import initialize_groups  # noqa: E402
 from megadual.engine.megatron import MegatronEngine  # noqa: E402
+from megadual.engine.megatron_internals import multiply_in_fp8  # noqa: E402
 from megadual.engine.stages import Traffic  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
 from megadual.errors import command  # noqa: E402
+from megadual.model import fp8  # noqa: E402
 from megadual.model.attention import gpu_kernel  # noqa: E402
 from megadual.model.dual_lm import DualLM, Vocabulary  # noqa: E402
 from megadual.model.flops import peak_flops, step_flops  # noqa: E402
@@ -48,8 +52,9 @@ from megadual.streams import Document, Stream  # noqa: E402
 from megadual.testing.shards import SPECIAL  # noqa: E402
 from megadual.train.config import PretrainConfig  # noqa: E402
 
-ADAMW, MUON = "ours in the engine", "ours with muon"
-CONTESTANTS = ("ours alone", "plain compiled", ADAMW, "plain", "plain compiled amp", MUON)
+ALONE, ADAMW, MUON, FP8 = "ours alone", "ours in the engine", "ours with muon", "ours in fp8"
+ALONE_FP8 = "ours alone in fp8"
+CONTESTANTS = (ALONE, "plain compiled", ADAMW, "plain", "plain compiled amp", MUON, ALONE_FP8, FP8)
 GIB = 2**30
 
 
@@ -136,6 +141,8 @@ def measure_ours(run: PretrainConfig, vocabulary: Vocabulary, batch: MicroBatch,
     """The model alone, and where its time goes."""
     initialize_groups(run)
     model = DualLM(run, vocabulary)
+    if run.train.fp8:
+        fp8.update(multiply_in_fp8([model]), parallel_state.get_tensor_model_parallel_group())
 
     def total(losses):
         drawn = len(batch.predicts_codes_at)
@@ -197,6 +204,7 @@ def measure(name: str, args) -> dict:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     run, vocabulary = setting(args)
     run.train.optimizer = "muon" if name == MUON else "adamw"
+    run.train.fp8 = name in (ALONE_FP8, FP8)
     batch = micro_batch(run, vocabulary, args.documents).to(device())
     if torch.cuda.is_available():
         torch.cuda.set_device(0)
@@ -205,7 +213,8 @@ def measure(name: str, args) -> dict:
     if name.startswith("plain"):
         result = measure_plain(name, run, vocabulary, batch, args)
     else:
-        result = (measure_ours if name == "ours alone" else measure_engine)(run, vocabulary, batch, args)
+        alone = name in (ALONE, ALONE_FP8)
+        result = (measure_ours if alone else measure_engine)(run, vocabulary, batch, args)
     flops = flops_of(run, vocabulary, batch)
     result |= {"peak_gib": peak_gib(), "flops": flops, "tokens": batch.filled, "peak_flops": peak_flops()}
     gc.collect()
@@ -241,6 +250,13 @@ def muons_cost(adamw: dict, muon: dict, micro_batches: int) -> str:
         f"{adamw['step_ms']:.0f} ms = x {muon['step_ms'] / adamw['step_ms']:.3f} at one micro-batch, "
         f"x {muon[several] / adamw[several]:.3f} at {micro_batches}"
     )
+
+
+def gain(bf16: str, before: dict, in_fp8: str, after: dict) -> str:
+    """How much faster FP8 is, in all and by part."""
+    times = {TIMES[key]: before[key] / after[key] for key in TIMES if key in before and key in after}
+    times |= {part: v["ms"] / after["parts"][part]["ms"] for part, v in before.get("parts", {}).items()}
+    return f"{in_fp8} beside {bf16}: " + ", ".join(f"{what} x {ratio:.2f}" for what, ratio in times.items())
 
 
 def details(name: str, result: dict) -> str:
@@ -296,6 +312,9 @@ def main() -> None:
     print(table(results))
     if ADAMW in results and MUON in results:
         print(muons_cost(results[ADAMW], results[MUON], args.micro_batches))
+    for bf16, in_fp8 in ((ALONE, ALONE_FP8), (ADAMW, FP8)):
+        if bf16 in results and in_fp8 in results:
+            print(gain(bf16, results[bf16], in_fp8, results[in_fp8]))
 
 
 if __name__ == "__main__":

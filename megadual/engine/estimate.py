@@ -66,8 +66,9 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
     # kept for backward per layer and position: inputs of both norms, q, k, v, attention's output, gate, up; and for the
     # gradients of weights: outputs of both norms, product
     kept = (2 * hidden / inner + (2 * hidden + 2 * kv + 2 * model.ffn) / tensor) * width
-    if llm:
-        kept += (2 * hidden / inner + model.ffn / tensor) * width
+    if llm:  # in FP8 a byte each, attention's output once more
+        kept += (2 * hidden / inner + model.ffn / tensor) * (1 if train.fp8 else width)
+        kept += hidden / tensor if train.fp8 else 0
     if train.recompute:
         kept = hidden / inner * width
 
@@ -110,7 +111,8 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
                 parameters=split + sum(whole.values()),
                 trained=trained,
                 flops_share=shares[stage] / total_share,
-                weights=on_gpu * per_weight / (data if stage_zero == 3 else 1),
+                weights=on_gpu * per_weight / (data if stage_zero == 3 else 1)
+                + (2 * sum(chunks) * a_layer.matrices / tensor if train.fp8 else 0),  # along and across
                 gradients=trained * per_gradient / (data if stage_zero >= 2 else 1) + bucket,
                 optimizer=(trained * per_optimizer - sum(4 * each.matrices / over for each, over in muon)) / data,
                 # of a fused matrix's parts, two at most are large

@@ -18,6 +18,7 @@ from megadual.engine.saved_state import MUON_STATE, SavedState, data_parallel_gr
 from megadual.engine.schedule import schedule
 from megadual.engine.step import GlobalLosses, StepResult
 from megadual.engine.topology import Topology
+from megadual.model import fp8
 from megadual.model.context import context_share
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.freezing import train_only
@@ -51,6 +52,8 @@ class MegatronEngine(SavedState):
     """Owns the model chunks, the optimizer and the schedule; `train_step` runs one global batch."""
 
     def __init__(self, run: PretrainConfig, topology: Topology, vocabulary: Vocabulary):
+        if run.train.fp8:
+            fp8.check_device()
         initialize_groups(run)
         self.run, self.topology, self.vocabulary = run, topology, vocabulary
         self.data_rank = parallel_state.get_data_parallel_rank()
@@ -68,6 +71,7 @@ class MegatronEngine(SavedState):
         ]
         for chunk in self.chunks:
             megatron_internals.add_in_products(chunk)
+        self.fp8 = megatron_internals.multiply_in_fp8(self.chunks) if run.train.fp8 else []
         megatron_internals.clip_in_place()
         train = run.train
         self.optimizer = get_megatron_optimizer(
@@ -155,6 +159,7 @@ class MegatronEngine(SavedState):
 
     def _run_chunks(self, batches: list[MicroBatch], losses: GlobalLosses, forward_only: bool = False) -> None:
         """All micro-batches through all chunks of all stages, and back; their losses go to `losses`."""
+        fp8.update(self.fp8, parallel_state.get_tensor_model_parallel_group())
         positions = batches[0].tokens.size(0)
         context = parallel_state.get_context_parallel_rank(), self.run.parallel.context
         batches = [context_share(batch, *context).to(torch.cuda.current_device()) for batch in batches]

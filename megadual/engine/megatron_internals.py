@@ -5,6 +5,7 @@
 
 import functools
 import inspect
+import itertools
 import logging
 import queue
 import types
@@ -18,6 +19,7 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import layers
 
 from megadual.engine.internals import reach
+from megadual.model.fp8 import Weight
 from megadual.model.main_grad import add_product
 
 _reach = functools.partial(reach, "megatron-core", "0.16.1 to 0.19.x")
@@ -75,6 +77,24 @@ def add_in_products(model: torch.nn.Module) -> None:
         if isinstance(module, (layers.ColumnParallelLinear, layers.RowParallelLinear)):
             _reach(module, "gradient_accumulation_fusion")
             module.gradient_accumulation_fusion = True
+
+
+def multiply_in_fp8(chunks: list[torch.nn.Module]) -> list[Weight]:
+    """Have the linear layers of the chunks' transformers multiply in FP8, once their weights have been cast."""
+
+    def product(held: Weight):
+        def multiply(input, weight, bias, allreduce_dgrad, sequence_parallel, tp_group, **_):
+            return held.multiply(input, bias, reduce=allreduce_dgrad, gather=sequence_parallel, group=tp_group)
+
+        return multiply
+
+    weights = []
+    for module in itertools.chain.from_iterable(chunk.decoder.modules() for chunk in chunks):
+        if isinstance(module, (layers.ColumnParallelLinear, layers.RowParallelLinear)):
+            _reach(module, "_forward_impl")
+            weights.append(Weight(module.weight))
+            module._forward_impl = product(weights[-1])
+    return weights
 
 
 def clip_in_place() -> None:

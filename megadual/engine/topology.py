@@ -3,6 +3,7 @@
 import dataclasses
 
 from megadual.errors import UserError
+from megadual.model import fp8
 from megadual.train.config import PretrainConfig
 
 
@@ -77,6 +78,8 @@ def topology(run: PretrainConfig, world: int) -> Topology:
             f"divide into the {shares} equal shares that parallel.context={parallel.context} and "
             f"parallel.sequence={str(parallel.sequence).lower()} at parallel.tensor={parallel.tensor} take"
         )
+    if train.fp8:
+        _check_fp8(run, positions // parallel.context)
 
     per_microbatch = train.seq_len * train.micro_batch_size * data
     if train.global_batch_tokens % per_microbatch:
@@ -93,6 +96,22 @@ def topology(run: PretrainConfig, world: int) -> Topology:
     if run.data.validation:
         _check_validation(run, data)
     return Topology(world, data, train.global_batch_tokens // train.seq_len, microbatches)
+
+
+def _check_fp8(run: PretrainConfig, positions: int) -> None:
+    """Products of FP8 take sizes of a multiple alone; `positions` are those of a context-parallel rank."""
+    model, tensor = run.model, run.parallel.tensor
+    heads = model.heads // tensor + 2 * max(model.kv_heads // tensor, 1)
+    sizes = {
+        "positions of a micro-batch on a rank": positions,
+        "model.hidden": model.hidden,
+        "model.hidden / parallel.tensor": model.hidden // tensor,
+        "model.ffn / parallel.tensor": model.ffn // tensor,
+        "width of a rank's queries, keys and values": heads * (model.hidden // model.heads),
+    }
+    for name, size in sizes.items():
+        if size % fp8.MULTIPLE:
+            raise UserError(f"train.fp8=true takes sizes that are multiples of {fp8.MULTIPLE}; {name}: {size}")
 
 
 def _check_validation(run: PretrainConfig, data: int) -> None:
@@ -123,6 +142,8 @@ def _check_engine(run: PretrainConfig) -> None:
             "train.optimizer=muon needs engine=megatron: DeepSpeed hands an optimizer flat pieces of all parameters "
             "together, of which no matrix can be told"
         )
+    if run.engine == "deepspeed" and run.train.fp8:
+        raise UserError("train.fp8=true needs engine=megatron: DeepSpeed's layers are of another kind")
     if run.engine == "deepspeed" and parallel.virtual_pipeline > 1:
         raise UserError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs engine=megatron")
     if run.engine == "deepspeed" and parallel.context > 1:

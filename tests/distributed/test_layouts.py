@@ -89,6 +89,13 @@ def test_bf16(train, layout, optimizer):
     assert_equal_runs(train(processes, *overrides, *of_both)[0], expected, TOLERANCE["bf16"])
 
 
+def test_fp8_under_parallelism_is_within_its_rounding(train):
+    (expected,), (in_fp32,) = train(1, "train.fp8=true"), train(1)
+    processes, overrides = LAYOUTS["TP2xPP2xDP2+SP+recompute"]
+    assert_equal_runs(train(processes, *overrides, "train.fp8=true")[0], expected, 0.02)
+    assert 1e-3 < max(differences(expected, in_fp32)) < 0.03
+
+
 def test_training_learns(train):
     (results,) = train(1, "train.steps=30")
     for name, loss in mean_losses(results[0]).items():

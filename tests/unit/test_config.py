@@ -155,6 +155,8 @@ def test_what_auto_picks_is_not_given():
     (2, ["engine=deepspeed", "parallel.pipeline=2", "model.tie_embeddings=true"], "counts the shared table twice"),
     (1, ["parallel.zero_stage=3"], "needs engine=deepspeed"),
     (1, ["engine=deepspeed", "train.optimizer=muon"], "train.optimizer=muon needs engine=megatron"),
+    (1, ["engine=deepspeed", "train.fp8=true"], "train.fp8=true needs engine=megatron"),
+    (1, ["train.fp8=true", "model.ffn=100"], "multiples of 16; model.ffn / parallel.tensor: 100"),
     (1, ["train.optimizer=sgd"], "train.optimizer 'sgd' is unknown; known: adamw, muon"),
     (1, ["train.momentum=1"], "train.momentum=1.0 must be 0 or more and below 1"),
     (1, ["train.bad_loss=shrug"], "train.bad_loss 'shrug' is unknown"),
