@@ -24,6 +24,7 @@ from megadual.train.checkpoint import Checkpointer, load_run_config, resolve_che
 STEPS = 6
 LAYOUTS = layouts.LAYOUTS | {"one": (1, [])}
 LAYOUTS |= {f"{name}, muon": (n, [*given, "train.optimizer=muon"]) for name, (n, given) in LAYOUTS.items()}
+LAYOUTS["TP2xPP2+SP, fp8"] = (4, [*LAYOUTS["TP2xPP2+SP"][1], "train.fp8=true"])
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_resume_under_another_layout(run_in, straight, tmp_path, saved, loaded):
 
 
 @pytest.mark.parametrize("layout, precision", [
-    ("PP2", "bf16"), ("DP2", "fp32"), ("DeepSpeed ZeRO-1 DP2", "bf16"), ("DeepSpeed ZeRO-3 DP2", "fp32"),
+    ("TP2xPP2+SP, fp8", "bf16"), ("DP2", "fp32"), ("DeepSpeed ZeRO-1 DP2", "bf16"), ("DeepSpeed ZeRO-3 DP2", "fp32"),
     ("DeepSpeed PP2", "bf16"), ("DP2, muon", "bf16"),
 ])  # fmt: skip
 def test_resume_is_bitwise_and_background_writing_sees_no_later_step(run_in, tmp_path, layout, precision):
