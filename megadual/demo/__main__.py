@@ -26,8 +26,8 @@ def stages(layout: list[str]) -> list[Stage]:
     return [
         Stage(
             "corpus", "compose scenes from drawings: captions, questions and edits",
-            f"-m megadual.synthetic.corpus --output {CORPUS} --scenes simple --size 48 --train 4000 --questions 3000 "
-            "--edits 3000 --heldout 100",
+            f"-m megadual.synthetic.corpus --output {CORPUS} --scenes simple --size 32 --train 12000 --questions 6000 "
+            "--edits 6000 --heldout 40",
             CORPUS / "corpus.json",
         ),
         Stage(
