@@ -83,7 +83,7 @@ def stages(layout: list[str]) -> list[Stage]:
             "use", "describe, draw, answer and edit what was held out, with the exported folder alone",
             f"checkpoints_tools/try_export.py --model {RUN}/hf --data {held_out} "
             f"--questions '{CORPUS}/questions-heldout-*.tar' --edits '{CORPUS}/edits-heldout-*.parquet' "
-            f"--output {RUN}/use --draw 16 --answer 12 --temperature 0.5",
+            f"--output {RUN}/use --draw 16 --answer 12 --cfg-scale 2 --temperature 0.3",
             RUN / "use/drawings.json",
         ),
         Stage(
@@ -95,7 +95,7 @@ def stages(layout: list[str]) -> list[Stage]:
         Stage(
             "scenes", "score describing, answering, drawing and editing on other held-out scenes",
             f"-m megadual.evaluate scenes --model {RUN}/hf --detector {RUN}/detector.pt --corpus {CORPUS} "
-            f"--output {RUN}/scenes --scenes 100 --temperature 0.5",
+            f"--output {RUN}/scenes --scenes 200 --cfg-scale 2 --temperature 0.3",
             RUN / "scenes/scenes.json",
         ),
     ]  # fmt: skip
