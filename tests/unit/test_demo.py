@@ -131,4 +131,4 @@ saved.exists() or time.sleep(60)
     stopped = json.loads((tmp_path / "stages.json").read_text())
     seconds = run_stages(plan, tmp_path, stop_after=60)
     assert (tmp_path / "ran").read_text() == "a b b c "
-    assert seconds["b"] > stopped["b"]["seconds"] > 0.5
+    assert seconds["b"] >= stopped["b"]["seconds"] > 0.5
