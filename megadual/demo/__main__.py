@@ -26,8 +26,8 @@ def stages(layout: list[str]) -> list[Stage]:
     return [
         Stage(
             "corpus", "compose scenes from drawings: captions, questions and edits",
-            f"-m megadual.synthetic.corpus --output {CORPUS} --scenes simple --size 48 --train 4000 --questions 3000 "
-            "--edits 3000 --heldout 100",
+            f"-m megadual.synthetic.corpus --output {CORPUS} --scenes simple --size 32 --train 12000 --questions 6000 "
+            "--edits 6000 --heldout 40",
             CORPUS / "corpus.json",
         ),
         Stage(
@@ -83,7 +83,7 @@ def stages(layout: list[str]) -> list[Stage]:
             "use", "describe, draw, answer and edit what was held out, with the exported folder alone",
             f"checkpoints_tools/try_export.py --model {RUN}/hf --data {held_out} "
             f"--questions '{CORPUS}/questions-heldout-*.tar' --edits '{CORPUS}/edits-heldout-*.parquet' "
-            f"--output {RUN}/use --draw 16 --answer 12",
+            f"--output {RUN}/use --draw 16 --answer 12 --cfg-scale 2 --temperature 0.3",
             RUN / "use/drawings.json",
         ),
         Stage(
@@ -95,7 +95,7 @@ def stages(layout: list[str]) -> list[Stage]:
         Stage(
             "scenes", "score describing, answering, drawing and editing on other held-out scenes",
             f"-m megadual.evaluate scenes --model {RUN}/hf --detector {RUN}/detector.pt --corpus {CORPUS} "
-            f"--output {RUN}/scenes --scenes 40",
+            f"--output {RUN}/scenes --scenes 200 --cfg-scale 2 --temperature 0.3",
             RUN / "scenes/scenes.json",
         ),
     ]  # fmt: skip

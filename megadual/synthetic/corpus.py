@@ -185,8 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stories", type=int, default=0, help="training stories, each of 2 to 4 pictures")
     parser.add_argument("--heldout", type=int, default=400, help="held-out samples of each kind that there is")
     parser.add_argument(
-        "--scenes", choices=PRESETS, default="rich", help="of all drawings in every arrangement; or simple: of a dozen "
-        "that are easily told apart, large, on few grounds"
+        "--scenes", choices=PRESETS, default="rich", help="of all drawings in every arrangement; or simple: one "
+        "or two of a dozen that are easily told apart, on few grounds"
     )  # fmt: skip
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     parser.add_argument("--seed", type=int, default=0)

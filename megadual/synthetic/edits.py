@@ -87,9 +87,12 @@ def _add(rng: random.Random, scene: Scene, preset: Preset) -> Change | None:
     if len(scene.groups) > 1 or not free:
         return None
     names = [name for name in preset.names if name != first.name and visible_on(scene.ground, name)]
-    second = draw_group(rng, rng.choice(names), rng.choice(free), rng.choice([1, 1, 2]), preset)
+    second = draw_group(rng, rng.choice(names), rng.choice(free), rng.choice(preset.added), preset)
     where = f"{relation(second.region, first.region)} the {first.noun}"
-    return Change("add", second.phrase, where, scene, Scene.of(scene.ground, [first, second]))
+    groups = [first, second]
+    if relation(first.region, second.region) not in preset.relations:  # told from the other, as all such scenes are
+        groups.reverse()
+    return Change("add", second.phrase, where, scene, Scene.of(scene.ground, groups))
 
 
 def _remove(rng: random.Random, scene: Scene, preset: Preset) -> Change | None:

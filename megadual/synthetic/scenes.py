@@ -56,11 +56,14 @@ class Preset:
     grounds: tuple[str, ...]
     arrangements: dict[str, int]  # how often each is drawn: alone, place, relation, row
     places: tuple[str, ...]
+    relations: tuple[str, ...]  # of the first of two kinds to the second
     alone: tuple[int, ...]  # how many of a kind that is alone
     pairs: tuple[tuple[int, int], ...]  # how many of each of two kinds
+    added: tuple[int, ...]  # how many of a kind that an edit adds
     sizes: tuple[str, ...]  # of single drawings, "" where it is not told
     fill: float  # share of its cell that a drawing fills whose size is not told
     largest: float  # share of the scene that a cell is at most taken to be
+    loose: float  # share of the room that is left in its cell in which a drawing lies at random, the middle one
 
 
 PRESETS = {
@@ -69,27 +72,33 @@ PRESETS = {
         grounds=tuple(GROUNDS),
         arrangements={"alone": 30, "place": 20, "relation": 40, "row": 10},
         places=tuple(PLACES),
+        relations=tuple(RELATIONS),
         alone=(1, 1, 2, 3, 4),
         pairs=((1, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3)),
+        added=(1, 1, 2),
         sizes=("small", "", "", "large"),
         fill=0.8,
         largest=1.0,
+        loose=1.0,
     ),
-    # Large drawings of few colours and plain outlines, which differ even where they are blurred: what minutes of
-    # training can learn.
+    # One or two large drawings that differ in colour and outline even where they are blurred, each in the middle of its
+    # place: what minutes of training can learn.
     "simple": Preset(
         names=(
-            "red heart", "green heart", "purple heart", "red circle", "orange circle", "blue square", "green square",
-            "purple square", "star", "tree", "pig", "penguin",
+            "red heart", "purple heart", "orange circle", "blue circle", "red square", "green square", "star", "tree",
+            "pig", "bear", "ball", "hat",
         ),
-        grounds=("white", "grey", "brown", "blue", "orange"),
-        arrangements={"alone": 35, "place": 20, "relation": 45},
+        grounds=("white", "grey", "red", "orange", "blue", "purple"),
+        arrangements={"alone": 25, "place": 25, "relation": 50},
         places=("at the top", "at the bottom", "on the left", "on the right"),
-        alone=(1, 1, 2, 3),
-        pairs=((1, 1), (1, 1), (1, 1), (2, 1), (1, 2)),
+        relations=("to the left of", "above"),
+        alone=(1, 2),
+        pairs=((1, 1),),
+        added=(1,),
         sizes=("",),
         fill=0.95,
-        largest=0.9,
+        largest=0.5,
+        loose=0.3,
     ),
 }  # fmt: skip
 RICH = PRESETS["rich"]
@@ -175,10 +184,14 @@ def draw_group(rng: random.Random, name: str, region: Region, count: int, preset
     cell_w, cell_h = width / columns, height / rows
     size = rng.choice(preset.sizes) if count == 1 else ""
     side = SIZES.get(size, preset.fill) * min(cell_w, cell_h, preset.largest)
+
+    def within(free: float) -> float:
+        return rng.random() * free * preset.loose + free * (1 - preset.loose) / 2
+
     boxes = [
         (
-            round(left + column * cell_w + rng.random() * (cell_w - side), 4),
-            round(top + row * cell_h + rng.random() * (cell_h - side), 4),
+            round(left + column * cell_w + within(cell_w - side), 4),
+            round(top + row * cell_h + within(cell_h - side), 4),
             round(side, 4),
         )
         for row in range(rows)
@@ -196,7 +209,7 @@ def draw_scene(rng: random.Random, preset: Preset = RICH) -> Scene:
     elif kind == "place":
         layout = [(names[0], PLACES[rng.choice(preset.places)], 1)]
     elif kind == "relation":
-        layout = list(zip(names, RELATIONS[rng.choice(list(RELATIONS))], rng.choice(preset.pairs), strict=False))
+        layout = list(zip(names, RELATIONS[rng.choice(preset.relations)], rng.choice(preset.pairs), strict=False))
     else:
         layout = [(name, region, 1) for name, region in zip(names, ROW.values(), strict=True)]
     groups = [draw_group(rng, *group, preset) for group in layout]

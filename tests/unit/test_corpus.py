@@ -12,7 +12,7 @@ from megadual.errors import UserError
 from megadual.evaluate.grammar import parse
 from megadual.synthetic.corpus import make_corpus
 from megadual.synthetic.drawings import GROUNDS, plural
-from megadual.synthetic.scenes import PRESETS
+from megadual.synthetic.scenes import PRESETS, RELATIONS
 
 EVERY_KIND = {"train": 60, "questions": 60, "edits": 60, "stories": 40, "heldout": 30}
 
@@ -135,13 +135,14 @@ def test_plural(name, expected):
 
 
 def test_simple_scenes(tmp_path):
-    """A dozen drawings on a few grounds, in every kind of sample."""
+    """A dozen drawings on a few grounds, in every kind of sample; each scene is told, and so held out, in one way."""
     few, preset = dict.fromkeys(EVERY_KIND, 40), PRESETS["simple"]
     summary = make_corpus(tmp_path, **few, size=16, scenes="simple")
     assert summary["scenes"] == "simple" and summary["drawings"] == len(preset.names) == 12
     shown = scene_captions(tmp_path, summary, "")
     assert len(shown) > 200 and {parse(caption).ground for caption in shown} == set(preset.grounds)
     assert {things.name for caption in shown for things in parse(caption).things} == set(preset.names)
+    assert {parse(caption).where for caption in shown} & set(RELATIONS) == set(preset.relations)
 
 
 def test_impossible_size_is_refused(tmp_path):
