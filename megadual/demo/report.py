@@ -135,7 +135,7 @@ TEMPLATE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
 <h1>MegaDual demo</h1>
 <p>From drawings to a model that describes, draws, answers and edits, on this machine's CPU in
 {{ "%.0f"|format(total) }} s.
-Everything is tiny: the figures show that each stage works, not what the method reaches at scale.</p>
+Everything is tiny; <code>make scenes</code> is the same way at a size for one GPU.</p>
 
 <h2>Scores on held-out scenes</h2>
 {{ scores }}
