@@ -6,8 +6,8 @@
     python benchmarks/scenes.py optimizers --seeds 3                   # Muon and AdamW, as many rates of each
     python benchmarks/scenes.py sampling --model runs/scenes/hf        # guidance, temperature, top-k, top-p
 
-Every variant has the same steps (--steps) and positions. What is done is reused; an interrupted call goes on when it is
-repeated. Prints a table and writes it, and a figure where there is one, to --output.
+Every variant has the same steps (--steps) and positions. Trainings that are done are reused; an interrupted call goes
+on when it is repeated. Prints a table and writes it, and a figure where there is one, to --output.
 """
 
 import argparse
@@ -41,12 +41,10 @@ LOSSES = ("loss_text", "loss_semantic", "loss_pixel")
 
 @dataclass
 class Job:
-    """A command, and the file that is there once it is done."""
+    """A command of Python's."""
 
     name: str
     arguments: list[str]
-    product: Path
-    ours: bool = False  # whether the command itself tells what is done
 
 
 def run_jobs(jobs: list[Job], gpus: int, logs: Path) -> None:
@@ -57,8 +55,6 @@ def run_jobs(jobs: list[Job], gpus: int, logs: Path) -> None:
         free.put(gpu)
 
     def run(job: Job) -> str | None:
-        if job.product.exists() and not job.ours:
-            return None
         gpu, log = free.get(), logs / f"{job.name}.log"
         try:
             environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.is_available() else {})
@@ -77,7 +73,7 @@ def run_jobs(jobs: list[Job], gpus: int, logs: Path) -> None:
 
 
 def train(variants: dict[str, list[str]], args: argparse.Namespace) -> dict[str, dict]:
-    """Train and score LLMs with these overrides; of each its final losses, parameters, curve and scores."""
+    """Train and score LLMs with these overrides; of each its final losses, curve, FLOPs and scores."""
     jobs = [
         Job(
             name,
@@ -85,8 +81,6 @@ def train(variants: dict[str, list[str]], args: argparse.Namespace) -> dict[str,
                 *("-m", "megadual.demo.scenes", "--variant", name, "--scenes", str(args.scenes)),
                 *("--workers", str(args.workers), f"train.steps={args.steps}", *args.overrides, *overrides),
             ],
-            RUN / name / "scenes/scenes.json",
-            ours=True,
         )
         for name, overrides in variants.items()
     ]
@@ -230,10 +224,11 @@ def sampling(args: argparse.Namespace) -> str:
             f"-m megadual.evaluate scenes --model {args.model} --detector {DETECTOR} --corpus {CORPUS} "
             f"--output {folder} --tasks draw edit --scenes {args.scenes} {options}"
         )
-        jobs.append(Job(name, shlex.split(arguments), folder / "scenes.json"))
+        jobs.append(Job(name, shlex.split(arguments)))
     run_jobs(jobs, args.gpus, args.output / "logs")
     found = {
-        setting: json.loads(job.product.read_text())["summary"] for setting, job in zip(settings, jobs, strict=True)
+        setting: json.loads((args.output / job.name / "scenes.json").read_text())["summary"]
+        for setting, job in zip(settings, jobs, strict=True)
     }
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharex=True)
     for axis, task in zip(axes, ("drawn", "edited"), strict=True):

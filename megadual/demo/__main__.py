@@ -38,11 +38,12 @@ def stages(layout: list[str]) -> list[Stage]:
         Stage(
             "siglip", "train a tiny SigLIP on the pairs: the semantic teacher",
             "pretrain/train_siglip.py --config pretrain/configs/siglip_tiny.yaml", RUN / "siglip/config.json",
+            RUN / "siglip",
         ),
         Stage(
             "tokenizer", "train a tiny DualToken: semantic and pixel codes, pixel decoder",
             "pretrain/train_tokenizer.py --config pretrain/configs/tokenizer_tiny.yaml",
-            RUN / "tokenizer/dualtoken/config.json",
+            RUN / "tokenizer/dualtoken/config.json", RUN / "tokenizer",
         ),
         Stage(
             "evaluate", "measure reconstruction and retrieval on held-out images",
@@ -52,22 +53,22 @@ def stages(layout: list[str]) -> list[Stage]:
         ),
         Stage(
             "tokenize_pairs", "turn the pairs into shards of dual codes, with Ray",
-            tokenize, SHARDS / "pairs/manifest.json",
+            tokenize, SHARDS / "pairs/manifest.json", SHARDS / "pairs",
         ),
         Stage(
             "tokenize_questions", "the questions likewise, in a set of their own",
             f"{tokenize} \"inputs=['{CORPUS}/questions-train-*.tar']\" output={SHARDS}/questions",
-            SHARDS / "questions/manifest.json",
+            SHARDS / "questions/manifest.json", SHARDS / "questions",
         ),
         Stage(
             "tokenize_edits", "and the edits",
             f"{tokenize} \"inputs=['{CORPUS}/edits-train-*.parquet']\" output={SHARDS}/edits",
-            SHARDS / "edits/manifest.json",
+            SHARDS / "edits/manifest.json", SHARDS / "edits",
         ),
         Stage(
             "pretrain", "train the unified LLM on pairs, questions and edits, with megatron-core",
             shlex.join(["pretrain/pretrain.py", "--config", "pretrain/configs/tiny.yaml", *layout]),
-            RUN / "pretrain/checkpoints/latest",
+            RUN / "pretrain/checkpoints/latest", RUN / "pretrain",
         ),
         Stage(
             "convert", "export a Hugging Face folder",

@@ -32,7 +32,7 @@ def model_stages(run: Path, overrides: list[str], scenes: int = 400) -> list[Sta
         Stage(
             "pretrain", "train the unified LLM on pairs, questions and edits, with megatron-core",
             shlex.join(["pretrain/pretrain.py", "--config", CONFIG, f"run.dir={run}/pretrain", *overrides]),
-            run / "pretrain/checkpoints/latest",
+            run / "pretrain/checkpoints/latest", run / "pretrain",
         ),
         Stage(
             "convert", "export a Hugging Face folder",
@@ -88,11 +88,12 @@ def shared_stages(workers: int) -> list[Stage]:
         Stage(
             "siglip", "train a small SigLIP on the pairs: the semantic teacher",
             "pretrain/train_siglip.py --config pretrain/configs/scenes/siglip.yaml", RUN / "siglip/config.json",
+            RUN / "siglip",
         ),
         Stage(
             "tokenizer", "train a DualToken: semantic and pixel codes, pixel decoder",
             "pretrain/train_tokenizer.py --config pretrain/configs/scenes/tokenizer.yaml",
-            RUN / "tokenizer/dualtoken/config.json",
+            RUN / "tokenizer/dualtoken/config.json", RUN / "tokenizer",
         ),
         Stage(
             "evaluate", "measure reconstruction and retrieval on held-out images",
@@ -104,6 +105,7 @@ def shared_stages(workers: int) -> list[Stage]:
             Stage(
                 f"tokenize_{name}", f"turn the {name} into shards of dual codes, with Ray",
                 f"{tokenize} \"inputs=['{CORPUS}/{files}']\" output={SHARDS}/{name}", SHARDS / f"{name}/manifest.json",
+                SHARDS / name,
             )
             for name, files in (
                 ("pairs", "train-*.tar"), ("questions", "questions-train-*.tar"), ("edits", "edits-train-*.parquet"),

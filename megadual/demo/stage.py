@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,13 @@ RECORD = "stages.json"
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One command, what it does in a line, and the file that is there once it is done."""
+    """One command, what it does in a line, the file that is there once it is done, and what it goes on from."""
 
     name: str
     about: str
     arguments: str  # of `python`
     product: Path
+    resumes: Path | None = None  # the folder of what can be stopped and go on; of another key it is removed
 
     def key(self, before: str) -> str:
         """Changes with the command, with the YAML it names, and with the stages before."""
@@ -52,8 +54,14 @@ def run_stages(plan: list[Stage], folder: Path, stop_after: float | None = None,
     `before` is the key of stages done elsewhere.
 
     Exits with a failed stage's code, and `stop_after` seconds from now with exits.STOPPED: a training stage has then
-    saved a checkpoint and goes on from it, another is begun anew. `folder`/RECORD keeps what is done.
+    saved a checkpoint and goes on from it, another is begun anew. `folder`/RECORD keeps what is done and what is begun.
     """
+
+    def note(stage: Stage, state: str, seconds: float) -> None:
+        done[stage.name] = {state: key, "seconds": round(seconds, 1)}
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(done, indent=2) + "\n")
+
     record, until = folder / RECORD, time.monotonic() + stop_after if stop_after else None
     done, key = _done(folder), before
     for number, stage in enumerate(plan, start=1):
@@ -63,16 +71,19 @@ def run_stages(plan: list[Stage], folder: Path, stop_after: float | None = None,
             print("   reused", flush=True)
             continue
         last = done.get(stage.name, {})
-        spent = last.get("seconds", 0.0) if last.get("stopped") == key else 0.0
-        for stale in plan[number - 1 :]:
-            done.pop(stale.name, None)
+        goes_on = last.get("begun") == key
+        if stage.resumes and stage.name in done and not goes_on and stage.resumes.exists():
+            print(f"   begun anew: '{stage.resumes}' is of another command or config, or of other stages", flush=True)
+            shutil.rmtree(stage.resumes)
+        for stale in plan[number:]:
+            if stale.name in done:
+                done[stale.name] = {}
+        spent = last["seconds"] if goes_on else 0.0
+        note(stage, "begun", spent)
         code, seconds = _run(stage, until)
         seconds += spent
         stopped = until is not None and code not in (0, exits.WRONG_INPUT) and time.monotonic() > until
-        if not code or stopped:
-            done[stage.name] = {"stopped" if stopped else "key": key, "seconds": round(seconds, 1)}
-            folder.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(done, indent=2) + "\n")
+        note(stage, "begun" if code else "key", seconds)
         if stopped:
             print(f"stopped in stage '{stage.name}' after {stop_after:g} s; start again to go on", flush=True)
             sys.exit(exits.STOPPED)

@@ -1,5 +1,6 @@
 """The demo: its config, and a report of what its stages leave."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -135,6 +136,26 @@ saved.exists() or time.sleep(60)
     seconds = run_stages(plan, tmp_path, stop_after=60)
     assert (tmp_path / "ran").read_text() == "a b b c "
     assert seconds["b"] >= stopped["b"]["seconds"] > 0.5
+
+
+def test_what_goes_on_does_so_from_the_same_command_alone(tmp_path):
+    def plan(first: str, script: str) -> list[Stage]:
+        note = f"from pathlib import Path; at = Path({str(tmp_path / 'run')!r}); at.mkdir(exist_ok=True)\n"
+        train = code(tmp_path, "b", f"{note}(at / 'steps').open('a').write('x')\n{script}")
+        return [code(tmp_path, "a", first), dataclasses.replace(train, resumes=tmp_path / "run")]
+
+    steps = tmp_path / "run/steps"
+    fails = "import sys; sys.exit(1)"
+    (tmp_path / "run").mkdir()
+    steps.write_text("own ")  # not of this plan: nobody asked for its removal
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="1"):
+            run_stages(plan("", fails), tmp_path)
+    assert steps.read_text() == "own xx"
+    run_stages(plan("", ""), tmp_path)
+    assert steps.read_text() == "x"
+    run_stages(plan("# another", ""), tmp_path)
+    assert steps.read_text() == "x"
 
 
 def test_pictures_show_the_first_held_out_samples(tmp_path, monkeypatch):
