@@ -1,16 +1,19 @@
 """The scenes recipe in many variants on the same shards, several GPUs at a time: tables and figures of docs/scenes.md.
 
     python -m megadual.demo.scenes                                     # first: corpus, tokenizers, shards, one model
-    python benchmarks/scenes.py claim --seeds 3                        # one kind of codes against both
-    python benchmarks/scenes.py sizes                                  # how the loss falls with the LLM's size
-    python benchmarks/scenes.py optimizers --seeds 3                   # Muon and AdamW, as many rates of each
-    python benchmarks/scenes.py sampling --model runs/scenes/hf        # guidance, temperature, top-k, top-p
+    python benchmarks/scenes.py claim fp8 sizes --seeds 3
+    python benchmarks/scenes.py optimizers --seeds 3
+    python benchmarks/scenes.py sampling --model runs/scenes/hf
+
+claim: one kind of codes against both; fp8: its losses and scores beside bf16's; sizes: how the loss falls with the
+LLM's size; optimizers: Muon and AdamW, as many rates of each; sampling: guidance, temperature, top-k, top-p.
 
 Every variant has the same steps (--steps) and positions. Trainings that are done are reused; an interrupted call goes
-on when it is repeated. Prints a table and writes it, and a figure where there is one, to --output.
+on when it is repeated. Prints a table of each kind and writes it, and a figure where there is one, to --output/KIND.
 """
 
 import argparse
+import itertools
 import json
 import os
 import queue
@@ -37,6 +40,8 @@ from megadual.run.step_log import METRICS, read_metrics  # noqa: E402
 
 LAST = 100  # steps whose mean is a run's final loss
 LOSSES = ("loss_text", "loss_semantic", "loss_pixel")
+Variants = dict[str, list[str]]  # what each overrides
+Results = dict[str, dict]
 
 
 @dataclass
@@ -47,12 +52,13 @@ class Job:
     arguments: list[str]
 
 
-def run_jobs(jobs: list[Job], gpus: int, logs: Path) -> None:
-    """All jobs, `gpus` at a time, each with a GPU of its own; UserError with the end of the log of one that fails."""
+def run_jobs(jobs: list[Job], args: argparse.Namespace) -> None:
+    """All jobs, --each at a time on each of --gpus; at their end UserError with the ends of the logs of failed ones."""
+    logs = args.output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     free: queue.Queue[int] = queue.Queue()
-    for gpu in range(gpus):
-        free.put(gpu)
+    for slot in range(args.gpus * args.each):
+        free.put(slot % args.gpus)
 
     def run(job: Job) -> str | None:
         gpu, log = free.get(), logs / f"{job.name}.log"
@@ -64,15 +70,15 @@ def run_jobs(jobs: list[Job], gpus: int, logs: Path) -> None:
             free.put(gpu)
         return f"'{job.name}' failed, see {log}: {log.read_text()[-1500:]}" if code.returncode else None
 
-    with ThreadPoolExecutor(gpus) as pool:
+    with ThreadPoolExecutor(args.gpus * args.each) as pool:
         running = [pool.submit(run, job) for job in jobs]
-        for done in tqdm(as_completed(running), total=len(running), desc="runs", unit="run", mininterval=1):
-            if done.result():
-                pool.shutdown(cancel_futures=True)
-                raise UserError(done.result())
+        done = tqdm(as_completed(running), total=len(running), desc="runs", unit="run", mininterval=1)
+        failed = [failure for failure in (each.result() for each in done) if failure]
+    if failed:
+        raise UserError("\n".join(failed))
 
 
-def train(variants: dict[str, list[str]], args: argparse.Namespace) -> dict[str, dict]:
+def train(variants: Variants, args: argparse.Namespace) -> Results:
     """Train and score LLMs with these overrides; of each its final losses, curve, FLOPs and scores."""
     jobs = [
         Job(
@@ -84,7 +90,7 @@ def train(variants: dict[str, list[str]], args: argparse.Namespace) -> dict[str,
         )
         for name, overrides in variants.items()
     ]
-    run_jobs(jobs, args.gpus, args.output / "logs")
+    run_jobs(jobs, args)
     return {name: result(RUN / name) for name in variants}
 
 
@@ -132,73 +138,117 @@ def scores_of(groups: dict[str, list[str]], results: dict[str, dict]) -> str:
     return table(["", *(f"{about}, %" for about in SCORES.values()), "text", "semantic code", "pixel code"], rows)
 
 
-def claim(args: argparse.Namespace) -> str:
+def seeded(name: str, args: argparse.Namespace, *overrides: str) -> Variants:
+    """A variant of each seed."""
+    return {f"{name}-{seed}": [f"train.seed={seed}", *overrides] for seed in range(args.seeds)}
+
+
+CODES = {"both": (), "semantic": ("model.streams=[semantic]",), "pixel": ("model.streams=[pixel]",)}
+
+
+def claim_variants(args: argparse.Namespace) -> Variants:
+    return {name: of for codes, what in CODES.items() for name, of in seeded(codes, args, *what).items()}
+
+
+def claim(args: argparse.Namespace, results: Results) -> str:
     """The paper's claim that two kinds of codes are better than either alone."""
-    kinds = {"both": None, "semantic": "semantic", "pixel": "pixel"}
-    variants = {
-        f"claim-{kind}-{seed}": [f"train.seed={seed}", *([f"model.streams=[{alone}]"] if alone else [])]
-        for seed in range(args.seeds)
-        for kind, alone in kinds.items()
-    }
-    groups = {kind: [f"claim-{kind}-{seed}" for seed in range(args.seeds)] for kind in kinds}
-    return scores_of(groups, train(variants, args))
+    return scores_of({codes: list(seeded(codes, args)) for codes in CODES}, results)
 
 
-def sizes(args: argparse.Namespace) -> str:
-    """Final losses of LLMs of several sizes."""
-    shapes = {  # layers, hidden, ffn, heads, KV heads; of the visual heads: width, layers, heads, ffn
-        "small": (6, 256, 768, 4, 2, 160, 2, 5, 480),
-        "middle": (9, 384, 1152, 6, 3, 256, 2, 4, 768),
-        "recipe": (12, 512, 1536, 8, 4, 320, 3, 5, 960),
-        "large": (16, 768, 2304, 12, 4, 448, 3, 7, 1344),
-    }
-    keys = ("layers", "hidden", "ffn", "heads", "kv_heads", "head.width", "head.layers", "head.heads", "head.ffn")
-    variants = {
-        f"size-{name}": [f"model.{key}={value}" for key, value in zip(keys, shapes[name], strict=True)]
+def fp8_variants(args: argparse.Namespace) -> Variants:
+    return seeded("both", args) | seeded("fp8", args, "train.fp8=true")
+
+
+def fp8(args: argparse.Namespace, results: Results) -> str:
+    """Scores, and how far a seed's losses in FP8 are from its bf16's, beside how far two seeds are from each other."""
+
+    def smoothed(name: str) -> list[float]:
+        totals = [sum(value for value in losses if value is not None) for _, *losses in results[name]["curve"]]
+        return [statistics.mean(totals[at : at + LAST]) for at in range(0, len(totals) - LAST + 1, LAST)]
+
+    def apart(first: str, second: str) -> float:
+        """The largest relative difference of two runs' mean losses of LAST steps, after the first LAST."""
+        pairs = list(zip(smoothed(first), smoothed(second), strict=True))[1:]
+        return max((abs(b / a - 1) for a, b in pairs), default=0.0)
+
+    bf16, in_fp8 = list(seeded("both", args)), list(seeded("fp8", args))
+    lines = [f"{b} beside {a}: losses at most {apart(a, b):.2%} apart" for a, b in zip(bf16, in_fp8, strict=True)]
+    lines += [f"{b} beside {a}: {apart(a, b):.2%}" for a, b in itertools.combinations(bf16, 2)]
+    return scores_of({"bf16": bf16, "FP8": in_fp8}, results) + "\n" + "\n".join(lines) + "\n"
+
+
+SIZES = {  # layers, hidden, ffn, heads, KV heads; of the visual heads: width, layers, heads, ffn; "recipe": llm.yaml's
+    "small": (6, 256, 768, 4, 2, 160, 2, 5, 480),
+    "middle": (9, 384, 1152, 6, 3, 256, 2, 4, 768),
+    "recipe": (),
+    "large": (16, 768, 2304, 12, 4, 448, 3, 7, 1344),
+}
+SIZE_KEYS = ("layers", "hidden", "ffn", "heads", "kv_heads", "head.width", "head.layers", "head.heads", "head.ffn")
+
+
+def size_variants(args: argparse.Namespace) -> Variants:
+    return {
+        f"size-{name}" if SIZES[name] else "both-0": [
+            "train.seed=0",
+            *(f"model.{key}={value}" for key, value in zip(SIZE_KEYS, SIZES[name], strict=False)),
+        ]
         for name in args.sizes
     }
-    results = train(variants, args)
+
+
+def sizes(args: argparse.Namespace, results: Results) -> str:
+    """Final losses of LLMs of several sizes."""
+    variants = size_variants(args)
     figure, axes = plt.subplots(1, len(LOSSES), figsize=(4 * len(LOSSES), 3.2), layout="constrained")
     for axis, loss in zip(axes, LOSSES, strict=True):
         flops = [results[name]["flops"] for name in variants]
         axis.plot(flops, [results[name]["final"][loss] for name in variants], "o-", color="black")
         for name, x in zip(variants, flops, strict=True):
-            axis.annotate(name.removeprefix("size-"), (x, results[name]["final"][loss]), fontsize=8)
+            axis.annotate(name.partition("size-")[2] or "recipe", (x, results[name]["final"][loss]), fontsize=8)
         axis.set(
             xscale="log", yscale="log", xlabel="FLOPs of training", ylabel="nats", title=loss.removeprefix("loss_")
         )
-    figure.savefig(args.output / "sizes.png", dpi=110)
+    figure.savefig(folder_of("sizes", args) / "sizes.png", dpi=110)
     return scores_of({name: [name] for name in variants}, results)
 
 
-def optimizers(args: argparse.Namespace) -> str:
+def with_optimizer(name: str, rate: float, seed: int) -> Variants:
+    overrides = [f"train.optimizer={name}", f"train.lr={rate}", f"train.seed={seed}"]
+    return {f"{name}-{rate:g}-{seed}": overrides}
+
+
+def optimizer_variants(args: argparse.Namespace) -> Variants:
+    tried = [("adamw", rate) for rate in args.adamw] + [("muon", rate) for rate in args.muon]
+    return {name: of for each in tried for name, of in with_optimizer(*each, 0).items()}
+
+
+def optimizers(args: argparse.Namespace, results: Results) -> str:
     """AdamW and Muon at as many rates each; then each one's best rate with other seeds."""
-    rates = {"adamw": args.adamw, "muon": args.muon}
+    tried = list(optimizer_variants(args))
 
-    def named(optimizer: str, rate: float, seed: int) -> tuple[str, list[str]]:
-        overrides = [f"train.optimizer={optimizer}", f"train.lr={rate}", f"train.seed={seed}"]
-        return f"{optimizer}-{rate:g}-{seed}", overrides
+    def final(run: str) -> float:
+        return sum(results[run]["final"].values())
 
-    def final(run: dict) -> float:
-        return sum(run["final"].values())
+    def named(optimizer: str, seed: int) -> str:
+        return next(iter(with_optimizer(optimizer, best[optimizer], seed)))
 
-    tried = dict(named(optimizer, rate, 0) for optimizer, of in rates.items() for rate in of)
-    results = train(tried, args)
-    best = {
-        optimizer: min(of, key=lambda rate, optimizer=optimizer: final(results[named(optimizer, rate, 0)[0]]))
-        for optimizer, of in rates.items()
-    }
-    seeds = dict(named(optimizer, rate, seed) for seed in range(1, args.seeds) for optimizer, rate in best.items())
+    def best_of(optimizer: str, rates: list[float]) -> float:
+        return min(rates, key=lambda rate: final(next(iter(with_optimizer(optimizer, rate, 0)))))
+
+    best = {"adamw": best_of("adamw", args.adamw), "muon": best_of("muon", args.muon)}
+    seeds: Variants = {}
+    for seed in range(1, args.seeds):
+        for optimizer, rate in best.items():
+            seeds |= with_optimizer(optimizer, rate, seed)
     results |= train(seeds, args)
     groups = {name: [name] for name in tried}
     lines = []
     for seed in range(args.seeds):
-        adamw, muon = (results[named(optimizer, rate, seed)[0]] for optimizer, rate in best.items())
-        reached = steps_to(muon["curve"], final(adamw))
+        reached = steps_to(results[named("muon", seed)]["curve"], final(named("adamw", seed)))
         after = f"after {reached} of" if reached else "not in"
         lines.append(f"seed {seed}: Muon reaches AdamW's final loss {after} {args.steps} steps")
     for optimizer, rate in best.items():
-        groups[f"{optimizer} {rate:g}, all seeds"] = [named(optimizer, rate, seed)[0] for seed in range(args.seeds)]
+        groups[f"{optimizer} {rate:g}, all seeds"] = [named(optimizer, seed) for seed in range(args.seeds)]
     return scores_of(groups, results) + "\n" + "\n".join(lines) + "\n"
 
 
@@ -211,23 +261,24 @@ def steps_to(curve: list[tuple], loss: float) -> int | None:
     return None
 
 
-def sampling(args: argparse.Namespace) -> str:
+def sampling(args: argparse.Namespace, _: Results) -> str:
     """Drawings and edits at several guidances and temperatures, and with fewer codes to draw from."""
+    output = folder_of("sampling", args)
     settings = [(scale, temperature, 900, 0.96) for scale in (1, 2, 3, 5) for temperature in (0.3, 0.5, 0.7, 1.0)]
     settings += [(2, 0.7, 50, 0.96), (2, 0.7, 900, 0.8), (2, 1.0, 50, 0.96), (2, 1.0, 900, 0.8)]
     jobs = []
     for scale, temperature, top_k, top_p in settings:
         name = f"cfg{scale}-t{temperature}-k{top_k}-p{top_p}"
-        folder = args.output / name
+        folder = output / name
         options = f"--cfg-scale {scale} --temperature {temperature} --top-k {top_k} --top-p {top_p}"
         arguments = (
             f"-m megadual.evaluate scenes --model {args.model} --detector {DETECTOR} --corpus {CORPUS} "
             f"--output {folder} --tasks draw edit --scenes {args.scenes} {options}"
         )
         jobs.append(Job(name, shlex.split(arguments)))
-    run_jobs(jobs, args.gpus, args.output / "logs")
+    run_jobs(jobs, args)
     found = {
-        setting: json.loads((args.output / job.name / "scenes.json").read_text())["summary"]
+        setting: json.loads((output / job.name / "scenes.json").read_text())["summary"]
         for setting, job in zip(settings, jobs, strict=True)
     }
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharex=True)
@@ -243,7 +294,7 @@ def sampling(args: argparse.Namespace) -> str:
             )
         axis.set(xlabel="temperature", ylabel="% right", title=task)
     axes[0].legend(fontsize=7)
-    figure.savefig(args.output / "sampling.png", dpi=110)
+    figure.savefig(output / "sampling.png", dpi=110)
     rows = [
         [*map(str, setting), *(spread([scores[task]]) for task in ("drawn", "edited"))]
         for setting, scores in found.items()
@@ -251,30 +302,53 @@ def sampling(args: argparse.Namespace) -> str:
     return table(["guidance", "temperature", "top-k", "top-p", "drawn, %", "edited, %"], rows)
 
 
+def no_variants(_: argparse.Namespace) -> Variants:
+    return {}
+
+
+KINDS: dict[str, tuple[Callable[[argparse.Namespace], Variants], Callable[[argparse.Namespace, Results], str]]] = {
+    "claim": (claim_variants, claim),
+    "fp8": (fp8_variants, fp8),
+    "sizes": (size_variants, sizes),
+    "optimizers": (optimizer_variants, optimizers),
+    "sampling": (no_variants, sampling),
+}
+
+
+def folder_of(kind: str, args: argparse.Namespace) -> Path:
+    folder: Path = args.output / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds: dict[str, Callable[[argparse.Namespace], str]] = {
-        "claim": claim, "sizes": sizes, "optimizers": optimizers, "sampling": sampling,
-    }  # fmt: skip
-    parser.add_argument("kind", choices=kinds)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of llm.yaml, for all variants")
-    parser.add_argument("--output", type=Path, help="default: runs/scenes/KIND")
-    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count() or 1, help="jobs at a time, one on each")
+    parser.add_argument("what", nargs="+", metavar="KIND|key=value", help=f"{', '.join(KINDS)}; keys of llm.yaml")
+    parser.add_argument("--output", type=Path, default=RUN / "benchmark", help="default: %(default)s")
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count() or 1)
+    parser.add_argument("--each", type=int, default=1, help="jobs at a time on each GPU")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="as the stages before were run with")
     parser.add_argument("--steps", type=int, default=2500, help="of each variant")
     parser.add_argument("--scenes", type=int, default=200, help="held-out samples of each task")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sizes", nargs="+", default=["small", "middle", "recipe"])
+    parser.add_argument("--sizes", nargs="+", default=["small", "middle", "recipe"], choices=SIZES)
     parser.add_argument("--adamw", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3], metavar="RATE")
     parser.add_argument("--muon", nargs="+", type=float, default=[1.2e-3, 2.5e-3, 5e-3], metavar="RATE")
     parser.add_argument("--model", type=Path, default=RUN / "hf", help="exported folder, for sampling")
     args = parser.parse_intermixed_args(argv)
-    args.output = args.output or RUN / args.kind
-    args.output.mkdir(parents=True, exist_ok=True)
-    report = kinds[args.kind](args)
-    (args.output / "table.md").write_text(report)
-    print(report)
+    args.overrides = [each for each in args.what if "=" in each]
+    kinds = [each for each in args.what if "=" not in each]
+    if not kinds or set(kinds) - set(KINDS):
+        raise UserError(f"{' '.join(kinds) or 'nothing'}: give one or more of {', '.join(KINDS)}")
+    variants: Variants = {}
+    for kind in kinds:
+        variants |= KINDS[kind][0](args)
+    results = train(variants, args) if variants else {}
+    for kind in kinds:
+        report = KINDS[kind][1](args, results)
+        (folder_of(kind, args) / "table.md").write_text(report)
+        print(f"{kind}\n\n{report}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from megadual.tars import tar_members
 
 @dataclass(frozen=True)
 class Trained:
-    """What a corpus shows in training: which drawings, and the captions of its scenes."""
+    """What a corpus shows in training: which drawings, and how its scenes are composed."""
 
     names: frozenset[str] = frozenset(DRAWINGS)
-    captions: frozenset[str] = frozenset()
+    compositions: frozenset[str] = frozenset()
     preset: Preset = RICH
 
     @classmethod
@@ -31,8 +31,8 @@ class Trained:
         scenes = list(_scenes_of(corpus))
         if not scenes:
             raise UserError(f"--corpus '{corpus}' holds no *train-*.tar with scenes; give a folder of the corpus")
-        names = {group["name"] for scene in scenes for group in scene["groups"]}
-        return cls(frozenset(names), frozenset(scene["caption"] for scene in scenes), _preset_of(corpus))
+        names = {group.name for scene in scenes for group in scene.groups}
+        return cls(frozenset(names), frozenset(scene.composition for scene in scenes), _preset_of(corpus))
 
     def draw(self, kind: str, count: int, seed: str) -> list[Any]:
         """`count` samples of a kind of the corpus (pairs, questions, edits), no two alike, none of them trained on."""
@@ -46,12 +46,15 @@ class Trained:
         return list(drawn.values())
 
     def allowed(self, draw: Callable, scenes: Callable, rng: random.Random, barred: bool = True) -> Any:
-        """A sample whose scenes show known drawings alone; `barred`: and are not in the corpus."""
+        """A sample whose scenes show known drawings alone; `barred`: and are not all composed as ones of the corpus.
+
+        So of an edit one scene may be known, as it is of most that add to a simple scene or make one simple.
+        """
         for _ in range(1_000_000):
             sample = draw(rng, self.preset)
             shown: list[Scene] = scenes(sample)
             known = all(group.name in self.names for scene in shown for group in scene.groups)
-            if known and not (barred and any(scene.caption in self.captions for scene in shown)):
+            if known and not (barred and all(scene.composition in self.compositions for scene in shown)):
                 return sample
         raise UserError("the corpus shows every scene that can be drawn of its drawings; give one of another seed")
 
@@ -62,7 +65,7 @@ def _preset_of(corpus: Path) -> Preset:
     return PRESETS[json.loads(summary.read_text()).get("scenes", "rich")] if summary.is_file() else RICH
 
 
-def _scenes_of(corpus: Path) -> Iterator[dict]:
+def _scenes_of(corpus: Path) -> Iterator[Scene]:
     """Every scene of the training parts, as it stands beside the pictures."""
     for path in sorted(corpus.glob("*train-*.tar")):
         try:
@@ -70,10 +73,11 @@ def _scenes_of(corpus: Path) -> Iterator[dict]:
                 for member in tar_members(tar, str(path)):
                     if member["fname"].endswith(".json"):
                         described = json.loads(member["data"])
-                        yield from described.get("scenes") or [described.get("scene") or described]
+                        shown = described.get("scenes") or [described.get("scene") or described]
+                        yield from map(Scene.of_record, shown)
         except (tarfile.TarError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"'{path}' is no tar of a corpus: {error}; make the corpus again") from error
     for path in sorted(corpus.glob("edits-train-*.jsonl")):
         for line in path.read_text().splitlines():
             described = json.loads(line)
-            yield from (described["source"], described["result"])
+            yield from map(Scene.of_record, (described["source"], described["result"]))

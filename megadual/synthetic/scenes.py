@@ -31,6 +31,7 @@ OPPOSITES = {
     "above": "below",
     "below": "above",
 }
+TOLD_FIRST = ("to the left of", "above")  # of two opposites the one by which compositions are compared
 PLACES = {
     "at the top left": (0.0, 0.0, 0.5, 0.5),
     "at the top right": (0.5, 0.0, 1.0, 0.5),
@@ -144,6 +145,15 @@ class Scene:
         said, _, ground = self.caption.rpartition(", on ")
         return f"{said}, without {plural(self.without)}, on {ground}"
 
+    @property
+    def composition(self) -> str:
+        """The caption that it shares with all scenes that are composed alike: told from the left or the upper group."""
+        if self.kind != "relation" or (stands := relation(*(group.region for group in self.groups))) in TOLD_FIRST:
+            return self.caption
+        said, _, ground = self.caption.rpartition(", on ")
+        first, _, second = said.partition(f" {stands} ")
+        return f"{second} {OPPOSITES[stands]} {first}, on {ground}"
+
     @classmethod
     def of(cls, ground: str, groups: list[Group]) -> "Scene":
         """The scene of these groups, which are one, two that lie apart, or three in a row."""
@@ -156,6 +166,12 @@ class Scene:
             place = next((name for name, region in PLACES.items() if region == groups[0].region), None)
             kind, said = ("place", f"{phrases[0]} {place}") if place else ("alone", phrases[0])
         return cls(f"{said}, on {ground}", kind, ground, groups)
+
+    @classmethod
+    def of_record(cls, record: dict) -> "Scene":
+        """The scene that a corpus's JSON describes."""
+        groups = [Group(**each | {"region": tuple(each["region"])}) for each in record["groups"]]
+        return cls(**record | {"groups": groups})
 
     def where(self, group: Group) -> str | None:
         """'at the top left', 'below the red apples', 'in the middle'; None of a group that may lie anywhere."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import tarfile
 
 import pytest
@@ -10,9 +11,9 @@ from pyarrow import parquet
 
 from megadual.errors import UserError
 from megadual.evaluate.grammar import parse
-from megadual.synthetic.corpus import make_corpus
+from megadual.synthetic.corpus import KINDS, distinct, make_corpus
 from megadual.synthetic.drawings import GROUNDS, plural
-from megadual.synthetic.scenes import PRESETS, RELATIONS
+from megadual.synthetic.scenes import PRESETS, RELATIONS, Scene
 
 EVERY_KIND = {"train": 60, "questions": 60, "edits": 60, "stories": 40, "heldout": 30}
 
@@ -78,6 +79,17 @@ def test_no_held_out_scene_is_trained_on(tmp_path):
     trained = scene_captions(tmp_path, summary, "train")
     assert len(held_out) > 900 and len(trained) > 2000
     assert not held_out & trained
+
+
+def test_nor_a_scene_told_the_other_way_round():
+    def pairs(barred: set[str]) -> list[Scene]:
+        return distinct(KINDS["pairs"], random.Random(0), 100, barred, PRESETS["rich"])
+
+    scenes = [scene for scene in pairs(set()) if scene.kind == "relation"]
+    otherwise = [Scene.of(scene.ground, scene.groups[::-1]) for scene in scenes]
+    assert {scene.caption for scene in scenes}.isdisjoint(scene.caption for scene in otherwise)
+    drawn = pairs({scene.composition for scene in otherwise})
+    assert not [scene for scene in drawn if scene in scenes]
 
 
 def test_heldout_does_not_depend_on_train(tmp_path):

@@ -17,7 +17,7 @@ from megadual.evaluate.scene_scores import description, drawing_scores, question
 from megadual.synthetic.corpus import make_corpus
 from megadual.synthetic.drawings import DRAWINGS, GROUNDS
 from megadual.synthetic.edits import draw_edit
-from megadual.synthetic.scenes import PRESETS, Scene, draw_pair, render
+from megadual.synthetic.scenes import PRESETS, Scene, draw_pair, draw_scene, render
 from megadual.testing.models import write_export
 
 SCENES = [draw_pair(random.Random(seed)) for seed in range(300)]
@@ -163,17 +163,36 @@ def corpus(tmp_path_factory):
 
 
 def test_held_out_is_held_out(corpus):
-    """No scene that any training sample shows, pairs, questions or edits; and always the same ones."""
+    """Nothing is composed as a scene of training, one scene of an edit may be; and always the same samples."""
     trained = Trained.on(corpus)
     shown = Trained(trained.names)
     for kind in ("pairs", "questions", "edits"):
         assert trained.draw(kind, 5, "a") == trained.draw(kind, 5, "a") != trained.draw(kind, 5, "b")
     first = shown.draw("pairs", 20, "a")
-    barred = Trained(trained.names, frozenset(scene.caption for scene in first[::2]))
-    assert not {scene.caption for scene in barred.draw("pairs", 40, "a")} & barred.captions
-    tars = [line for line in (corpus / "edits-train-00000.jsonl").read_text().splitlines()]
-    assert all(json.loads(line)["source"]["caption"] in trained.captions for line in tars)
-    assert len(trained.captions) > 150 + 30
+    barred = Trained(trained.names, frozenset(scene.composition for scene in first[::2]))
+    assert not {scene.composition for scene in barred.draw("pairs", 40, "a")} & barred.compositions
+    rows = [json.loads(line) for line in (corpus / "edits-train-00000.jsonl").read_text().splitlines()]
+    assert all(Scene.of_record(row["source"]).composition in trained.compositions for row in rows)
+    assert len(trained.compositions) > 150 + 30
+    edits = shown.draw("edits", 20, "a")
+    sources = Trained(trained.names, frozenset(edit.change.source.composition for edit in edits))
+    assert sources.draw("edits", 20, "a") == edits
+    both = sources.compositions | {edit.change.result.composition for edit in edits}
+    assert not [edit for edit in Trained(trained.names, both).draw("edits", 20, "a") if edit in edits]
+
+
+def test_a_scene_is_composed_as_it_is_told_the_other_way_round():
+    generator, told = random.Random(0), set()
+    for _ in range(200):
+        scene = draw_scene(generator)
+        if scene.kind == "relation":
+            other = Scene.of(scene.ground, scene.groups[::-1])
+            assert other.caption != scene.caption and other.composition == scene.composition
+            assert scene.composition in (scene.caption, other.caption)
+            told.add(scene.composition == scene.caption)
+        else:
+            assert scene.composition == scene.caption
+    assert told == {True, False}
 
 
 def test_scenes_are_drawn_as_the_corpus_was(tmp_path):
