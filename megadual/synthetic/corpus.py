@@ -9,7 +9,7 @@
 | `edits-train-*.parquet` | add, remove, move, recolour the ground | InstructPix2Pix's columns |
 | `stories-train-*.tar` | two to four sentences, each with a picture | interleaved webdataset |
 
-Each has a held-out part (`heldout-*.tar`, ...) of `--heldout` samples, of which no picture's caption is among the
+Each has a held-out part (`heldout-*.tar`, ...) of `--heldout` samples, of which no picture is composed as one of the
 training's. The scenes that a sample shows are in its KEY.json, those of parquet rows in the `.jsonl` beside the file.
 `broken-00000.tar` mixes good pairs with unusable samples. The same arguments give the same bytes, with any number of
 `--workers`.
@@ -89,11 +89,11 @@ KINDS = {
 
 
 def distinct(kind: Kind, rng: random.Random, count: int, barred: set[str], preset: Preset) -> list:
-    """`count` samples, no two of which are the same, that show no scene whose caption is barred."""
+    """`count` samples, no two of which are the same, that show no scene whose composition is barred."""
     samples: dict = {}
     while len(samples) < count:
         sample = kind.draw(rng, preset)
-        if barred.isdisjoint(scene.caption for scene in kind.scenes(sample)):
+        if barred.isdisjoint(scene.composition for scene in kind.scenes(sample)):
             samples.setdefault(kind.identity(sample), sample)
     return list(samples.values())
 
@@ -129,7 +129,7 @@ def make_corpus(
 
     broken = distinct(KINDS["pairs"], random.Random(f"broken {seed}"), BROKEN_GOOD_PAIRS, set(), preset)
     write_tar(output / "broken-00000.tar", broken_members(broken, size))
-    barred = {scene.caption for scene in broken}
+    barred = {scene.composition for scene in broken}
     parts: dict[str, dict[str, list]] = {name: {} for name, count in counts.items() if count}
     for part in ("heldout", "train"):
         for name in parts:
@@ -137,7 +137,8 @@ def make_corpus(
             count = heldout if part == "heldout" else counts[name]
             parts[name][part] = distinct(KINDS[name], rng, count, barred, preset)
         if part == "heldout":
-            barred |= {s.caption for name in parts for sample in parts[name][part] for s in KINDS[name].scenes(sample)}
+            held_out = ((KINDS[name], sample) for name in parts for sample in parts[name][part])
+            barred |= {scene.composition for kind, sample in held_out for scene in kind.scenes(sample)}
 
     summary: dict = {"size": size, "seed": seed, "scenes": scenes, "drawings": len(preset.names)}
     files: list[tuple[str, Path, list[tuple[str, Any]]]] = []  # kind, path, keyed samples
