@@ -160,7 +160,7 @@ class SiglipTrainer(Trainer):
         set_learning_rate(self.optimizer, lr)
         ids = tokenize_captions(self.tokenizer, batch.captions, self.config.model.text_length).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            logits = self.model(input_ids=ids, pixel_values=batch.images.to(device)).logits_per_image
+            logits = self.model(input_ids=ids, pixel_values=batch.pixels(device)).logits_per_image
         loss = sigmoid_loss(logits.float())
         self.optimizer.zero_grad()
         loss.backward()

@@ -117,7 +117,7 @@ class TokenizerTrainer(Trainer):
         sums: dict[str, float] = {}
         images_seen = 0
         for i in range(config.accumulate):
-            images = self.next_batch().images.to(self.ranks.device, non_blocking=True)
+            images = self.next_batch().pixels(self.ranks.device)
             images_seen += len(images)
             last = i == config.accumulate - 1
             with self._synchronised(self.train_model, last):

@@ -85,7 +85,8 @@ def test_batches_repeat_and_resume_anywhere(corpus, workers):
 def test_ranks_share_an_epoch_without_overlap(corpus, ranks):
     """With 2 shards: by shard for 2 ranks, by sample for 4."""
     config = DataConfig(corpus, batch_size=32 // ranks, shuffle=8, min_crop=1.0)
-    images = torch.cat([first_keys(TrainingImages(config, 20, 0, rank, ranks), 1)[0].images for rank in range(ranks)])
+    batches = [first_keys(TrainingImages(config, 20, 0, rank, ranks), 1)[0] for rank in range(ranks)]
+    images = torch.cat([batch.pixels(torch.device("cpu")) for batch in batches])
     everything = read_pairs(corpus, 20)[0]
     assert sorted(x.sum().item() for x in images) == pytest.approx(sorted(x.sum().item() for x in everything))
 
