@@ -2,17 +2,15 @@
 
 import json
 import random
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megadual.errors import UserError
-from megadual.synthetic.corpus import KINDS
+from megadual.synthetic.corpus import KINDS, SHOWN
 from megadual.synthetic.drawings import DRAWINGS
 from megadual.synthetic.scenes import PRESETS, RICH, Preset, Scene
-from megadual.tars import tar_members
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,15 @@ class Trained:
         """Of a folder of megadual.synthetic.corpus; None: all drawings, and no scene is known to be trained on."""
         if corpus is None:
             return cls()
-        scenes = list(_scenes_of(corpus))
-        if not scenes:
-            raise UserError(f"--corpus '{corpus}' holds no *train-*.tar with scenes; give a folder of the corpus")
-        names = {group.name for scene in scenes for group in scene.groups}
-        return cls(frozenset(names), frozenset(scene.composition for scene in scenes), _preset_of(corpus))
+        try:
+            shown = json.loads((corpus / SHOWN).read_text())
+            summary = json.loads((corpus / "corpus.json").read_text())
+            return cls(frozenset(shown["names"]), frozenset(shown["compositions"]), PRESETS[summary["scenes"]])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--corpus '{corpus}' is no whole corpus: {type(error).__name__}: {error}; give the folder that "
+                "megadual.synthetic.corpus wrote, or make it again"
+            ) from error
 
     def draw(self, kind: str, count: int, seed: str) -> list[Any]:
         """`count` samples of a kind of the corpus (pairs, questions, edits), no two alike, none of them trained on."""
@@ -57,27 +59,3 @@ class Trained:
             if known and not (barred and all(scene.composition in self.compositions for scene in shown)):
                 return sample
         raise UserError("the corpus shows every scene that can be drawn of its drawings; give one of another seed")
-
-
-def _preset_of(corpus: Path) -> Preset:
-    """What the corpus's scenes are drawn from, by its summary."""
-    summary = corpus / "corpus.json"
-    return PRESETS[json.loads(summary.read_text()).get("scenes", "rich")] if summary.is_file() else RICH
-
-
-def _scenes_of(corpus: Path) -> Iterator[Scene]:
-    """Every scene of the training parts, as it stands beside the pictures."""
-    for path in sorted(corpus.glob("*train-*.tar")):
-        try:
-            with open(path, "rb") as tar:
-                for member in tar_members(tar, str(path)):
-                    if member["fname"].endswith(".json"):
-                        described = json.loads(member["data"])
-                        shown = described.get("scenes") or [described.get("scene") or described]
-                        yield from map(Scene.of_record, shown)
-        except (tarfile.TarError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"'{path}' is no tar of a corpus: {error}; make the corpus again") from error
-    for path in sorted(corpus.glob("edits-train-*.jsonl")):
-        for line in path.read_text().splitlines():
-            described = json.loads(line)
-            yield from map(Scene.of_record, (described["source"], described["result"]))

@@ -10,7 +10,8 @@
 | `stories-train-*.tar` | two to four sentences, each with a picture | interleaved webdataset |
 
 Each has a held-out part (`heldout-*.tar`, ...) of `--heldout` samples, of which no picture is composed as one of the
-training's. The scenes that a sample shows are in its KEY.json, those of parquet rows in the `.jsonl` beside the file.
+training's. The scenes that a sample shows are in its KEY.json, those of parquet rows in the `.jsonl` beside the file;
+`shown.json` has what the training parts show: the drawings' names, and what their scenes are composed as.
 `broken-00000.tar` mixes good pairs with unusable samples. The same arguments give the same bytes, with any number of
 `--workers`.
 """
@@ -39,6 +40,7 @@ from megadual.synthetic.stories import draw_story, story_members
 
 SAMPLES_PER_FILE = 1000
 BROKEN_GOOD_PAIRS = 12
+SHOWN = "shown.json"
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def make_corpus(
     scenes: str = "rich",
     workers: int = 1,
 ) -> dict:
-    """Write the corpus's files and `corpus.json`; returns the summary.
+    """Write the corpus's files, `shown.json` and `corpus.json`; returns the summary.
 
     train: pairs; questions, edits, stories: samples of these kinds, a conversation being one; heldout: samples in the
     held-out part of each kind that there is; size: pixels of a side; scenes: a name in PRESETS; workers: processes
@@ -157,6 +159,11 @@ def make_corpus(
     with tqdm(total=total, desc="corpus", unit="sample", mininterval=1) as bar:
         for written_now in _written(files, size, workers):
             bar.update(written_now)
+    shown = [scene for name, of in parts.items() for sample in of["train"] for scene in KINDS[name].scenes(sample)]
+    names = {group.name for scene in shown for group in scene.groups}
+    compositions = {scene.composition for scene in shown}
+    trained_on = {"names": sorted(names), "compositions": sorted(compositions)}
+    (output / SHOWN).write_text(json.dumps(trained_on, indent=0) + "\n")
     (output / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 

@@ -167,12 +167,6 @@ class Scene:
             kind, said = ("place", f"{phrases[0]} {place}") if place else ("alone", phrases[0])
         return cls(f"{said}, on {ground}", kind, ground, groups)
 
-    @classmethod
-    def of_record(cls, record: dict) -> "Scene":
-        """The scene that a corpus's JSON describes."""
-        groups = [Group(**each | {"region": tuple(each["region"])}) for each in record["groups"]]
-        return cls(**record | {"groups": groups})
-
     def where(self, group: Group) -> str | None:
         """'at the top left', 'below the red apples', 'in the middle'; None of a group that may lie anywhere."""
         if self.kind == "relation":
