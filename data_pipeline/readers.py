@@ -57,7 +57,7 @@ def _spelled_as_matches(pattern: str) -> str:
         return pattern
     try:
         filesystem, path = fsspec.core.url_to_fs(pattern)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:
         raise UserError(f"inputs: '{pattern}' cannot be opened: {error}") from error
     return filesystem.unstrip_protocol(path)
 
