@@ -127,18 +127,19 @@ def _serve(connection: Connection, size: int, limit: int) -> None:
             return
         for number in range(file.num_row_groups):
             group, begun = file.metadata.row_group(number), done
-            refused = _refused(group, limit)
+            problem = _refused(group, limit)
             try:
-                for row in () if refused else _rows(file, number, limit):
+                for row in () if problem else _rows(file, number, limit):
                     done += 1
                     connection.send(("row", (done - 1, row), min(done / rows, 1.0)))
+                problem = problem or _contradiction(group, done - begun)
             except MemoryError:
-                refused = (
-                    f"it says to be {group.total_byte_size} bytes, and takes more than {_room(limit) >> 20} MiB to "
-                    f"decode, {COPIES} times read.max_bytes={limit}"
+                problem = (
+                    f"is refused: it says to be {group.total_byte_size} bytes, and takes more than "
+                    f"{_room(limit) >> 20} MiB to decode, {COPIES} times read.max_bytes={limit}"
                 )
-            if refused:
-                damage = f"row group {number} with its {group.num_rows} rows is refused: {refused}"
+            if problem:
+                damage = f"row group {number} with its {group.num_rows} rows {problem}"
                 connection.send(("row", (done, damage), min(done / rows, 1.0)))
                 done = begun + group.num_rows
         connection.send(None)
@@ -164,10 +165,20 @@ def _refused(group, limit: int) -> str:
     size = sum(column.total_uncompressed_size for column in columns)
     expands = sum(max(0, each.total_uncompressed_size - EXPANSION * each.total_compressed_size) for each in columns)
     if expands > limit:
-        return f"its {stored} bytes become {size}, and read.max_bytes={limit}"
+        return f"is refused: its {stored} bytes become {size}, and read.max_bytes={limit}"
     if size > limit * group.num_rows:
-        return f"{size} bytes, for each row more than read.max_bytes={limit}"
+        return f"is refused: {size} bytes, for each row more than read.max_bytes={limit}"
     return ""
+
+
+def _contradiction(group, read: int) -> str:
+    """What tells that not all rows of a row group were read; empty where nothing does."""
+    counts = {"its data": read} | {
+        f"column '{column.path_in_schema}'": column.num_values
+        for column in map(group.column, range(group.num_columns))
+        if "." not in column.path_in_schema  # of lists, each entry is a value
+    }
+    return next((f"is damaged: {what} has {count}" for what, count in counts.items() if count != group.num_rows), "")
 
 
 def _rows(file, number: int, limit: int) -> Iterator[dict[str, Any] | str]:

@@ -289,6 +289,33 @@ def test_row_group_that_grows_costs_itself(tmp_path):
     assert re.search(r"row group 1 with its 2 rows is refused: .*read.max_bytes=1048576", said[2][1])
 
 
+def varint(number: int, least: int = 1) -> bytes:
+    """As a parquet file's footer has whole numbers, in at least so many bytes."""
+    septets = [number << 1 >> shift & 127 for shift in range(0, max(number.bit_length() + 1, 7 * least), 7)]
+    return bytes([*(each | 128 for each in septets[:-1]), septets[-1]])
+
+
+def parts(path: Path) -> tuple[bytes, bytes]:
+    """A parquet file's data and footer."""
+    data = path.read_bytes()
+    end = len(data) - int.from_bytes(data[-8:-4], "little") - 8
+    return data[:end], data[end:]
+
+
+@pytest.mark.parametrize("place, rows, reason", [
+    (1, 0, "row group 0 with its 777 rows is damaged: its data has 0"),  # values of the column
+    (1, 3, "row group 0 with its 777 rows is damaged: column 'text' has 3"),
+    (3, 3, "row group 0 with its 3 rows is damaged: column 'text' has 777"),  # rows of the row group
+])  # fmt: skip
+def test_rows_that_a_footer_hides_are_told(tmp_path, place, rows, reason):
+    parquet.write_table(pa.table({"text": ["good"] * 777}), tmp_path / "x.parquet")
+    data, footer = parts(tmp_path / "x.parquet")
+    pieces = footer.split(varint(777))
+    pieces[place : place + 2] = [pieces[place] + varint(rows, 2) + pieces[place + 1]]
+    (tmp_path / "x.parquet").write_bytes(data + varint(777).join(pieces))
+    assert outcomes(tmp_path / "x.parquet")[-1][1] == reason
+
+
 PARQUETS = {
     "too many columns": (lambda path: parquet.write_table(pa.table({f"c{i}": [1] for i in range(5000)}), path), "5000"),
     "text": (lambda path: path.write_text("this is no parquet"), "damaged parquet after 0 rows"),
@@ -362,20 +389,12 @@ def bomb(value: str, times: int) -> bytes:
     return gzip.compress(value.encode(), 1) * times
 
 
-def varint(number: int, least: int = 1) -> bytes:
-    """As a parquet file's footer has whole numbers, in at least so many bytes."""
-    septets = [number << 1 >> shift & 127 for shift in range(0, max(number.bit_length() + 1, 7 * least), 7)]
-    return bytes([*(each | 128 for each in septets[:-1]), septets[-1]])
-
-
 def understate(path: Path, copy: Path) -> None:
     """A copy of a parquet file of one row group, whose footer says that all sizes before compression are 100 bytes."""
-    data, group = path.read_bytes(), parquet.read_metadata(path).row_group(0)
-    end = len(data) - int.from_bytes(data[-8:-4], "little") - 8
-    footer = data[end:]
+    (data, footer), group = parts(path), parquet.read_metadata(path).row_group(0)
     for size in {group.total_byte_size, *(group.column(i).total_uncompressed_size for i in range(group.num_columns))}:
         footer = footer.replace(varint(size), varint(100, len(varint(size))))
-    copy.write_bytes(data[:end] + footer)
+    copy.write_bytes(data + footer)
     assert parquet.read_metadata(copy).row_group(0).total_byte_size == 100
 
 
