@@ -15,17 +15,13 @@ from typing import Any, BinaryIO
 
 import braceexpand
 import fsspec
-import pyarrow
-from pyarrow.parquet import ParquetFile
 from webdataset.tariterators import group_by_keys
 
 from data_pipeline.bounded_json import ArrayReader, bounded_lines, parse_json
+from data_pipeline.parquet_rows import Unreadable, read_rows
 from megadual.errors import UserError
 from megadual.tars import SAMPLE_BYTES, Refused, tar_members
 
-ROWS = 64  # of a parquet file, decoded at a time, where they are small
-COLUMNS = 4096  # of a parquet file, at most
-EXPANSION = 32  # times its bytes in the file are what a column of a row group may honestly be
 KEY_CHARACTERS = 200
 RANGE = 10_000_000  # numbers of a brace range
 END = 1 << 16  # bytes at either end of a file, by which it is known again
@@ -61,7 +57,7 @@ def _spelled_as_matches(pattern: str) -> str:
         return pattern
     try:
         filesystem, path = fsspec.core.url_to_fs(pattern)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:
         raise UserError(f"inputs: '{pattern}' cannot be opened: {error}") from error
     return filesystem.unstrip_protocol(path)
 
@@ -228,62 +224,13 @@ def _read_tar(shard: InputShard, stream: Source, limit: int) -> Iterator[tuple[R
 
 def _read_parquet(shard: InputShard, stream: Source, limit: int) -> Iterator[tuple[RawSample, int]]:
     """Rows; a `key` column, as img2dataset writes it, names them, else their number."""
-    done = 0
-
-    def position() -> int:
-        return shard.size * min(done, rows_in_all) // max(rows_in_all, 1)
-
     try:
-        # Buffered, so that a row group of any size is not read whole.
-        file = ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
-        rows_in_all = file.metadata.num_rows
-        if file.metadata.num_columns > COLUMNS:
-            raise Damage(f"it has {file.metadata.num_columns} columns, more than {COLUMNS}")
-        for number in range(file.num_row_groups):
-            group = file.metadata.row_group(number)
-            columns = [group.column(i) for i in range(group.num_columns)]
-            if refused := _refused(columns, group.num_rows, limit):
-                damage = f"row group {number} with its {group.num_rows} rows is refused: {refused}"
-                yield RawSample(f"{shard.name}/{done:08d}", damage=damage), position()
-                done += group.num_rows
-                continue
-            # A page that all rows share is repeated in each: the larger, the fewer at a time.
-            largest = max((column.total_uncompressed_size for column in columns), default=0)
-            rows = max(1, min(ROWS, limit // max(largest, 1)))
-            for batch in file.iter_batches(rows, row_groups=[number]):
-                for row in _rows(batch):
-                    key = f"{shard.name}/{_row_key(row, done)}"
-                    done += 1
-                    yield RawSample(key, row) if isinstance(row, dict) else RawSample(key, damage=row), position()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise Damage(f"damaged parquet after {done} rows: {error}") from error
-
-
-def _refused(columns: list, rows: int, limit: int) -> str:
-    """Why a row group is not read, by what the file says of it; empty where it is."""
-    stored = sum(column.total_compressed_size for column in columns)
-    size = sum(column.total_uncompressed_size for column in columns)
-    expands = sum(max(0, each.total_uncompressed_size - EXPANSION * each.total_compressed_size) for each in columns)
-    if expands > limit:
-        return f"its {stored} bytes become {size}, and read.max_bytes={limit}"
-    if size > limit * rows:
-        return f"{size} bytes, for each row more than read.max_bytes={limit}"
-    return ""
-
-
-def _rows(batch: pyarrow.RecordBatch) -> Iterator[dict | str]:
-    """The rows, or why one has no values in Python: text that isn't UTF-8, a date beyond the calendar ..."""
-    try:
-        yield from batch.to_pylist()
-        return
-    except Exception:  # of whatever conversion
-        pass
-    for number in range(batch.num_rows):
-        try:
-            (row,) = batch.slice(number, 1).to_pylist()
-        except Exception as error:
-            row = f"the row has a value that can't be read: {error}"
-        yield row
+        for (number, row), share in read_rows(stream, shard.size, limit):
+            key = f"{shard.name}/{_row_key(row, number)}"
+            sample = RawSample(key, row) if isinstance(row, dict) else RawSample(key, damage=row)
+            yield sample, int(shard.size * share)
+    except Unreadable as error:
+        raise Damage(str(error)) from error
 
 
 def _row_key(row: dict | str, number: int) -> str:

@@ -51,6 +51,7 @@ def main() -> None:
     set_environment(run)  # again: the layout may have been picked just now
     if not elsewhere:
         setup.check_detector(run)
+        setup.check_cache(run, layout, inputs)
     if args.dry_run:
         if not place or place.rank == 0:
             print(to_yaml(run) + "\n" + setup.plan(run, layout, inputs))

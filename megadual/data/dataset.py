@@ -177,6 +177,16 @@ class PackedDataset:
             if documents in self.remote:
                 documents.expect(piece.document for row in rows for piece in row if piece.set == index)
 
+    def bytes_to_fetch(self, rows: int) -> int:
+        """Of the files out of stores that the first so many rows are read from."""
+        pieces = [piece for r in range(rows) for piece in self.rows[r]]
+        return sum(
+            file.bytes
+            for index, documents in enumerate(self.sets)
+            if documents in self.remote
+            for file in documents.files_of(piece.document for piece in pieces if piece.set == index)
+        )
+
     def _drawn(self, row: list[Piece]) -> float:
         """About how many of a row's positions are drawn."""
         images = [(sum(piece.reading.draw) / max(len(piece.reading.draw), 1), piece) for piece in row]

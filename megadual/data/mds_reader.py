@@ -224,12 +224,20 @@ class ShardSet:
         shard = bisect_right(self._ends, i)
         return f"shard '{self.shards[shard].path}', its document {i - (self._ends[shard - 1] if shard else 0)}"
 
+    def files_of(self, documents: Iterable[int]) -> list[ShardFile]:
+        """What these documents are in, each once."""
+        return [shard.file for shard in self._shards_of(documents)]
+
+    def _shards_of(self, documents: Iterable[int]) -> Iterable[_Shard]:
+        """In the order in which the documents need them."""
+        return dict.fromkeys(self.shards[bisect_right(self._ends, i)] for i in documents)
+
     def expect(self, documents: Iterable[int]) -> None:
         """These documents are read next: of a set in a store, fetch what they are in, in the background and in this
         order, as far as the cache has room.
         """
         room = self.place.room_ahead
-        for shard in dict.fromkeys(self.shards[bisect_right(self._ends, i)] for i in documents):
+        for shard in self._shards_of(documents):
             room -= shard.file.bytes
             if room < 0:
                 return

@@ -11,7 +11,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -201,6 +201,22 @@ class _SetRows:
             )
         ]  # fmt: skip
         return documents.tolist(), readings, positions
+
+
+def is_position(value: Any) -> bool:
+    """Whether it can be a `PackedRows.position`, of whatever sets."""
+    try:
+        row, order, (block, taken), windows = (value[name] for name in ("row", "order", "block", "windows"))
+        numbers, before = [row, block, *taken], [rows for _, rows in windows]
+        numbers += [number for pair in windows for number in pair]
+    except (LookupError, TypeError, ValueError):
+        return False
+    if not isinstance(order, str) or any(type(number) is not int or number < 0 for number in numbers):
+        return False
+    in_block = row // _MIX_BLOCK == block and sum(taken) == block * _MIX_BLOCK
+    # Every window has a row at least, and none is before the rows that were taken.
+    packed = len(windows) == len(taken) and sum(before) <= row and all(window <= rows for window, rows in windows)
+    return in_block and packed
 
 
 class PackedRows:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import fsspec
 
-from megadual.data.cache import Cache, read_all
+from megadual.data.cache import Cache, StoreError, read_all
 from megadual.data.contents import AGAIN
 from megadual.errors import UserError
 
@@ -73,6 +73,8 @@ class Remote:
             fsspec.core.url_to_fs(self.root)
         except (ImportError, ValueError) as error:
             raise UserError(f"shard set '{url}' can't be opened: {error}") from error
+        except OSError as error:  # of a store that is asked at once, as FTP's
+            raise StoreError(f"shard set '{url}' can't be opened: {error}") from error
 
     def read(self, name: str) -> bytes:
         return read_all(f"{self.root}/{name}")

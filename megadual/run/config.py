@@ -45,7 +45,9 @@ class RunConfig:
                 f"run.dir={self.dir} is a URL; a run's folder is on a disk that all its processes see: give a path, "
                 "and copy what is to be kept afterwards"
             )
-        if file := next((path for path in (Path(self.dir), *Path(self.dir).parents) if path.is_file()), None):
+        folder = Path(self.dir)
+        folders = folder, *folder.parents, folder / "logs", folder / "checkpoints"
+        if file := next((path for path in folders if path.is_file()), None):
             raise UserError(f"run.dir={self.dir}: '{file}' is a file; give the path of a folder")
         if self.profile is not None and not (len(self.profile) == 2 and self.profile[0] <= self.profile[1]):
             raise UserError(f"run.profile={self.profile} must be two steps, the first and the last, as in [10,12]")

@@ -14,6 +14,7 @@ from megadual.errors import UserError
 from megadual.run.files import write_whole
 
 FILE = "run.json"
+NEEDED = {"time", "world", "git", "slurm"}  # of a start
 PACKAGES = [
     "torch", "triton", "megatron-core", "deepspeed", "transformer-engine", "apex", "flash-attn", "flash-attn-4",
     "transformers", "numpy", "wandb",
@@ -55,8 +56,11 @@ def read_starts(folder: Path) -> list[dict]:
     """Every start, the first one first; UserError where the record is broken."""
     path = Path(folder) / FILE
     try:
-        return json.loads(path.read_bytes())["starts"] if path.is_file() else []
-    except (ValueError, KeyError, TypeError) as error:
+        starts = json.loads(path.read_bytes())["starts"] if path.is_file() else []
+        if not all(each.keys() >= NEEDED for each in starts):
+            raise ValueError(f"a start has not all of {', '.join(sorted(NEEDED))}")
+        return starts
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{path}' is broken ({error}); remove it: the next start begins a new record") from error
 
 

@@ -38,7 +38,9 @@ def _entry(line: bytes) -> dict | None:
         entry = json.loads(line.strip(b"\0"))
     except (ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return None
+    return None if any(isinstance(value, str | dict) for value in entry.values()) else entry  # a step has numbers alone
 
 
 class StepLog:

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megadual.config import load_config, to_yaml
+from megadual.data.packing import is_position
 from megadual.engine.protocol import Engine
 from megadual.engine.sharded import ShardedWrite
 from megadual.errors import UserError
@@ -184,8 +185,15 @@ def read_progress(checkpoint: Path) -> dict:
         progress = json.loads((checkpoint / PROGRESS).read_text())
         if not all(type(progress[name]) is int and progress[name] >= 0 for name in ("step", "updates")):
             raise ValueError("step and updates must be counts")
-        if not isinstance(progress.get("data"), dict | None):
-            raise ValueError("data is no position")
+        if progress["updates"] > progress["step"]:
+            raise ValueError(f"{progress['updates']} updates in {progress['step']} steps")
+        if checkpoint.name.isdecimal() and progress["step"] not in (
+            int(checkpoint.name),
+            0,
+        ):  # 0: of weights to start from
+            raise ValueError(f"step is {progress['step']}, its folder's another")
+        if progress.get("data") is not None and not is_position(progress["data"]):
+            raise ValueError("data is no position in rows")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{checkpoint / PROGRESS}' does not say how far training was: {error}") from error
     return progress

@@ -126,7 +126,7 @@ class TrainConfig(shared.TrainConfig):
     min_lr: float = key(3e-5, "learning rate that a schedule decays to", least=0)
     global_batch_tokens: int = key(about="positions per optimizer step, padding included", least=1)
     micro_batch_size: int = key(1, "packed rows of seq_len positions per forward pass", least=1)
-    seq_len: int = key(about="positions of a row", least=1)
+    seq_len: int = key(about="positions of a row", least=1, most=1 << 24)
     parts: list[str] = key(list(PARTS), "what is trained; the rest stays as it starts", choices=tuple(PARTS))
     recompute: bool = key(False, "compute activations again in the backward pass, layer by layer")
     loss: dict[str, float] = key(

@@ -135,6 +135,39 @@ def cut_stages(run: PretrainConfig, inputs: Inputs) -> None:
         parallel.stage_layers = split_layers(run.model.layers, parallel.pipeline * parallel.virtual_pipeline, cost)
 
 
+def check_cache(run: PretrainConfig, layout: Topology, inputs: Inputs) -> None:
+    """UserError where the bound of the cache is below what the processes of a node read at a time.
+
+    What is mapped stays on the disk until its micro-batch is read, evicted or not: the bound could not be kept.
+    """
+    files = _files_in_stores(inputs)
+    if run.data.cache_gb is None or not files:
+        return
+    (_, rates), _ = choose.rates_here()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", min(layout.world, rates.gpus)))
+    rows, needed = -(-here * layout.data // layout.world) * run.train.micro_batch_size, max(files)
+    for sets, seed in (inputs.sets, run.train.seed), (inputs.validation, SEED):
+        if sets:
+            data = PackedDataset(sets, inputs.marks, run.train.seq_len, 1, 1, seed)
+            needed = max(needed, data.bytes_to_fetch(rows))
+    if needed > run.data.cache_gb * 1e9:
+        raise UserError(
+            f"data.cache_gb={run.data.cache_gb:g} is less than what a node of {here} processes reads at a time, {rows} "
+            f"rows out of {_gb(needed)} GB of files: give at least that, better the {_gb(sum(files))} GB of all sets "
+            "at URLs, or make the sets again with smaller files (encode.shard_bytes)"
+        )
+
+
+def _files_in_stores(inputs: Inputs) -> list[int]:
+    """Bytes of each shard of the sets at URLs."""
+    sets = [source.documents for source in inputs.sets + inputs.validation]
+    return [shard.file.bytes for documents in sets if not documents.here for shard in documents.shards]
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3g}"
+
+
 def settle(run: PretrainConfig, world: int, inputs: Inputs, here: bool = True) -> Topology:
     """The layout of a run whose inputs are read; with parallel.layout=auto the one that is picked, put into `run`.
 
@@ -202,6 +235,7 @@ def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
         f"({layout.rows_per_step} rows of {train.seq_len}, {layout.microbatches} micro-batches a rank) on {documents}",
         f"in all: {train.steps * train.global_batch_tokens:,} positions, {flops:.2e} model FLOPs" + _epochs(inputs),
         *_repeated(inputs),
+        *_fetched_again(run, inputs),
         f"layout: engine={run.engine} {layout.describe(run)} on {layout.world} processes, {train.precision}, "
         + train.optimizer,
         f"model: {run.model.layers} layers of {run.model.hidden}, {vocabulary.text_size:,} text tokens; "
@@ -231,6 +265,17 @@ def _repeated(inputs: Inputs) -> list[str]:
         f"is read more than about {REPEATED} times teaches ever less"
         for source, epochs in zip(inputs.sets, inputs.epochs, strict=False)
         if epochs > REPEATED
+    ]
+
+
+def _fetched_again(run: PretrainConfig, inputs: Inputs) -> list[str]:
+    """Documents are shuffled over whole sets, so that what was evicted is soon needed again."""
+    bound, size = run.data.cache_gb, sum(_files_in_stores(inputs))
+    if bound is None or size <= bound * 1e9:
+        return []
+    return [
+        f"warning: data.cache_gb={bound:g} is less than the {_gb(size)} GB of the sets at URLs: their files come again "
+        "and again, and steps wait for them; give it room for all, if the disk has it"
     ]
 
 

@@ -155,9 +155,10 @@ def test_only_errors_that_last_keep_a_job_from_starting_again(run_in, tmp_path, 
 
 
 def test_folder_that_cannot_be_made_is_told_on_every_rank(run_in, tmp_path):
+    run = run_in(tmp_path, "parallel.pipeline=2")
     (tmp_path / "checkpoints").write_text("a file, not a folder")
     with pytest.raises(RuntimeError, match="UserError: .*00000001' could not be written .*the run has none yet"):
-        run_distributed(train_part, 2, run_in(tmp_path, "parallel.pipeline=2"), 0, 1, True)
+        run_distributed(train_part, 2, run, 0, 1, True)
 
 
 def first_loss(run, step: int):

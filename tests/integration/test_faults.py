@@ -182,6 +182,13 @@ CHECKPOINT = {
     "progress of other types": (
         edit("progress.json", step="two"), True, "progress.json' .*step and updates must be counts",
     ),
+    "progress of another step": (edit("progress.json", step=10**20), True, "step is 1000.*, its folder's another"),
+    "progress of no step": (edit("progress.json", step=0), True, "2 updates in 0 steps"),
+    "position of other types": (edit("progress.json", data={"row": "x"}), True, "data is no position in rows"),
+    "position that none can be": (
+        edit("progress.json", data={"row": 8, "order": "x", "block": [0, [0]], "windows": [[10**12, 0]]}), True,
+        "data is no position in rows",
+    ),
     "checksums missing": (remove(CHECKSUMS), False, "checksums.json \\(missing\\)"),
     "checksums empty": (write(CHECKSUMS, ""), False, "checksums.json \\(not JSON\\)"),
     "checksums binary": (write(CHECKSUMS, b"\xff\xfe"), False, "checksums.json \\(not JSON\\)"),

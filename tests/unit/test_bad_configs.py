@@ -79,7 +79,8 @@ WRONG_VALUES = [
     (LLM, "train.steps=[1]", "train.steps=[1] must be int"),
     (LLM, "train.steps={a: 1}", "train.steps={'a': 1} must be int"),
     (LLM, "train.steps=1_000x", "train.steps=1_000x must be int"),
-    (LLM, "train.seq_len=0", "train.seq_len=0 must be at least 1"),
+    (LLM, "train.seq_len=0", "train.seq_len=0 must be between 1 and 16777216"),
+    (LLM, "train.seq_len=1000000000", "train.seq_len=1000000000 must be between 1 and 16777216"),
     (LLM, "train.micro_batch_size=3", "is not a multiple of train.seq_len(64) x train.micro_batch_size(3)"),
     (LLM, "train.global_batch_tokens=63", "train.global_batch_tokens=63 is not a multiple"),
     (LLM, "train.lr=.nan", "train.lr=nan must be a finite number"),
@@ -228,6 +229,12 @@ def test_a_broken_file_gets_one_line(complaint, tmp_path, content, message):
 
 def test_a_folder_is_no_config(complaint, tmp_path):
     assert "is a folder; name a file" in complaint(LLM, ["--config", tmp_path])
+
+
+@pytest.mark.parametrize("name", ["logs", "checkpoints"])
+def test_a_file_in_the_place_of_a_runs_folder(complaint, tmp_path, name):
+    (tmp_path / name).touch()
+    assert f"'{tmp_path}/{name}' is a file; give" in complaint(LLM, [f"run.dir={tmp_path}"])
 
 
 @pytest.mark.parametrize("world, overrides, message", [

@@ -165,7 +165,7 @@ def test_what_auto_picks_is_not_given():
     (2, ["engine=deepspeed", "parallel.pipeline=2", "parallel.virtual_pipeline=2"], "needs engine=megatron"),
     (1, ["parallel.tensor=0"], "parallel.tensor=0 must be at least 1"),
     (1, ["train.micro_batch_size=0"], "train.micro_batch_size=0 must be at least 1"),
-    (1, ["train.seq_len=0"], "train.seq_len=0 must be at least 1"),
+    (1, ["train.seq_len=0"], "train.seq_len=0 must be between 1 and 16777216"),
     (1, ["checkpoint.keep=0"], "checkpoint.keep=0 must be at least 1"),
     (1, ["checkpoint.every=0"], "checkpoint.every=0 must be at least 1"),
     (1, ["train.warmup_steps=-1"], "train.warmup_steps=-1 must be 0 or more"),

@@ -232,6 +232,8 @@ def test_a_url_needs_a_cache_and_a_set(tmp_path):
         load_config(PretrainConfig, None, ["data.sets=[a]", "data.validation=[s3://b/set]", *keys])
     with pytest.raises(UserError, match="'nowhere://b/set' can't be opened: Protocol not known"):
         ShardSet("nowhere://b/set", cache=Cache(tmp_path))
+    with pytest.raises(StoreError, match="'ftp://127.0.0.1:1/set' can't be opened: .*refused"):
+        ShardSet("ftp://127.0.0.1:1/set", cache=Cache(tmp_path))
     with pytest.raises(UserError, match="manifest.json' can't be read: FileNotFoundError"):
         ShardSet("memory://none", cache=Cache(tmp_path))
     with pytest.raises(UserError, match="data.cache: '/proc/x' can't be written"):

@@ -12,7 +12,7 @@ from megadual.data import packing
 from megadual.data.dataset import PackedDataset
 from megadual.data.layout import IGNORE, Reading, to_sequence
 from megadual.data.mds_reader import ShardSet
-from megadual.data.packing import PackedRows, fill_rows
+from megadual.data.packing import PackedRows, fill_rows, is_position
 from megadual.data.source import Source
 from megadual.errors import UserError
 from megadual.streams import Role, Stream
@@ -198,7 +198,8 @@ def test_a_position_is_gone_on_from_without_packing_what_is_before(root, small_r
     for r in (0, 700, 1023, 1024, 2600):  # within and at the ends of windows, epochs and mixed blocks
         expected = [straight[k] for k in range(r, r + 40)]
         resumed = rows_of(root, small_root)
-        assert resumed.resume(json.loads(json.dumps(straight.position(r))))
+        position = json.loads(json.dumps(straight.position(r)))
+        assert is_position(position) and resumed.resume(position)
         assert [resumed[k] for k in range(r, r + 40)] == expected
         assert sum(len(rows.ends) for rows in resumed.sets) <= 12  # of hundreds
         assert resumed[5] == straight[5]

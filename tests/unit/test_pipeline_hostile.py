@@ -289,6 +289,33 @@ def test_row_group_that_grows_costs_itself(tmp_path):
     assert re.search(r"row group 1 with its 2 rows is refused: .*read.max_bytes=1048576", said[2][1])
 
 
+def varint(number: int, least: int = 1) -> bytes:
+    """As a parquet file's footer has whole numbers, in at least so many bytes."""
+    septets = [number << 1 >> shift & 127 for shift in range(0, max(number.bit_length() + 1, 7 * least), 7)]
+    return bytes([*(each | 128 for each in septets[:-1]), septets[-1]])
+
+
+def parts(path: Path) -> tuple[bytes, bytes]:
+    """A parquet file's data and footer."""
+    data = path.read_bytes()
+    end = len(data) - int.from_bytes(data[-8:-4], "little") - 8
+    return data[:end], data[end:]
+
+
+@pytest.mark.parametrize("place, rows, reason", [
+    (1, 0, "row group 0 with its 777 rows is damaged: its data has 0"),  # values of the column
+    (1, 3, "row group 0 with its 777 rows is damaged: column 'text' has 3"),
+    (3, 3, "row group 0 with its 3 rows is damaged: column 'text' has 777"),  # rows of the row group
+])  # fmt: skip
+def test_rows_that_a_footer_hides_are_told(tmp_path, place, rows, reason):
+    parquet.write_table(pa.table({"text": ["good"] * 777}), tmp_path / "x.parquet")
+    data, footer = parts(tmp_path / "x.parquet")
+    pieces = footer.split(varint(777))
+    pieces[place : place + 2] = [pieces[place] + varint(rows, 2) + pieces[place + 1]]
+    (tmp_path / "x.parquet").write_bytes(data + varint(777).join(pieces))
+    assert outcomes(tmp_path / "x.parquet")[-1][1] == reason
+
+
 PARQUETS = {
     "too many columns": (lambda path: parquet.write_table(pa.table({f"c{i}": [1] for i in range(5000)}), path), "5000"),
     "text": (lambda path: path.write_text("this is no parquet"), "damaged parquet after 0 rows"),
@@ -348,12 +375,12 @@ def test_only_formats_that_are_meant_are_decoded(tmp_path, monkeypatch):
 PROGRAM = """
 import resource, sys
 from data_pipeline.readers import list_inputs, read_samples
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-before = peak()
+peak = lambda who: resource.getrusage(who).ru_maxrss >> 10
+before = peak(resource.RUSAGE_SELF)
 for shard in list_inputs(sys.argv[1:]):
     for sample, _ in read_samples(shard, 1 << 24):
         pass
-    print(shard.name, peak() - before)
+    print(shard.name, peak(resource.RUSAGE_SELF) - before, peak(resource.RUSAGE_CHILDREN), sample.damage, sep="\t")
 """
 
 
@@ -362,9 +389,18 @@ def bomb(value: str, times: int) -> bytes:
     return gzip.compress(value.encode(), 1) * times
 
 
+def understate(path: Path, copy: Path) -> None:
+    """A copy of a parquet file of one row group, whose footer says that all sizes before compression are 100 bytes."""
+    (data, footer), group = parts(path), parquet.read_metadata(path).row_group(0)
+    for size in {group.total_byte_size, *(group.column(i).total_uncompressed_size for i in range(group.num_columns))}:
+        footer = footer.replace(varint(size), varint(100, len(varint(size))))
+    copy.write_bytes(data + footer)
+    assert parquet.read_metadata(copy).row_group(0).total_byte_size == 100
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KB on Linux")
 def test_bombs_take_no_memory(tmp_path):
-    """Each is small, and would take from 160 MB to 6 GB if it were read as it says it is."""
+    """Each is small, and would take from 160 MB to 6 GB if it were read as it says it is, or says less than it is."""
     zeros = "0" * (1 << 20)
     (tmp_path / "line.jsonl.gz").write_bytes(bomb(zeros, 160))
     (tmp_path / "values.jsonl.gz").write_bytes(gzip.compress(b"[", 1) + bomb("[]," * (1 << 16), 80))
@@ -378,7 +414,15 @@ def test_bombs_take_no_memory(tmp_path):
     parquet.write_table(pa.table({"text": ["x" * (160 << 20)]}), tmp_path / "page.parquet", compression="zstd")
     value = "x" * (1 << 22)
     parquet.write_table(pa.table({"text": [value] * 100}), tmp_path / "repeated.parquet", compression="zstd")
+    for name in ("page", "repeated"):
+        understate(tmp_path / f"{name}.parquet", tmp_path / f"{name}-understated.parquet")
+    nulls = pa.ListArray.from_arrays([0, 25_000_000], pa.nulls(25_000_000, pa.int8()))
+    parquet.write_table(pa.table({"texts": nulls}), tmp_path / "nulls.parquet", compression="zstd")
     command = [sys.executable, "-c", PROGRAM, f"{tmp_path}/*"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    peaks = {name: int(mb) for name, mb in (line.split() for line in done.stdout.splitlines())}
-    assert len(peaks) == 9 and max(peaks.values()) < 150, peaks
+    said = {name: rest for name, *rest in (line.split("\t") for line in done.stdout.splitlines())}
+    assert len(said) == 12 and max(int(grown) for grown, _, _ in said.values()) < 150, said
+    assert max(int(beside) for _, beside, _ in said.values()) < 400, said
+    for name in ("page-understated", "repeated-understated", "nulls"):
+        expected = r"row group 0 with its \d+ rows .* says to be \d+ bytes, and takes more than 192 MiB to decode"
+        assert re.search(expected, said[name][2]), said

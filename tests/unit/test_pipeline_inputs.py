@@ -71,6 +71,7 @@ def test_inputs_are_named_below_their_fixed_folder(tmp_path):
         (["{folder}/a/*.tar", "{folder}/b/*.tar"], "would both become '0'"),
         (["{folder}/a/{{0..3.tar"], "braces"),
         (["{folder}/a/notes.txt"], "is none of .tar"),
+        (["ftp://127.0.0.1:1/a.tar"], "a.tar' cannot be opened: .*refused"),
         ([], "the list is empty"),
     ],
 )

@@ -1,7 +1,9 @@
 """From a run's config to what it trains on: which streams, which losses, and what doesn't belong together."""
 
+import re
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ def run_with(tmp_path_factory):
         dualtoken={"fingerprint": dualtoken.fingerprint()},
         text_tokenizer={"fingerprint": fingerprint(text)},
         marks=Marks.of(text),
+        shard_bytes=2048,
     )
     model = f"model.dualtoken={folder}/dualtoken", f"model.text_tokenizer={folder}/text"
     return lambda *overrides: tiny.tiny_run(folder, folder / "set", *model, *overrides)
@@ -86,6 +89,27 @@ def test_epochs_are_how_often_documents_are_read(run_with):
     assert f"documents of '{inputs.sets[0].config.path}' are read {inputs.epochs[0]:,.0f} times" in (
         setup.plan(run, layout, inputs)
     )
+
+
+def test_a_cache_that_is_too_small_is_told_before_training(run_with, tmp_path, monkeypatch):
+    """An error below what is read at a time, a warning below what the sets have."""
+    path = run_with().data.sets[0].path
+    at_url = f"data.sets=[file://{path}]", f"data.cache={tmp_path}", "train.micro_batch_size=2"
+    inputs, size = setup.read_inputs(run_with(*at_url)), sum(file.stat().st_size for file in Path(path).glob("*/*.mds"))
+
+    def plan(share):
+        run = run_with(*at_url, f"data.cache_gb={size * share / 1e9}")
+        layout = setup.settle(run, 2, inputs)
+        setup.check_cache(run, layout, inputs)
+        return setup.plan(run, layout, inputs)
+
+    for local, rows in (2, 4), (1, 2):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+        message = f"^data.cache_gb=.* node of {local} processes reads at a time, {rows} rows out of"
+        with pytest.raises(UserError, match=message):
+            plan(0.1)
+    assert re.search(r"warning: data.cache_gb=\S+ is less than the \S+ GB of the sets at URLs", plan(0.9))
+    assert "data.cache_gb" not in plan(1.1)
 
 
 @pytest.mark.parametrize("overrides, message", [

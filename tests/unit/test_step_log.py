@@ -78,7 +78,7 @@ def test_a_start_on_a_full_disk_leaves_the_lines_as_they_are(tmp_path):
 def crashed(folder):
     """What a power cut may leave: NULs, a half line in the middle, what is no step, and an end that is cut off."""
     lines = [json.dumps(entry(step)).encode() for step in range(1, 7)]
-    broken = [b"\0" * 40, lines[0][:9], b"3", b'{"loss": 1}', b"\xff\xfe", b"[" * 99_999]
+    broken = [b"\0" * 40, lines[0][:9], b"3", b'{"loss": 1}', b'{"step": 2, "tokens": "x"}', b"\xff\xfe", b"[" * 99_999]
     whole = [*lines[:2], *broken, b"\0\0" + lines[2], *lines[3:5]]
     (folder / METRICS).write_bytes(b"\n".join(whole) + b"\n" + lines[5][:12])
     return len(broken)

@@ -455,7 +455,7 @@ def test_starts_are_recorded(tmp_path, monkeypatch):
 
 
 def test_a_broken_record_is_named(tmp_path):
-    for content in (b"", b"\0\0\0", b"[]", b'{"starts": '):
+    for content in (b"", b"\0\0\0", b"[]", b'{"starts": ', b'{"starts": 3}', b'{"starts": [{}]}'):
         (tmp_path / record.FILE).write_bytes(content)
         with pytest.raises(UserError, match=r"run.json' is broken \(.*remove it"):
             record.read_starts(tmp_path)
