@@ -123,6 +123,11 @@ class TrainConfig(shared.TrainConfig):
     )
     momentum: float = key(0.95, "decay of muon's momentum", least=0, below=1)
     fp8: bool = key(False, "products of the transformer's linear layers in FP8 (megatron; GPUs from H100 on)")
+    grad_reduce_dtype: str = key(
+        "fp32",
+        "what data-parallel ranks exchange gradients in; each sums its own, and those that it gets, in fp32 (megatron)",
+        choices=("fp32", "bf16"),
+    )
     min_lr: float = key(3e-5, "learning rate that a schedule decays to", least=0)
     global_batch_tokens: int = key(about="positions per optimizer step, padding included", least=1)
     micro_batch_size: int = key(1, "packed rows of seq_len positions per forward pass", least=1)
