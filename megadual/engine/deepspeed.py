@@ -110,7 +110,8 @@ def _settings(run: PretrainConfig, topology: Topology) -> dict:
         "zero_optimization": {"stage": run.parallel.zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": run.train.precision == "bf16"},
+        # Gradients go to their fp32 sums as soon as they are made, and are not kept in bf16 besides.
+        "bf16": {"enabled": run.train.precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         # Partitioned activations would be wrong under sequence parallelism, where they are partitioned already.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
@@ -174,6 +175,9 @@ class DeepSpeedEngine(SavedState):
             mpu=None if pipelined else ModelParallelUnit(),
             dist_init_required=False,
         )
+        if deepspeed_internals.show_main_grads(self.engine):
+            for chunk in self.chunks:
+                megatron_internals.add_in_products(chunk)
         self._hold_moments()
         self.scheduler = schedule(run, self.optimizer)
 
