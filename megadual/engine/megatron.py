@@ -14,6 +14,7 @@ from megadual.data.dataset import MicroBatch
 from megadual.engine import megatron_internals, sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
 from megadual.engine.muon import Muon
+from megadual.engine.run_ahead import RunAhead
 from megadual.engine.saved_state import MUON_STATE, SavedState, data_parallel_group
 from megadual.engine.schedule import schedule
 from megadual.engine.step import GlobalLosses, StepResult
@@ -24,6 +25,7 @@ from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.freezing import train_only
 from megadual.model.init import initialize
 from megadual.model.matrices import hidden_matrices
+from megadual.run.watchdog import collective_timeout_s
 from megadual.train.config import PretrainConfig
 
 
@@ -119,6 +121,9 @@ class MegatronEngine(SavedState):
             chunk.config.finalize_model_grads_func = finalize_model_grads
             chunk.config.grad_scale_func = self.optimizer.scale_loss
         self.forward_backward = get_forward_backward_func()
+        self.run_ahead = None
+        if run.parallel.run_ahead and run.parallel.pipeline > 1:
+            self.run_ahead = RunAhead(run.parallel.run_ahead, collective_timeout_s(run.run.hang_timeout))
 
     def _use_muon(self) -> None:
         """Put Muon in AdamW's place."""
@@ -190,6 +195,12 @@ class MegatronEngine(SavedState):
         positions = batches[0].tokens.size(0)
         context = parallel_state.get_context_parallel_rank(), self.run.parallel.context
         batches = [context_share(batch, *context).to(torch.cuda.current_device()) for batch in batches]
+        if self.run_ahead and not forward_only:
+            split = context[1] * (self.run.parallel.tensor if self.run.parallel.sequence else 1)
+            shape = positions // split, 1, self.run.model.hidden
+            self.run_ahead.run(self.model[0], batches, losses.total, shape)
+            finalize_model_grads(self.model)
+            return
         # megatron divides by the micro-batches and multiplies by context-parallel ranks; the loss is global already.
         scale = len(batches) / context[1]
 
@@ -242,4 +253,6 @@ class MegatronEngine(SavedState):
             state[self._state(parameter)[prefix]].copy_(tensor.flatten()[place])
 
     def shutdown(self) -> None:
+        if self.run_ahead:
+            self.run_ahead.close()
         destroy_groups()
