@@ -20,6 +20,10 @@ from megatron.core.distributed import DistributedDataParallel
 from megadual.data.dataset import MicroBatch
 from megadual.model.dual_lm import StreamLosses
 
+# Of a GPU's multiprocessors, which what has been sent and not been asked for yet keeps from computing. A stage has such
+# only while it is ahead, and what is sent does not have to be quick.
+MULTIPROCESSORS = 4
+
 
 class _Link:
     """What goes from stage to stage in one direction: received one ahead of when it is asked for."""
@@ -28,9 +32,9 @@ class _Link:
         """`to`, `of`: global ranks of the neighbours; as many as `under_way` are sent and not yet known to be there."""
         self.group, self.to, self.of, self.under_way = group, to, of, under_way
 
-    def start(self, count: int, like: torch.Tensor) -> None:
+    def start(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """`count` tensors are going to come."""
-        self.left, self.like, self.coming = count if self.of is not None else 0, like, None
+        self.left, self.shape, self.dtype = count if self.of is not None else 0, shape, dtype
         self.sent: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self._ask()
 
@@ -38,7 +42,7 @@ class _Link:
         self.coming = None
         if self.left:
             self.left -= 1
-            tensor = torch.empty_like(self.like)
+            tensor = torch.empty(self.shape, dtype=self.dtype, device=torch.cuda.current_device())
             self.coming = dist.irecv(tensor, self.of, group=self.group), tensor
 
     def receive(self) -> torch.Tensor:
@@ -69,9 +73,13 @@ class RunAhead:
         after = ranks[self.rank + 1] if self.rank + 1 < self.size else None
         all_ranks: list = [None] * dist.get_world_size()
         dist.all_gather_object(all_ranks, ranks)
-        made = {}
+        options = None
+        if "nccl" in dist.get_backend():
+            options = dist.ProcessGroupNCCL.Options()
+            options.config.max_ctas = MULTIPROCESSORS
+        made, timeout = {}, datetime.timedelta(seconds=timeout_s)
         for each in sorted(set(map(tuple, all_ranks))):  # every rank takes part in making every group
-            made[each] = [dist.new_group(each, datetime.timedelta(seconds=timeout_s)) for _ in range(2)]
+            made[each] = [dist.new_group(each, timeout, pg_options=options) for _ in range(2)]
         self.groups = made[tuple(ranks)]
         self.warm_up = (self.size - 1 - self.rank) * (1 + ahead)
         self.activations = _Link(self.groups[0], after, before, self.warm_up + 1)
@@ -82,13 +90,12 @@ class RunAhead:
         """Exchange something with each neighbour in turn: the first time takes both, which later would wait in vain."""
         nothing = torch.zeros(1, device=torch.cuda.current_device())
         for stage in range(self.size - 1):
-            first, second = (self.activations, self.gradients)
             if self.rank == stage:
-                dist.send(nothing, first.to, group=first.group)
-                dist.recv(nothing, second.of, group=second.group)
+                dist.send(nothing, self.activations.to, group=self.activations.group)
+                dist.recv(nothing, self.gradients.of, group=self.gradients.group)
             elif self.rank == stage + 1:
-                dist.recv(nothing, first.of, group=first.group)
-                dist.send(nothing, second.to, group=second.group)
+                dist.recv(nothing, self.activations.of, group=self.activations.group)
+                dist.send(nothing, self.gradients.to, group=self.gradients.group)
 
     def run(
         self,
@@ -99,17 +106,13 @@ class RunAhead:
     ) -> None:
         """All micro-batches forward and back; `shape` is that of what a stage passes on, `loss` the last stage's."""
         chunk, count = model.module, len(batches)
-        like = torch.empty(shape, dtype=chunk.config.pipeline_dtype, device="meta")
-        like = torch.empty_like(like, device=torch.cuda.current_device())
         for link in self.activations, self.gradients:
-            link.start(count, like)
+            link.start(count, shape, chunk.config.pipeline_dtype)
         under_way: deque[tuple[torch.Tensor | None, torch.Tensor]] = deque()
         coming = iter(batches)
 
         def forward() -> None:
-            received = None
-            if self.rank:
-                received = self.activations.receive().requires_grad_()
+            received = self.activations.receive().requires_grad_() if self.rank else None
             chunk.set_input_tensor(received)
             output = model(next(coming))
             if self.rank == self.size - 1:
