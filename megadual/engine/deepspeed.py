@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from pydantic import ValidationError
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -19,6 +20,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.runtime.pipe.module import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -33,10 +35,11 @@ from megadual.engine.saved_state import SavedState
 from megadual.engine.schedule import schedule
 from megadual.engine.step import GlobalLosses, StepResult
 from megadual.engine.topology import Topology
+from megadual.errors import UserError
 from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.freezing import train_only
 from megadual.model.init import initialize
-from megadual.train.config import PretrainConfig
+from megadual.train.config import ParallelConfig, PretrainConfig
 
 
 class ModelParallelUnit:
@@ -107,15 +110,26 @@ def _settings(run: PretrainConfig, topology: Topology) -> dict:
         "train_micro_batch_size_per_gpu": run.train.micro_batch_size,
         "gradient_accumulation_steps": topology.microbatches,
         "gradient_clipping": run.train.clip_grad,
-        "zero_optimization": {"stage": run.parallel.zero_stage},
+        "zero_optimization": _zero_settings(run.parallel),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": run.train.precision == "bf16"},
+        # Gradients go to their fp32 sums as soon as they are made, and are not kept in bf16 besides.
+        "bf16": {"enabled": run.train.precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         # Partitioned activations would be wrong under sequence parallelism, where they are partitioned already.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 1 << 62,
     }
+
+
+def _zero_settings(parallel: ParallelConfig) -> dict:
+    settings = {"stage": parallel.zero_stage, **{name: int(value) for name, value in parallel.zero.items()}}
+    try:
+        DeepSpeedZeroConfig(**settings)
+    except ValidationError as error:
+        problem, *_ = error.errors()
+        raise UserError(f"parallel.zero.{problem['loc'][0]}: DeepSpeed says: {problem['msg']}") from error
+    return settings
 
 
 def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -174,6 +188,9 @@ class DeepSpeedEngine(SavedState):
             mpu=None if pipelined else ModelParallelUnit(),
             dist_init_required=False,
         )
+        if deepspeed_internals.show_main_grads(self.engine):
+            for chunk in self.chunks:
+                megatron_internals.add_in_products(chunk)
         self._hold_moments()
         self.scheduler = schedule(run, self.optimizer)
 

@@ -84,7 +84,7 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
         on_gpu = split / tensor + sum(whole.values())
         trained = llm * split / tensor + sum(whole[part] for part in set(train.parts))
         # passes through a chunk that wait for their backward, of which there are `virtual` a micro-batch
-        in_flight = parallel.pipeline - stage
+        in_flight = (parallel.pipeline - stage - 1) * (1 + parallel.run_ahead) + 1
         if virtual > 1:  # megatron-core's interleaved schedule
             in_flight = 2 * (in_flight - 1) + (virtual - 1) * parallel.pipeline + 1
         in_flight = min(in_flight, layout.microbatches * virtual)
@@ -104,7 +104,7 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
             muon += [(a_projector, 1)] * (first and "projector" in train.parts)
             muon += [(part, 1) for each in all_heads for part in (each.projector, each.transformer) if last and heads]
         works = [work(*shape) for weights, _ in muon for shape in weights.shapes]
-        bucket = DEEPSPEED_BUCKET * per_gradient if run.engine == "deepspeed" else 0
+        bucket = parallel.zero.get("reduce_bucket_size", DEEPSPEED_BUCKET) * per_gradient
         stages.append(
             StageEstimate(
                 layers=sum(chunks),
@@ -113,7 +113,8 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
                 flops_share=shares[stage] / total_share,
                 weights=on_gpu * per_weight / (data if stage_zero == 3 else 1)
                 + (2 * sum(chunks) * a_layer.matrices / tensor if train.fp8 else 0),  # along and across
-                gradients=trained * per_gradient / (data if stage_zero >= 2 else 1) + bucket,
+                gradients=trained * per_gradient / (data if stage_zero >= 2 else 1)
+                + (bucket if run.engine == "deepspeed" else 0),
                 optimizer=(trained * per_optimizer - sum(4 * each.matrices / over for each, over in muon)) / data,
                 # of a fused matrix's parts, two at most are large
                 orthogonalised=max(sum(works) / (data * tensor), 2 * max(works, default=0)),

@@ -14,6 +14,7 @@ from megadual.data.dataset import MicroBatch
 from megadual.engine import megatron_internals, sharded
 from megadual.engine.groups import destroy_groups, initialize_groups
 from megadual.engine.muon import Muon
+from megadual.engine.run_ahead import RunAhead
 from megadual.engine.saved_state import MUON_STATE, SavedState, data_parallel_group
 from megadual.engine.schedule import schedule
 from megadual.engine.step import GlobalLosses, StepResult
@@ -24,6 +25,7 @@ from megadual.model.dual_lm import DualLM, StreamLosses, Vocabulary
 from megadual.model.freezing import train_only
 from megadual.model.init import initialize
 from megadual.model.matrices import hidden_matrices
+from megadual.run.watchdog import collective_timeout_s
 from megadual.train.config import PretrainConfig
 
 
@@ -60,15 +62,27 @@ class MegatronEngine(SavedState):
         self.chunks = build_chunks(run, vocabulary)
         for chunk in self.chunks:
             train_only(chunk, run.train.parts)
+        # After an update each data-parallel rank has its share of the weights alone; they are gathered beside the next
+        # step's forward. All at once, unless the GPU has one queue (engine/environment.py), where what comes after
+        # would wait for the last of them to begin.
+        self.gathers, self.gathers_all = data_parallel_group().size() > 1, run.parallel.tensor == 1
+        megatron_internals.reduce_in_bf16()
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
-            overlap_grad_reduce=torch.cuda.is_available(),
+            overlap_grad_reduce=self.gathers or torch.cuda.is_available(),
+            overlap_param_gather=self.gathers,
+            align_param_gather=self.gathers_all,  # modules wait for their weights, but don't begin the next ones'
             grad_reduce_in_fp32=True,
+            reduce_scatter_with_fp32_accumulation=self.gathers and run.train.grad_reduce_dtype == "bf16",
         )
         self.model = [
             DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=index > 0)
             for index, chunk in enumerate(self.chunks)
         ]
+        for wrapped in self.model:
+            megatron_internals.sum_gradients(wrapped)
+            if self.gathers:
+                megatron_internals.wait_for_weights(wrapped)
         for chunk in self.chunks:
             megatron_internals.add_in_products(chunk)
         self.fp8 = megatron_internals.multiply_in_fp8(self.chunks) if run.train.fp8 else []
@@ -107,6 +121,9 @@ class MegatronEngine(SavedState):
             chunk.config.finalize_model_grads_func = finalize_model_grads
             chunk.config.grad_scale_func = self.optimizer.scale_loss
         self.forward_backward = get_forward_backward_func()
+        self.run_ahead = None
+        if run.parallel.run_ahead and run.parallel.pipeline > 1:
+            self.run_ahead = RunAhead(run.parallel.run_ahead, collective_timeout_s(run.run.hang_timeout))
 
     def _use_muon(self) -> None:
         """Put Muon in AdamW's place."""
@@ -130,6 +147,9 @@ class MegatronEngine(SavedState):
         schedule goes on.
         """
         losses = GlobalLosses(self.run, batches, self.vocabulary)
+        for wrapped in self.model if self.gathers else ():
+            # Not sooner: exchanges go one by one, and the host waits for those of losses and counts.
+            megatron_internals.begin_gathering(wrapped, self.gathers_all)
         for wrapped in self.model:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -149,6 +169,7 @@ class MegatronEngine(SavedState):
     @torch.no_grad()
     def evaluate(self, batches: list[MicroBatch]) -> dict[str, float]:
         """Mean losses by name over all ranks' micro-batches, as the weights are."""
+        self.gather_weights()
         losses = GlobalLosses(self.run, batches, self.vocabulary)
         for wrapped in self.model:
             wrapped.eval()
@@ -157,14 +178,31 @@ class MegatronEngine(SavedState):
             wrapped.train()
         return losses.means()[0]
 
+    def save(self, folder: Path) -> sharded.ShardedWrite:
+        self.gather_weights()
+        return super().save(folder)
+
+    def gather_weights(self) -> None:
+        """Make the weights whole on every rank (collective): after a step each has the new ones of its share alone."""
+        for wrapped in self.model if self.gathers else ():
+            megatron_internals.gather_now(wrapped)
+
     def _run_chunks(self, batches: list[MicroBatch], losses: GlobalLosses, forward_only: bool = False) -> None:
         """All micro-batches through all chunks of all stages, and back; their losses go to `losses`."""
+        if self.fp8:
+            self.gather_weights()
         fp8.update(self.fp8, parallel_state.get_tensor_model_parallel_group())
         positions = batches[0].tokens.size(0)
         context = parallel_state.get_context_parallel_rank(), self.run.parallel.context
         batches = [context_share(batch, *context).to(torch.cuda.current_device()) for batch in batches]
-        # megatron divides by the micro-batches and averages over data-parallel ranks; the loss is global already.
-        scale = len(batches) * self.topology.data
+        if self.run_ahead and not forward_only:
+            split = context[1] * (self.run.parallel.tensor if self.run.parallel.sequence else 1)
+            shape = positions // split, 1, self.run.model.hidden
+            self.run_ahead.run(self.model[0], batches, losses.total, shape)
+            finalize_model_grads(self.model)
+            return
+        # megatron divides by the micro-batches and multiplies by context-parallel ranks; the loss is global already.
+        scale = len(batches) / context[1]
 
         for chunk in self.chunks:
             # A pipeline's schedule that goes forward only enters this and does not leave it.
@@ -215,4 +253,6 @@ class MegatronEngine(SavedState):
             state[self._state(parameter)[prefix]].copy_(tensor.flatten()[place])
 
     def shutdown(self) -> None:
+        if self.run_ahead:
+            self.run_ahead.close()
         destroy_groups()

@@ -12,12 +12,15 @@ import types
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.distributed import DistributedDataParallel, param_and_grad_buffer
 from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import layers
 
+from megadual.engine.bf16_exchange import ReduceScatter
 from megadual.engine.internals import reach
 from megadual.model.fp8 import Weight
 from megadual.model.main_grad import add_product
@@ -61,6 +64,57 @@ def held(optimizer, parameter: torch.nn.Parameter) -> tuple[slice, dict[str, tor
     group, index = _reach(chained, "model_param_group_index_map")[parameter]
     main = chained.optimizer.param_groups[group]["params"][index]
     return slice(share.start, share.end), {"param": main, **chained.optimizer.state[main]}
+
+
+def reduce_in_bf16() -> None:
+    """Have models made from now on exchange gradients in bf16 where `reduce_scatter_with_fp32_accumulation` is set.
+
+    megatron-core's own way for that has no fp32 sums of a rank's micro-batches. Where it is not set they are exchanged
+    as they are, also after a model of the same process for which it was.
+    """
+    _reach(param_and_grad_buffer, "reduce_scatter_with_fp32_accumulation")
+    _reach(param_and_grad_buffer, "dist_reduce_scatter_func")
+    param_and_grad_buffer.reduce_scatter_with_fp32_accumulation = ReduceScatter()
+    param_and_grad_buffer.dist_reduce_scatter_func = dist.reduce_scatter_tensor
+
+
+def sum_gradients(wrapped: DistributedDataParallel) -> None:
+    """Have data-parallel ranks' gradients summed, not averaged: dividing would read and write all of them once more.
+
+    The loss has to be global already.
+    """
+    for group in _reach(wrapped, "bucket_groups"):
+        for bucket in group.buckets:
+            _reach(bucket, "gradient_scaling_factor")
+            bucket.gradient_scaling_factor = 1.0
+
+
+def wait_for_weights(wrapped: DistributedDataParallel) -> None:
+    """Have the weights that a module reads of another be waited for too, when they are gathered beside its forward."""
+    chunk, wait = wrapped.module, _reach(wrapped, "_make_forward_pre_hook")()
+    if chunk.pre_process:
+        chunk.embedding.register_forward_pre_hook(lambda *_: wait(chunk.embedding.word_embeddings))
+    if chunk.post_process:
+        chunk.decoder.register_forward_hook(lambda *_: wait(chunk.output_layer))
+
+
+def begin_gathering(wrapped: DistributedDataParallel, everything: bool) -> None:
+    """Have data-parallel ranks bring the last update's weights together, in the order in which forward reads them.
+
+    `everything`, or the first alone: each time that a module waits for some, it then begins the next.
+    """
+    in_order = _reach(wrapped, "bucket_groups")[::-1]
+    for group in in_order if everything else in_order[:1]:
+        if not _reach(group, "param_gather_dispatched"):
+            group.start_param_sync()
+
+
+def gather_now(wrapped: DistributedDataParallel) -> None:
+    """Make the weights whole on every data-parallel rank."""
+    begin_gathering(wrapped, everything=True)
+    for group in wrapped.bucket_groups:
+        if _reach(group, "param_gather_handle"):
+            group.start_param_sync(force_sync=True)  # which waits
 
 
 def add_in_products(model: torch.nn.Module) -> None:

@@ -13,7 +13,8 @@ from megadual.model.dual_lm import DualLM
 class Engine(Protocol):
     """The model, its optimizer and its schedule over the ranks of a layout. Every rank calls its methods together."""
 
-    chunks: list[DualLM]  # this rank's part of the model, first to last
+    # This rank's part of the model, first to last; after a step, some weights may be older until the next needs them.
+    chunks: list[DualLM]
     data_rank: int  # which part of each step's rows this rank reads
 
     def train_step(self, batches: list[MicroBatch], approve: Callable[[StepResult], bool] | None = None) -> StepResult:

@@ -144,6 +144,21 @@ def _check_engine(run: PretrainConfig) -> None:
         )
     if run.engine == "deepspeed" and run.train.fp8:
         raise UserError("train.fp8=true needs engine=megatron: DeepSpeed's layers are of another kind")
+    if run.engine == "deepspeed" and run.train.grad_reduce_dtype != "fp32":
+        raise UserError(
+            f"train.grad_reduce_dtype={run.train.grad_reduce_dtype} needs engine=megatron: DeepSpeed exchanges "
+            "gradients in the run's precision"
+        )
+    if parallel.zero and (run.engine == "megatron" or "stage" in parallel.zero):
+        raise UserError(
+            f"parallel.zero={parallel.zero} are settings of DeepSpeed's: they need engine=deepspeed, and the stage is "
+            "parallel.zero_stage"
+        )
+    if parallel.run_ahead and (run.engine == "deepspeed" or parallel.virtual_pipeline > 1):
+        raise UserError(
+            f"parallel.run_ahead={parallel.run_ahead} needs engine=megatron and parallel.virtual_pipeline=1, whose "
+            "schedule it replaces"
+        )
     if run.engine == "deepspeed" and parallel.virtual_pipeline > 1:
         raise UserError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs engine=megatron")
     if run.engine == "deepspeed" and parallel.context > 1:

@@ -20,7 +20,7 @@ def train_part(run: PretrainConfig, start: int, stop: int, save: bool):
     if save:
         checkpointer.save(engine, stop)
         checkpointer.finish()
-    weights = {name: p.detach().cpu().clone() for name, p in engine.chunks[0].named_parameters()}
+    weights = tiny.weights_of(engine)
     engine.shutdown()
     return results, weights
 

@@ -13,6 +13,7 @@ cpu.install()
 from megadual.config import load_config  # noqa: E402
 from megadual.data.dataset import PackedDataset  # noqa: E402
 from megadual.data.source import Source  # noqa: E402
+from megadual.engine.megatron import MegatronEngine  # noqa: E402
 from megadual.engine.protocol import Engine  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
 from megadual.model.dual_lm import Vocabulary  # noqa: E402
@@ -90,6 +91,13 @@ def build(run: PretrainConfig, streams: list[Stream] = STREAMS) -> tuple[Engine,
     layout, inputs = topology(run, dist.get_world_size()), inputs_of(run, streams)
     engine = setup.engine(run, layout, inputs.vocabulary)
     return engine, setup.dataset(run, inputs.sets, SPECIAL, layout, engine.data_rank)
+
+
+def weights_of(engine: Engine) -> dict[str, torch.Tensor]:
+    """Copies of the weights that this rank has of its first chunk, on the host (collective)."""
+    if isinstance(engine, MegatronEngine):
+        engine.gather_weights()
+    return {name: p.detach().to("cpu", copy=True) for name, p in engine.chunks[0].named_parameters()}
 
 
 def sources(run: PretrainConfig) -> list[Source]:

@@ -104,6 +104,12 @@ class ParallelConfig:
     pipeline: int = key(1, "stages, each with a part of the layers", least=1)
     virtual_pipeline: int = key(1, "model chunks per pipeline stage (megatron)", least=1)
     stage_layers: list[int] | None = key(None, "layers of each chunk, first to last; null: cut by cost", least=0)
+    run_ahead: int = key(
+        0,
+        "micro-batches more that a pipeline's stage may have under way for each stage behind it, where those take a "
+        "stage unequal times; each takes the memory of its activations (megatron, no virtual_pipeline)",
+        least=0,
+    )
     context: int = key(1, "ranks that share each sequence, its attention and activations (megatron)", least=1)
     sequence: bool = key(False, "sequence parallelism over the tensor-parallel group")
     gpu_memory_gib: float = key(80.0, "GiB of one GPU: what a layout has to fit", over=0)
@@ -111,6 +117,11 @@ class ParallelConfig:
         1,
         "what data-parallel ranks split: 1 optimizer state, 2 gradients too, 3 weights too (deepspeed)",
         choices=(1, 2, 3),
+    )
+    zero: dict[str, float] = key(
+        {},
+        "settings of DeepSpeed's zero_optimization, by their names there, switches as 0 and 1 (deepspeed)",
+        least=0,
     )
 
 
@@ -123,6 +134,11 @@ class TrainConfig(shared.TrainConfig):
     )
     momentum: float = key(0.95, "decay of muon's momentum", least=0, below=1)
     fp8: bool = key(False, "products of the transformer's linear layers in FP8 (megatron; GPUs from H100 on)")
+    grad_reduce_dtype: str = key(
+        "fp32",
+        "what data-parallel ranks exchange gradients in; each sums its own, and those that it gets, in fp32 (megatron)",
+        choices=("fp32", "bf16"),
+    )
     min_lr: float = key(3e-5, "learning rate that a schedule decays to", least=0)
     global_batch_tokens: int = key(about="positions per optimizer step, padding included", least=1)
     micro_batch_size: int = key(1, "packed rows of seq_len positions per forward pass", least=1)

@@ -81,12 +81,36 @@ def test_tied_embeddings(train, layout):
 
 @pytest.mark.parametrize("layout, optimizer", [
     ("TP2xPP2+SP", "adamw"), ("TP2xPP2+SP", "muon"), ("CP2", "adamw"), ("DeepSpeed ZeRO-2 DP2", "adamw"),
+    ("DeepSpeed ZeRO-1 DP2", "adamw"), ("DeepSpeed TP2xPP2xDP2+SP", "adamw"),
 ])  # fmt: skip
 def test_bf16(train, layout, optimizer):
     processes, overrides = LAYOUTS[layout]
     of_both = ["train.precision=bf16", f"train.optimizer={optimizer}"]
     (expected,) = train(1, *of_both)
     assert_equal_runs(train(processes, *overrides, *of_both)[0], expected, TOLERANCE["bf16"])
+
+
+def added_where_made(run):
+    """Of each parameter, whether backward itself added its gradients to DeepSpeed's sums."""
+    engine, data = tiny.build(run)
+    theirs, found = engine.optimizer._update_hp_grad, {}
+
+    def update(parameter, *rest, **named):
+        found[parameter] = getattr(parameter, "grad_added_to_main_grad", False)
+        theirs(parameter, *rest, **named)
+
+    engine.optimizer._update_hp_grad = update
+    engine.train_step(data.step(0))
+    named = {name: found[parameter] for name, parameter in engine.chunks[0].named_parameters()}
+    engine.shutdown()
+    return named
+
+
+def test_zero_1_adds_gradients_where_they_are_made(shards, tmp_path):
+    overrides = ["engine=deepspeed", "train.precision=bf16"]
+    (added,) = run_distributed(added_where_made, 1, tiny.tiny_run(tmp_path, shards, *overrides))
+    small = ("bias", "norm.weight", "layernorm.weight", "depth_embedding")
+    assert {name for name, by_backward in added.items() if not by_backward} == {n for n in added if n.endswith(small)}
 
 
 def test_fp8_under_parallelism_is_within_its_rounding(train):

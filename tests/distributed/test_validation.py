@@ -48,7 +48,7 @@ def train(run, hold_out: bool = True, start: int = 0, save_at: int | None = None
         entries.append(entry)
         if step == save_at:
             checkpointer.save(engine, step)
-    weights = [p.detach().cpu().clone() for p in engine.chunks[0].parameters()]
+    weights = list(tiny.weights_of(engine).values())
     engine.shutdown()
     return entries, weights
 
