@@ -39,7 +39,7 @@ SHOWN = ("output", "gradient", "linear_qkv", "linear_proj", "linear_fc1", "linea
 def run_model(
     run: PretrainConfig, trainer: CheckpointTensors, inputs: Inputs, batch: MicroBatch, way: str
 ) -> dict[str, Tensor]:
-    """Losses, and of each layer what SHOWN names, keyed (layer, name)."""
+    """The loss, and of each layer what SHOWN names, keyed LAYER.NAME."""
     run.train.precision, run.train.fp8 = WAYS[way]
     (model,) = build_chunks(run, inputs.vocabulary)
     with torch.no_grad():
@@ -50,17 +50,16 @@ def run_model(
     found: dict[str, Tensor] = {}
 
     def watch(number: int):
-        def hook(_, inputs_, output):
+        def hook(_, args, named, output):
             hidden = output[0] if isinstance(output, tuple) else output
             found[f"{number}.output"] = hidden.detach().float()
-            given = inputs_[0] if inputs_ else None
-            if given is not None and given.requires_grad:
-                given.register_hook(lambda gradient: found.update({f"{number}.gradient": gradient.float()}))
+            given = args[0] if args else named["hidden_states"]
+            given.register_hook(lambda gradient: found.update({f"{number}.gradient": gradient.float()}))
 
         return hook
 
     for number, layer in enumerate(model.decoder.layers, start=1):
-        layer.register_forward_hook(with_kwargs(watch(number)), with_kwargs=True)
+        layer.register_forward_hook(watch(number), with_kwargs=True)
     losses = model(batch)
     drawn = max(len(batch.predicts_codes_at), 1)
     total = losses.text / max(len(batch.predicts_text_at), 1)
@@ -75,11 +74,6 @@ def run_model(
     return found | {"loss": total.detach().float()}
 
 
-def with_kwargs(hook):
-    """Layers get their hidden states by name."""
-    return lambda module, args, kwargs, output: hook(module, args or (kwargs.get("hidden_states"),), output)
-
-
 def error(found: Tensor, exact: Tensor) -> float:
     return ((found - exact).norm() / exact.norm()).item()
 
@@ -88,12 +82,10 @@ def table(found: dict[str, dict[str, Tensor]], layers: int) -> str:
     exact = found["fp32"]
     rows = ["| layer | " + " | ".join(SHOWN) + " |", "| --- |" + " --- |" * len(SHOWN)]
     for number in range(1, layers + 1):
-        cells = []
-        for name in (f"{number}.{each}" for each in SHOWN):
-            if name in exact:
-                cells.append(" / ".join(f"{100 * error(found[way][name], exact[name]):.2f}" for way in ("bf16", "FP8")))
-            else:
-                cells.append("")
+        cells = [
+            " / ".join(f"{100 * error(found[way][name], exact[name]):.2f}" for way in ("bf16", "FP8"))
+            for name in (f"{number}.{each}" for each in SHOWN)
+        ]
         rows.append(f"| {number} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

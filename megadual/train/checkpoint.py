@@ -187,10 +187,8 @@ def read_progress(checkpoint: Path) -> dict:
             raise ValueError("step and updates must be counts")
         if progress["updates"] > progress["step"]:
             raise ValueError(f"{progress['updates']} updates in {progress['step']} steps")
-        if checkpoint.name.isdecimal() and progress["step"] not in (
-            int(checkpoint.name),
-            0,
-        ):  # 0: of weights to start from
+        # Its folder's name, or 0 where it holds weights to start from.
+        if checkpoint.name.isdecimal() and progress["step"] not in (int(checkpoint.name), 0):
             raise ValueError(f"step is {progress['step']}, its folder's another")
         if progress.get("data") is not None and not is_position(progress["data"]):
             raise ValueError("data is no position in rows")

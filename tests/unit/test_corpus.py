@@ -52,9 +52,8 @@ def test_same_seed_same_bytes(tmp_path):
     for name, seed, workers in (("a", 0, 1), ("b", 0, 2), ("c", 1, 1)):
         make_corpus(tmp_path / name, **few, size=32, seed=seed, workers=workers)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert (
-        len(files) == 2 * 5 + 3
-    )  # each part of each kind, the edits' scenes; broken samples, what is shown, the summary
+    # each part of each kind, the edits' scenes; the broken samples, what is shown, the summary
+    assert len(files) == 2 * 5 + 3
     for file in files:
         first, same, other = ((tmp_path / name / file).read_bytes() for name in "abc")
         assert first == same
