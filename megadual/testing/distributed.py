@@ -4,6 +4,7 @@ With gloo processes come from a forkserver that has torch and megatron-core impo
 second and not eight imports. With NCCL each has a GPU of its own and starts from nothing, since CUDA can't be forked.
 """
 
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -55,6 +56,18 @@ def _worker(fn, rank, world_size, store, results, timeout_s, backend, args):
         raise SystemExit(1) from None
 
 
+def _failures(rank: int, said: str, workers: list, results) -> str:
+    """What the first failed rank said, and what came of the others: it may only have lost a peer that died."""
+    told = [f"rank {rank} of {len(workers)} failed:\n{said}"]
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        with contextlib.suppress(queue.Empty):
+            other, ok, value = results.get(timeout=0.2)
+            told.append(f"rank {other} " + ("was done" if ok else f"failed:\n{value}"))
+    told += [f"rank {r} was ended by signal {-w.exitcode}" for r, w in enumerate(workers) if (w.exitcode or 0) < 0]
+    return "\n".join(told)
+
+
 def run_distributed(fn: Callable, nprocs: int, *args, timeout_s: float = 120.0, backend: str = "gloo") -> list[Any]:
     """Call `fn(*args)` in `nprocs` processes of one group and return its results by rank.
 
@@ -85,7 +98,7 @@ def run_distributed(fn: Callable, nprocs: int, *args, timeout_s: float = 120.0, 
                         raise RuntimeError(f"only ranks {sorted(got)} of {nprocs} were done in {timeout_s} s") from None
                     continue
                 if not ok:
-                    raise RuntimeError(f"rank {rank} of {nprocs} failed:\n{value}")
+                    raise RuntimeError(_failures(rank, value, workers, results))
                 got[rank] = pickle.loads(value)
             for worker in workers:
                 worker.join(timeout=10)

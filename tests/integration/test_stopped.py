@@ -154,9 +154,9 @@ def test_two_ranks_train_on_a_set_in_a_store_as_on_a_disk(inputs, undisturbed, t
         monkeypatch.setenv(name, value)
     # Of this server: another test's may be remembered.
     store, shards = fsspec.filesystem("s3", skip_instance_cache=True), Path(inputs[1]).parent / "shards"
-    store.mkdir("bucket")
-    store.put(str(shards), "bucket/shards", recursive=True)
-    at_url = "data.sets=[s3://bucket/shards]", f"data.cache={tmp_path}/cache"
+    store.mkdir("trained-on")  # servers of one process share their buckets
+    store.put(str(shards), "trained-on/shards", recursive=True)
+    at_url = "data.sets=[s3://trained-on/shards]", f"data.cache={tmp_path}/cache"
     assert train(tmp_path / "run", 2, [*inputs, *at_url]) == [0, 0]
     server.stop()
     assert steps_of(tmp_path / "run") == undisturbed[2] and len(list((tmp_path / "cache").iterdir())) >= 3
