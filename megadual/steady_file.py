@@ -4,6 +4,7 @@ import contextlib
 import time
 import warnings
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 
@@ -12,13 +13,15 @@ from megadual.errors import UserError
 # Seconds behind each failed try to read: minutes, but fewer than other ranks wait for one (NCCL: 10).
 RETRY_PAUSES = (1, 5, 20, 60, 120)
 PIECE = 1 << 20  # bytes
+_answered: set[tuple[str, str]] = set()  # stores (scheme, host or bucket) that this process has read from
 
 
 class SteadyFile:
     """The bytes of a path, URL or `pipe:COMMAND` in order. A store that fails is asked again for minutes, from the byte
     that was due.
 
-    UserError where the store knows no such file. OSError where it goes on failing: a later start may read on.
+    UserError where the store knows no such file, or refuses before it has ever answered here: credentials are wrong
+    then, later they may only have to be renewed. OSError where it goes on failing: a later start may read on.
     """
 
     def __init__(self, url: str):
@@ -26,6 +29,7 @@ class SteadyFile:
         self.file: Any = None
 
     def read(self, size: int) -> bytes:
+        store = urlsplit(self.url)[:2]
         for pause in (*RETRY_PAUSES, None):
             try:
                 if self.file is None:
@@ -34,15 +38,19 @@ class SteadyFile:
                 if not data and self.url.startswith("pipe:"):
                     self.file.wait_for_child()  # raises where the command failed: this is not the end then
                 self.position += len(data)
+                _answered.add(store)
                 return data
-            except Exception as error:  # every store has errors of its own; HTTP's says why in its cause
-                problem = error.__cause__ or error
+            except Exception as error:  # every store has errors of its own; HTTP's and S3's say why in their cause
+                problem, forbidden = error.__cause__ or error, isinstance(error, PermissionError)
             self.close()
-            told = f"'{self.url}' can't be read: {type(problem).__name__}: {problem}"
-            missing = isinstance(problem, FileNotFoundError) or getattr(problem, "status", None) == 404
-            missing = missing or type(problem).__name__ == "NoSuchBucket"  # s3fs has it for no FileNotFoundError
-            if missing and "://" in self.url:  # it may never have been there; a path was, when files were listed
+            kind, status = type(problem).__name__, getattr(problem, "status", None)
+            told = f"'{self.url}' can't be read: {kind}: {problem}"
+            missing = isinstance(problem, FileNotFoundError) or status == 404 or kind == "NoSuchBucket"
+            refused = forbidden or status in (401, 403) or kind == "NoCredentialsError"
+            if "://" in self.url and missing:  # it may never have been there; a path was, when files were listed
                 raise UserError(told)
+            if "://" in self.url and refused and store not in _answered:
+                raise UserError(f"{told}: check the credentials for {store[0]}://{store[1]}")
             if pause is not None:
                 warnings.warn(f"{told}; the next try is in {pause} s", stacklevel=2)
                 time.sleep(pause)

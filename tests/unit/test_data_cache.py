@@ -4,13 +4,17 @@ import hashlib
 import multiprocessing
 import os
 import time
+import warnings
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import fsspec
 import numpy as np
 import pytest
 import torch
+from s3fs import S3FileSystem
 
 from megadual import steady_file
 from megadual.config import load_config
@@ -20,6 +24,7 @@ from megadual.data.dataset import PackedDataset
 from megadual.data.mds_reader import ShardSet
 from megadual.data.source import Source
 from megadual.errors import UserError
+from megadual.steady_file import SteadyFile
 from megadual.testing.shards import SPECIAL, random_conversations, write_shard_set
 from megadual.train.config import PretrainConfig, SetConfig
 
@@ -146,6 +151,58 @@ def test_a_store_that_fails_is_asked_again(root, url, tmp_path, monkeypatch):
         shards[len(shards) - 1]
     assert told.value.exit_code == 1  # another start may go well
     assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_wrong_credentials_are_told_at_once_and_expired_ones_waited_for(root, url, tmp_path, monkeypatch):
+    def refuse(url, mode):
+        raise PermissionError("Forbidden")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steady_file, "_answered", set())
+        patch.setattr(fsspec, "open", refuse)
+        with pytest.raises(UserError, match="Forbidden: check the credentials for memory://sets"):
+            ShardSet(url, cache=Cache(tmp_path / "cache"))
+    shards, waits = ShardSet(url, cache=Cache(tmp_path / "cache")), []
+    monkeypatch.setattr(fsspec, "open", refuse)
+    monkeypatch.setattr(steady_file.time, "sleep", waits.append)
+    with pytest.warns(UserWarning), pytest.raises(StoreError, match="can't be read: PermissionError"):
+        shards[0]
+    assert sum(waits) > 120
+
+
+@pytest.mark.parametrize("keys", [("wrong", "wrong"), ()])
+def test_an_s3_that_refuses_is_told_at_once(tmp_path, monkeypatch, keys):
+    """By the error a real client raises for a real answer: 403 to wrong keys, and none are sent without keys."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, key in zip(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), keys, strict=False):
+        monkeypatch.setenv(name, key)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(S3FileSystem, "cachable", False)  # other tests' know other servers
+    with warnings.catch_warnings(), pytest.raises(UserError, match="check the credentials for s3://refusing"):
+        warnings.simplefilter("error", UserWarning)  # no further try
+        SteadyFile("s3://refusing/set/manifest.json").read(1)
+    server.shutdown()
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """S3 to somebody it doesn't know."""
+
+    def do_GET(self):
+        self.send_response(403)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(b"<Error><Code>InvalidAccessKeyId</Code><Message>no such key</Message></Error>")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
 
 
 def test_what_comes_damaged_is_fetched_again_then_told(root, url, tmp_path, monkeypatch):
