@@ -12,7 +12,7 @@ from megadual import web
 from megadual.hf.folder import open_folder
 from megadual.testing.models import IMAGE_SIZE, write_export
 
-SETTLE_MS = 500  # what opens takes the page's values, and what is typed becomes one of them, a moment later
+SETTLE_MS = 1000  # what opens takes the page's values, and what is typed becomes one of them, a moment later
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
@@ -49,6 +49,13 @@ def open_tab(browser, name: str) -> None:
     browser.wait_for_timeout(SETTLE_MS)
 
 
+def set_seed(browser, tab: str, seed: int) -> None:
+    browser.get_by_text("Sampling").locator("visible=true").click()
+    browser.wait_for_timeout(SETTLE_MS)
+    browser.fill(f"#{tab}-seed input", str(seed))
+    browser.wait_for_timeout(SETTLE_MS)
+
+
 def images_in(browser, place: str) -> list[Image.Image]:
     sources = [image.get_attribute("src") for image in browser.locator(f"{place} img").all()]
     return [Image.open(io.BytesIO(urllib.request.urlopen(source).read())) for source in sources]
@@ -68,9 +75,7 @@ def test_it_listens_on_this_machine_alone(address):
 def test_drawing(browser, model):
     open_tab(browser, "Draw")
     browser.fill("#prompt textarea", "two cats")
-    browser.get_by_text("Sampling").locator("visible=true").click()
-    browser.wait_for_timeout(SETTLE_MS)
-    browser.fill("#draw-seed input", "5")
+    set_seed(browser, "draw", 5)
     browser.get_by_role("spinbutton", name=re.compile("Images")).locator("visible=true").fill("2")
     browser.wait_for_timeout(SETTLE_MS)
     browser.click("#draw")
@@ -107,8 +112,7 @@ def test_editing(browser, model, picture, tmp_path):
     browser.set_input_files("#source input[type=file]", tmp_path / "picture.png")
     browser.wait_for_selector("#source img")
     browser.fill("#instruction textarea", "a tree")
-    browser.get_by_text("Sampling").locator("visible=true").click()
-    browser.fill("#edit-seed input", "5")
+    set_seed(browser, "edit", 5)
     browser.click("#edit")
     browser.wait_for_selector("#edits img")
     (expected,) = model.edit(picture, "a tree", seed=5)
@@ -122,8 +126,7 @@ def letters(text: str) -> str:
 
 def test_a_conversation_is_shown_and_goes_on(browser, model, picture, tmp_path):
     open_tab(browser, "Chat")
-    browser.get_by_text("Sampling").locator("visible=true").click()
-    browser.fill("#chat-seed input", "5")
+    set_seed(browser, "chat", 5)
     browser.set_input_files("#said input[type=file]", tmp_path / "picture.png")
     browser.wait_for_selector("#said img")
     messages = []

@@ -47,6 +47,7 @@ def rank_of(rank: int, ranks: int, store: Path, meddle: Callable, arguments: lis
         MASTER_ADDR="127.0.0.1", MASTER_PORT="0", **{STORE: str(store)},
     )  # fmt: skip
     sys.argv = ["pretrain.py", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in a shell's background
     meddle()
     hold_stop_signals()
     pretrain.main()
