@@ -21,7 +21,8 @@ PRELOAD = ["megadual.testing.preload"]
 _context = None
 
 
-def _forkserver():
+def forkserver():
+    """The context whose processes have imported PRELOAD already."""
     global _context
     if _context is None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -75,7 +76,7 @@ def run_distributed(fn: Callable, nprocs: int, *args, timeout_s: float = 120.0, 
     The first failure stops all processes and is raised here as RuntimeError with that rank's traceback;
     so is running longer than `timeout_s` seconds.
     """
-    context = _forkserver() if backend == "gloo" else multiprocessing.get_context("spawn")
+    context = forkserver() if backend == "gloo" else multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"

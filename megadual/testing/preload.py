@@ -8,5 +8,8 @@ import megatron.core.pipeline_parallel  # noqa: E402, F401
 
 import megadual.engine.deepspeed  # noqa: E402, F401
 import megadual.engine.megatron  # noqa: E402, F401
+import megadual.run.session  # noqa: E402, F401
 import megadual.testing.checkpoints  # noqa: E402, F401
+import megadual.train.loop  # noqa: E402, F401
+import megadual.train.setup  # noqa: E402, F401
 import megadual.vision.train  # noqa: E402, F401

@@ -22,6 +22,7 @@ from megadual.hf.draw_samples import main as main_of_samples
 from megadual.run import exits
 from megadual.synthetic.drawings import DRAWINGS
 from megadual.testing.models import write_dualtoken, write_run
+from megadual.testing.starts import Start
 from pretrain.pretrain import main
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,13 @@ def pretrain(*arguments, ok=True):
     return done
 
 
+def trained(folder, *arguments, ranks=1, code=0) -> Start:
+    """A start that has ended with `code`, without the seconds that importing takes."""
+    with Start(folder / "told", [*arguments, f"run.dir={folder}"], ranks) as start:
+        assert start.wait() == [code] * ranks, start.stderr[-3000:]
+    return start
+
+
 def test_trains_and_resumes(inputs, tmp_path):
     run = [*inputs, f"run.dir={tmp_path}", "parallel.pipeline=2"]
     pretrain(*run, "train.steps=2")
@@ -66,7 +74,7 @@ def test_trains_and_resumes(inputs, tmp_path):
     }  # fmt: skip
     assert (tmp_path / "checkpoints" / "latest").read_text() == "00000004"
     changed = "train.global_batch_tokens=512", "train.seed=7", "parallel.pipeline=1"
-    again = pretrain(*run, "train.steps=5", *changed, "data.verify=true")
+    again = trained(tmp_path, *run, "train.steps=5", *changed, "data.verify=true")
     assert "verified: " in again.stdout
     assert "not as in" in again.stderr and "goes on at row" in again.stderr
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
@@ -200,8 +208,8 @@ def test_a_start_with_wrong_input_ends_with_its_code(inputs, tmp_path):
 
 
 def test_draws_samples_from_checkpoints(inputs, tmp_path):
-    run = [*inputs, f"run.dir={tmp_path}", "parallel.pipeline=2", "train.steps=4", "run.samples_every=2"]
-    pretrain(*run, "run.samples=[a red square, blue]")
+    run = [*inputs, "parallel.pipeline=2", "train.steps=4", "run.samples_every=2"]
+    trained(tmp_path, *run, "run.samples=[a red square, blue]", ranks=2)
     checkpoint, picture = tmp_path / "checkpoints" / "00000004", tmp_path / "again.png"
     main_of_samples([str(checkpoint), "a red square", "blue", "--output", str(picture)])
     drawn = Image.open(tmp_path / "samples" / "00000004.png")
@@ -213,9 +221,9 @@ def test_draws_samples_from_checkpoints(inputs, tmp_path):
 
 
 def test_scores_checkpoints(inputs, tmp_path):
-    detector, run = tmp_path / "detector.pt", [*inputs, f"run.dir={tmp_path}", "train.steps=2", "train.seq_len=128"]
+    detector, run = tmp_path / "detector.pt", [*inputs, "train.steps=2", "train.seq_len=128"]
     Detector(sorted(DRAWINGS), side=64, width=4).save(detector)
-    pretrain(*run, "run.evaluate_every=2", f"run.evaluate_detector={detector}", "run.evaluate_scenes=3")
+    trained(tmp_path, *run, "run.evaluate_every=2", f"run.evaluate_detector={detector}", "run.evaluate_scenes=3")
     report = json.loads((tmp_path / "evaluations/00000002/scenes.json").read_text())
     assert set(report["summary"]) == {"described", "answered", "drawn", "edited"} and report["scenes"] == 3
     assert report["model"]["path"] == str(tmp_path / "checkpoints/00000002")
@@ -231,19 +239,18 @@ def test_profiles_steps_holds_out_and_writes_for_tensorboard(inputs, tmp_path):
         f"data.validation=[{held_out}]",
         "data.validation_every=3",
         "data.validation_rows=16",
-        f"run.dir={tmp_path}",
         "run.wandb=disabled",
         "run.tensorboard=true",
         "train.steps=4",
     ]
-    done = pretrain(*run, "run.profile=[2,3]")
+    done = trained(tmp_path, *run, "run.profile=[2,3]")
     table = (tmp_path / "profile" / "steps-2-3.txt").read_text()
     assert table in done.stdout and "profile of 2 steps on CPU" in table and "aten::" in table
     shares = [float(line.split()[-1].rstrip("%")) for line in table.splitlines() if line.endswith("%")]
     assert len(shares) > 10 and max(shares) > 5
     with gzip.open(tmp_path / "profile" / "steps-2-3.json.gz") as file:
         assert any(event.get("name") == "aten::mm" for event in json.load(file)["traceEvents"])
-    pretrain(*run, "train.steps=6")
+    trained(tmp_path, *run, "train.steps=6")
     scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in written if "val_loss" in step] == [3, 4, 6]
@@ -278,8 +285,7 @@ def test_signal_saves_and_stops(inputs, tmp_path):
 
 def test_spikes_are_skipped_and_named_until_there_are_too_many(inputs, tmp_path):
     spikes = ["train.bad_loss=skip", "train.spike_factor=0.5", "train.spike_window=2", "train.max_skipped=3"]
-    done = pretrain(*inputs, f"run.dir={tmp_path}", "train.steps=9", "checkpoint.every=3", *spikes, ok=False)
-    assert done.returncode == exits.BAD_LOSS
+    done = trained(tmp_path, *inputs, "train.steps=9", "checkpoint.every=3", *spikes, code=exits.BAD_LOSS)
     assert "warning: skipped: step 3: loss" in done.stderr and "error: step 5: loss" in done.stderr
     bad = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in bad] == [3, 4, 5] and all(step["documents"] for step in bad)
@@ -288,8 +294,8 @@ def test_spikes_are_skipped_and_named_until_there_are_too_many(inputs, tmp_path)
 
 
 def test_loss_that_is_not_finite_stops_and_names_documents(inputs, tmp_path):
-    done = pretrain(*inputs, f"run.dir={tmp_path}", "train.steps=8", "train.lr=1e30", "train.min_lr=1e29", ok=False)
-    assert done.returncode == exits.BAD_LOSS
+    steep = "train.steps=8", "train.lr=1e30", "train.min_lr=1e29"
+    done = trained(tmp_path, *inputs, *steep, code=exits.BAD_LOSS)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert re.match(r"error: step \d+: loss nan", line) and "random-0/0000" in line
     last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]

@@ -1,15 +1,10 @@
-"""A training that gets a signal in the middle of what it does, as one and as two ranks; and on a set in a store.
-
-Ranks come from the tests' forkserver, as `run.ranks` starts them otherwise, and run `pretrain.main`.
-"""
+"""A training that gets a signal in the middle of what it does, as one and as two ranks; and on a set in a store."""
 
 import json
-import multiprocessing
 import os
 import pkgutil
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,11 +16,9 @@ from moto.server import ThreadedMotoServer
 
 from megadual.config import to_yaml
 from megadual.run import exits
-from megadual.run.local import STORE, hold_stop_signals
-from megadual.testing.distributed import PRELOAD
 from megadual.testing.models import write_run
+from megadual.testing.starts import Start, nothing
 from megadual.train import checkpoint
-from pretrain import pretrain
 
 STEPS = 6
 TIMES = ("tokens_per_s", "model_tflops", "data_wait_s", "mfu", "peak_gib")  # of metrics: other in each run
@@ -41,42 +34,10 @@ def inputs(tmp_path_factory):
     return ["--config", str(folder / "run.yaml"), f"train.steps={STEPS}", "checkpoint.every=2", *held_out]
 
 
-def rank_of(rank: int, ranks: int, store: Path, meddle: Callable, arguments: list[str], environment: dict) -> None:
-    os.environ.update(
-        environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT="0", **{STORE: str(store)},
-    )  # fmt: skip
-    sys.argv = ["pretrain.py", *arguments]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in a shell's background
-    meddle()
-    hold_stop_signals()
-    pretrain.main()
-
-
-def nothing() -> None:
-    pass
-
-
 def train(folder: Path, ranks: int, arguments: list[str], at: int = 0, meddle: Callable[[], None] = nothing) -> list:
     """The exit codes of a start in `folder`, where the rank `at` does `meddle` before."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    folder.mkdir(exist_ok=True)
-    store, arguments = folder / "store", [*arguments, f"run.dir={folder}"]
-    store.unlink(missing_ok=True)
-    started = [
-        context.Process(
-            target=rank_of,
-            args=(rank, ranks, store, meddle if rank == at else nothing, arguments, dict(os.environ)),
-        )
-        for rank in range(ranks)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(100)
-        process.kill()
-    return [process.exitcode for process in started]
+    with Start(folder / "told", [*arguments, f"run.dir={folder}"], ranks, meddle=meddle, at=at) as start:
+        return start.wait()
 
 
 def steps_of(folder: Path) -> list[dict]:

@@ -15,6 +15,7 @@ from megadual.config import to_yaml
 from megadual.run import exits
 from megadual.run.wandb_file import BLOCK, START, steps_in_wandb_files
 from megadual.testing.models import write_run
+from megadual.testing.starts import Start
 from megadual.testing.wandb_server import WandbServer
 
 ROOT = Path(__file__).parents[2]
@@ -53,11 +54,10 @@ def server():
         yield server
 
 
-@contextmanager
-def started(server, *command):
-    """A process that finds the server; dead at the end."""
+def environment(server) -> dict[str, str]:
+    """That of a process that finds the server."""
     mine = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # of a test in this process
-    environment = mine | {
+    return mine | {
         "OMP_NUM_THREADS": "1",
         "WANDB_BASE_URL": server.url,
         "WANDB_API_KEY": 40 * "a",
@@ -65,8 +65,13 @@ def started(server, *command):
         "WANDB_INIT_TIMEOUT": "2",
         "WANDB_FINISH_TIMEOUT": "2",
     }
+
+
+@contextmanager
+def started(server, *command):
+    """A process that finds the server; dead at the end."""
     process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment,
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment(server),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -76,17 +81,21 @@ def started(server, *command):
         process.communicate()
 
 
-def warnings_of(process, code=0) -> list[str]:
-    """The warnings of a process that ends with `code`, and what wandb says of steps that it has."""
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors[-3000:]
+def training(server, config, folder, steps) -> Start:
+    arguments = ["--config", config, f"run.dir={folder}", f"train.steps={steps}"]
+    return Start(folder / "told", arguments, environment=environment(server))
+
+
+def warnings_of(errors: str) -> list[str]:
+    """The warnings of a process, and what wandb says of steps that it has."""
     return [line for line in errors.splitlines() if line.startswith("warning: ") or "current step" in line]
 
 
-def wait_for(condition, process) -> None:
+def wait_for(condition, code) -> None:
+    """Until `condition()`; `code` gives the exit code of the process that brings it about."""
     deadline = time.monotonic() + 60
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert code() is None and time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -115,47 +124,46 @@ def losses(row: dict) -> dict:
 
 
 def test_stopped_and_killed(server, config, tmp_path):
-    trainer = ["pretrain/pretrain.py", "--config", config, f"run.dir={tmp_path}", "train.steps=60"]
-    with started(server, *trainer) as process:
-        wait_for(lambda: len(metrics(tmp_path)) > 3, process)
-        process.send_signal(signal.SIGTERM)
-        assert warnings_of(process, exits.STOPPED) == []
+    with training(server, config, tmp_path, 60) as start:
+        wait_for(lambda: len(metrics(tmp_path)) > 3, lambda: start.codes[0])
+        start.send_signal(signal.SIGTERM)
+        assert start.wait() == [exits.STOPPED] and warnings_of(start.stderr) == []
     stopped = len(received(server))
     assert stopped == len(metrics(tmp_path)) < 50
-    with started(server, *trainer) as process:
-        wait_for(lambda: len(received(server)) > stopped, process)  # steps that are trained once more
-        process.kill()
+    with training(server, config, tmp_path, 60) as start:
+        # Steps that are trained once more.
+        wait_for(lambda: len(received(server)) > stopped, lambda: start.codes[0])
     assert (tmp_path / "checkpoints" / "latest").read_text() == f"{stopped:08d}"
     assert len(received(server)) < 60
-    with started(server, *trainer) as process:
-        assert warnings_of(process) == []
+    with training(server, config, tmp_path, 60) as start:
+        assert start.wait() == [0] and warnings_of(start.stderr) == []
     check(server, tmp_path, steps=60, starts=3)
 
 
 def test_server_goes_away(server, config, tmp_path):
-    trainer = ["pretrain/pretrain.py", "--config", config, f"run.dir={tmp_path}", "train.steps=40"]
-    with started(server, *trainer) as process:
-        wait_for(lambda: received(server), process)
+    with training(server, config, tmp_path, 40) as start:
+        wait_for(lambda: received(server), lambda: start.codes[0])
         server.stop()
-        (warning,) = warnings_of(process)
+        assert start.wait() == [0]
+        (warning,) = warnings_of(start.stderr)
     assert "goes on without wandb" in warning
     assert len(received(server)) < len(metrics(tmp_path)) == 40
     server.start()
-    with started(server, *trainer) as process:
-        assert warnings_of(process) == []
+    with training(server, config, tmp_path, 40) as start:
+        assert start.wait() == [0] and warnings_of(start.stderr) == []
     check(server, tmp_path, steps=40, starts=2)
 
 
 def test_server_is_away_at_the_start(server, config, tmp_path):
     server.stop()
-    trainer = ["pretrain/pretrain.py", "--config", config, f"run.dir={tmp_path}", "train.steps=5"]
-    with started(server, *trainer) as process:
-        (warning,) = warnings_of(process)
+    with training(server, config, tmp_path, 5) as start:
+        assert start.wait() == [0]
+        (warning,) = warnings_of(start.stderr)
     assert "goes on without wandb" in warning and "connection refused" in warning
     assert len(metrics(tmp_path)) == 5
     server.start()
-    with started(server, *trainer) as process:
-        assert warnings_of(process) == []
+    with training(server, config, tmp_path, 5) as start:
+        assert start.wait() == [0] and warnings_of(start.stderr) == []
     check(server, tmp_path, steps=5, starts=2)
 
 
@@ -167,7 +175,7 @@ def test_offline_killed_and_synced_later(server, config, tmp_path):
     def killed(last, size):
         """Logs to `last` and leaves a file of `size`: whole blocks, the last with a part of a record, or none yet."""
         with logger(1, last, "be killed") as process:
-            wait_for(lambda: len(metrics(tmp_path)) == last and newest().stat().st_size >= size, process)
+            wait_for(lambda: len(metrics(tmp_path)) == last and newest().stat().st_size >= size, process.poll)
         os.truncate(newest(), size)
 
     def newest():
@@ -177,7 +185,9 @@ def test_offline_killed_and_synced_later(server, config, tmp_path):
     killed(last=200, size=2 * BLOCK)
     assert 50 < max(steps_in_wandb_files(tmp_path)) < 190
     with logger(191, 200, "close") as process:
-        assert warnings_of(process) == []
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == 0 and warnings_of(errors) == []
     with started(server, "-m", "wandb", "sync", *sorted(tmp_path.glob("wandb/offline-run-*"))) as process:
-        warnings_of(process)
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == 0, errors
     check(server, tmp_path, steps=200, starts=3)
