@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, SiglipConfig, SiglipImageProcessorPil, SiglipModel
+from transformers.utils import logging
 
 from megadual.errors import UserError, first_line
 from megadual.keys import key
@@ -189,6 +190,7 @@ def train(config: TrainSiglipConfig) -> dict[str, float]:
         trainer.model.eval()
         if config.data.heldout:
             metrics |= trainer.retrieval()
+        logging.set_verbosity_error()  # saved is what differs from transformers' defaults, of which it warns itself
         trainer.model.save_pretrained(opened.folder)
         trainer.tokenizer.save_pretrained(opened.folder)
         side = config.model.image_size
