@@ -4,7 +4,6 @@ import contextlib
 import time
 import warnings
 from typing import Any
-from urllib.parse import urlsplit
 
 import fsspec
 
@@ -13,7 +12,7 @@ from megadual.errors import UserError
 # Seconds behind each failed try to read: minutes, but fewer than other ranks wait for one (NCCL: 10).
 RETRY_PAUSES = (1, 5, 20, 60, 120)
 PIECE = 1 << 20  # bytes
-_answered: set[tuple[str, str]] = set()  # stores (scheme, host or bucket) that this process has read from
+_answered: set[str] = set()  # stores (scheme://host or bucket) that this process has read from
 
 
 class SteadyFile:
@@ -29,7 +28,7 @@ class SteadyFile:
         self.file: Any = None
 
     def read(self, size: int) -> bytes:
-        store = urlsplit(self.url)[:2]
+        store = "/".join(self.url.split("/")[:3])
         for pause in (*RETRY_PAUSES, None):
             try:
                 if self.file is None:
@@ -50,7 +49,7 @@ class SteadyFile:
             if "://" in self.url and missing:  # it may never have been there; a path was, when files were listed
                 raise UserError(told)
             if "://" in self.url and refused and store not in _answered:
-                raise UserError(f"{told}: check the credentials for {store[0]}://{store[1]}")
+                raise UserError(f"{told}: check the credentials for {store}")
             if pause is not None:
                 warnings.warn(f"{told}; the next try is in {pause} s", stacklevel=2)
                 time.sleep(pause)
