@@ -9,12 +9,12 @@ the same batches, of `--micro-batches` rows a GPU of this machine, one GPU all o
 has as many positions. Layouts that leave GPUs free run beside each other, unless --alone.
 
 Prints a Markdown table: medians of the steps after the fifth, of which it gives the number, or of those after the first
-where a run ended sooner; tokens/s a GPU as a share of the first row's; seconds
-from the start of the process to the end of its first step, compilation included; the most memory that tensors took on
-rank 0; and the largest relative difference of a step's loss from the first layout in the table that trains the same
-rows. What the plan predicts for a figure stands in brackets behind it. --dry-run prints the predictions alone, for
---gpus GPUs. With --output, layouts whose figures the file holds are not run again, unless they ended early. --before
-runs each layout with another checkout too. --read runs nothing: it reads what runs have left in --keep, ended or not.
+where a run ended sooner; tokens/s a GPU as a share of the first row's; seconds of the first step, compilation included,
+and in all from the start of the process to its end; the most memory that tensors took on rank 0; and the largest
+relative difference of a step's loss from the first layout in the table that trains the same rows. What the plan
+predicts for a figure stands in brackets behind it. --dry-run prints the predictions alone, for --gpus GPUs. With
+--output, layouts whose figures the file holds are not run again, unless they ended early. --before runs each layout
+with another checkout too. --read runs nothing: it reads what runs have left in --keep, ended or not.
 """
 
 import argparse
@@ -113,7 +113,8 @@ class Measured:
     predicted: Prediction
     tokens_per_s: float | None = None  # a GPU
     mfu: float | None = None
-    first_step_s: float | None = None
+    first_step_s: float | None = None  # since the process began
+    first_alone_s: float | None = None  # since the model was there
     peak_gib: float | None = None
     counted: int = 0  # steps
     losses: list[float] = dataclasses.field(default_factory=list)
@@ -161,6 +162,8 @@ def read(metrics: Path, got: Measured) -> None:
     steps, _ = read_metrics(metrics)
     counted = steps[WARM:] or steps[1:]
     got.losses, got.counted = [step["loss"] for step in steps], len(counted)
+    if steps:
+        got.first_alone_s = steps[0]["tokens"] / steps[0]["tokens_per_s"]
     if counted:
         got.tokens_per_s = statistics.median(step["tokens_per_s"] for step in counted) / got.gpus
         if counted[0]["mfu"] is not None:
@@ -210,16 +213,26 @@ def row(name: str, got: Measured, results: dict[str, Measured]) -> str:
     expected = plan.tokens_per_s / first.predicted.tokens_per_s
     reference = next(other.losses for other in results.values() if other.work == got.work)
     differences = [abs(a - b) / b for a, b in zip(got.losses, reference, strict=False)]
+    started = ", ".join(beside(seconds, None, ".0f") for seconds in (got.first_alone_s, got.first_step_s))
     cells = [
         name, str(got.gpus), beside(got.tokens_per_s, plan.tokens_per_s, ",.0f"), beside(share, expected, ".1%"),
-        beside(got.mfu, plan.mfu, ".3f"), beside(got.first_step_s, None, ".0f"),
+        beside(got.mfu, plan.mfu, ".3f"), started,
         beside(got.peak_gib, plan.peak_gib, ".1f"), f"{max(differences):.1e}" if differences else "-", str(got.counted),
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
 
 def table(results: dict[str, Measured]) -> str:
-    heads = ("layout", "GPUs", "tokens/s a GPU", "of the first", "MFU", "first step, s", "peak GiB", "loss differs by")
+    heads = (
+        "layout",
+        "GPUs",
+        "tokens/s a GPU",
+        "of the first",
+        "MFU",
+        "first step, in all, s",
+        "peak GiB",
+        "loss differs by",
+    )
     heads += ("steps counted",)
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     lines += [row(name, got, results) for name, got in results.items()]

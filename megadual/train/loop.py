@@ -30,13 +30,15 @@ class Loop:
         if session.ranks.main:
             self.checkpointer.clean()
         latest = self.checkpointer.to_resume()
+        begun = time.perf_counter()
         progress = self.checkpointer.load(engine, latest) if latest else {"step": 0}
+        loaded = time.perf_counter() - begun
         session.beat()
         self.start, position = progress["step"], progress.get("data")
         same_rows = data.resume(self.start, position) if position else True
         self.log = MetricsLog(run, self.start) if session.ranks.main else None
         if self.log and latest:
-            self.log.message(f"resumed from {latest}", sys.stdout)
+            self.log.message(f"resumed from {latest}, read in {loaded:.1f} s", sys.stdout)
             if not same_rows:
                 self.log.message(
                     "warning: data.sets or what else orders documents (train.seq_len, train.seed, ...) "
@@ -50,7 +52,7 @@ class Loop:
         where a step's loss is not finite or spikes and is not to be skipped, or too many were.
         """
         run, session, watch = self.run, self.session, LossWatch(self.run.train)
-        batches, ended = self.data.iterate(self.start), time.perf_counter()
+        batches, ended, held = self.data.iterate(self.start), time.perf_counter(), 0.0
         for step in range(self.start + 1, run.train.steps + 1):
             for hook in self.hooks:
                 hook.before_step(step)
@@ -62,7 +64,8 @@ class Loop:
             # From one step's end to the next: what waits for data and for checkpoints is no faster for it.
             begun, ended = ended, time.perf_counter()
             session.beat()
-            entry = entry_of(step, result, **self._speed(step, result, ended - begun), data_wait_s=waited)
+            speed = self._speed(step, result, ended - begun)
+            entry = entry_of(step, result, **speed, data_wait_s=waited, checkpoint_wait_s=held)
             for hook in self.hooks:
                 hook.after_step(step, entry)
                 session.beat()
@@ -70,6 +73,7 @@ class Loop:
                 self.log.step(entry)
             if not watch.skips:
                 watch.approve(result)
+            held = time.perf_counter()
             self.checkpointer.poll()
             if watch.complaint:
                 if watch.stops:
@@ -81,6 +85,7 @@ class Loop:
             if stopping or run.checkpoint.due(step, run.train.steps):
                 self.checkpointer.save(self.engine, step, position)
                 session.beat()
+            held = time.perf_counter() - held
             if stopping and step < run.train.steps:
                 self.checkpointer.finish()
                 if self.log:

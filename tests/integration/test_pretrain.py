@@ -70,7 +70,7 @@ def test_trains_and_resumes(inputs, tmp_path):
     assert steps[-1]["tokens"] == 4 * 256
     assert set(steps[0]) >= {
         "loss", "loss_text", "loss_semantic", "loss_pixel", "depth_semantic", "depth_pixel", "grad_norm", "lr",
-        "tokens", "tokens_per_s", "model_tflops", "mfu", "fill", "data_wait_s",
+        "tokens", "tokens_per_s", "model_tflops", "mfu", "fill", "data_wait_s", "checkpoint_wait_s",
     }  # fmt: skip
     assert (tmp_path / "checkpoints" / "latest").read_text() == "00000004"
     changed = "train.global_batch_tokens=512", "train.seed=7", "parallel.pipeline=1"
