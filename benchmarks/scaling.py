@@ -49,7 +49,8 @@ WARM = 5  # steps that are not counted
 _TP, _PP = ["parallel.tensor=2", "parallel.sequence=true"], ["parallel.pipeline=2"]
 _TP4 = ["parallel.tensor=4", "parallel.sequence=true"]
 _ZERO = {stage: ["engine=deepspeed", f"parallel.zero_stage={stage}"] for stage in (1, 3)}
-_BF16, _AHEAD, _TWO_ROWS = ["train.grad_reduce_dtype=bf16"], "parallel.run_ahead={}", ["train.micro_batch_size=2"]
+_FP8 = ["train.fp8=true"]
+_BF16, _AHEAD, _TWO_ROWS = ["train.grad_reduce_dtype=bf16"], ["parallel.run_ahead=true"], ["train.micro_batch_size=2"]
 # Of ZeRO-3: gradients are not copied into a bucket before they are copied for sending; weights are asked for two layers
 # ahead; and those of the forward pass are kept for the backward pass.
 _NO_BUCKET = ["parallel.zero.contiguous_gradients=0"]
@@ -63,11 +64,11 @@ _CUT, _3B, _7B = "7b_one_gpu.yaml", "3b_384.yaml", "7b.yaml"
 # name -> (GPUs, config, overrides); what is left of the GPUs is data parallel.
 LAYOUTS = {
     "one GPU": (1, _CUT, []),
+    "one GPU, FP8": (1, _CUT, _FP8),
     "DP2": (2, _CUT, []),
     "DP2, gradients in bf16": (2, _CUT, _BF16),
     "PP2": (2, _CUT, _PP),
-    "PP2, 1 ahead": (2, _CUT, [*_PP, _AHEAD.format(1)]),
-    "PP2, 2 ahead": (2, _CUT, [*_PP, _AHEAD.format(2)]),
+    "PP2, ahead": (2, _CUT, [*_PP, *_AHEAD]),
     "TP2+SP": (2, _CUT, _TP),
     "CP2, rows of 32,768": (2, _CUT, ["parallel.context=2", "train.seq_len=32768"]),
     "ZeRO-1 DP2": (2, _CUT, _ZERO[1]),
@@ -85,7 +86,7 @@ LAYOUTS = {
     "TP2+SP DP2": (4, _CUT, _TP),
     "TP2+SP PP2": (4, _CUT, _TP + _PP),
     "PP2 DP2": (4, _CUT, _PP),
-    "PP2 DP2, 1 ahead": (4, _CUT, [*_PP, _AHEAD.format(1)]),
+    "PP2 DP2, ahead": (4, _CUT, [*_PP, *_AHEAD]),
     "PP2xVPP2 DP2": (4, _CUT, [*_PP, "parallel.virtual_pipeline=2"]),
     "TP4+SP": (4, _CUT, _TP4),
     "ZeRO-1 DP4": (4, _CUT, _ZERO[1]),
@@ -93,7 +94,8 @@ LAYOUTS = {
     "3B DP4": (4, "3b.yaml", []),
     "3B TP2+SP DP2": (4, "3b.yaml", _TP),
     "7B TP2+SP PP2": (4, _7B, _TP + _PP),
-    "7B TP2+SP PP2, 1 ahead": (4, _7B, [*_TP, *_PP, _AHEAD.format(1)]),
+    "7B TP2+SP PP2, ahead": (4, _7B, [*_TP, *_PP, *_AHEAD]),
+    "7B TP2+SP PP2, ahead, FP8": (4, _7B, [*_TP, *_PP, *_AHEAD, *_FP8]),
     "7B TP4+SP": (4, _7B, _TP4),
     "DP8": (8, _CUT, []),
     "TP2+SP PP2 DP2": (8, _CUT, _TP + _PP),

@@ -149,8 +149,9 @@ def measure_ours(run: PretrainConfig, vocabulary: Vocabulary, batch: MicroBatch,
         visual = sum(losses.visual[stream.name].sum() / (drawn * stream.depth) for stream in vocabulary.streams)
         return losses.text / len(batch.predicts_text_at) + visual
 
+    kernel = gpu_kernel(run.model.hidden // run.model.heads)
     result = {
-        "kernel": getattr(gpu_kernel(), "func", gpu_kernel()).__name__ if torch.cuda.is_available() else "SDPA",
+        "kernel": getattr(kernel, "func", kernel).__name__ if torch.cuda.is_available() else "SDPA",
         "forward_backward_ms": milliseconds(forward_backward_of(model, lambda: total(model(batch))), args.repeats),
         "peak_gib_forward_backward": peak_gib(),
     }

@@ -123,7 +123,7 @@ class MegatronEngine(SavedState):
         self.forward_backward = get_forward_backward_func()
         self.run_ahead = None
         if run.parallel.run_ahead and run.parallel.pipeline > 1:
-            self.run_ahead = RunAhead(run.parallel.run_ahead, collective_timeout_s(run.run.hang_timeout))
+            self.run_ahead = RunAhead(collective_timeout_s(run.run.hang_timeout))
 
     def _use_muon(self) -> None:
         """Put Muon in AdamW's place."""

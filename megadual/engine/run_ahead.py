@@ -3,8 +3,13 @@
 megatron-core's stages send and receive in one exchange, so that neighbours meet at every micro-batch. How much of one
 is drawn is chance, and the heads' stage has much or little to do: now the stages before wait for it, now it for them.
 Here each direction between stages has a group of its own, on a GPU so a stream of its own: what is sent waits for
-nobody, and a stage has more micro-batches under way for each stage behind it. What is computed, and in which order, is
-the same.
+nobody, and a stage has one micro-batch more under way for each stage behind it. What is computed, and in which order,
+is the same.
+
+A GPU's kernel that waits for a neighbour must not wait for what this rank is still to start: loading a kernel that
+runs for the first time waits for all that are running, and would hang. So a tensor is asked for only when it is
+needed, and a stage is one micro-batch ahead, not more. With two, both neighbours could be loading, each with something
+sent that the other has not asked for.
 """
 
 import contextlib
@@ -26,29 +31,16 @@ MULTIPROCESSORS = 4
 
 
 class _Link:
-    """What goes from stage to stage in one direction: received one ahead of when it is asked for."""
+    """What goes from stage to stage in one direction."""
 
     def __init__(self, group: dist.ProcessGroup, to: int | None, of: int | None, under_way: int):
         """`to`, `of`: global ranks of the neighbours; as many as `under_way` are sent and not yet known to be there."""
         self.group, self.to, self.of, self.under_way = group, to, of, under_way
-
-    def start(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """`count` tensors are going to come."""
-        self.left, self.shape, self.dtype = count if self.of is not None else 0, shape, dtype
         self.sent: deque[tuple[dist.Work, torch.Tensor]] = deque()
-        self._ask()
 
-    def _ask(self) -> None:
-        self.coming = None
-        if self.left:
-            self.left -= 1
-            tensor = torch.empty(self.shape, dtype=self.dtype, device=torch.cuda.current_device())
-            self.coming = dist.irecv(tensor, self.of, group=self.group), tensor
-
-    def receive(self) -> torch.Tensor:
-        work, tensor = self.coming
-        work.wait()
-        self._ask()
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+        dist.irecv(tensor, self.of, group=self.group).wait()
         return tensor
 
     def send(self, tensor: torch.Tensor) -> None:
@@ -65,8 +57,7 @@ class _Link:
 class RunAhead:
     """One pipeline's stages, each of one chunk; every rank makes it and calls `run` together."""
 
-    def __init__(self, ahead: int, timeout_s: float):
-        """`ahead`: micro-batches that a stage may have under way for each stage behind it, besides one."""
+    def __init__(self, timeout_s: float):
         own = parallel_state.get_pipeline_model_parallel_group()
         self.rank, self.size, ranks = own.rank(), own.size(), dist.get_process_group_ranks(own)
         before = ranks[self.rank - 1] if self.rank else None
@@ -81,9 +72,9 @@ class RunAhead:
         for each in sorted(set(map(tuple, all_ranks))):  # every rank takes part in making every group
             made[each] = [dist.new_group(each, timeout, pg_options=options) for _ in range(2)]
         self.groups = made[tuple(ranks)]
-        self.warm_up = (self.size - 1 - self.rank) * (1 + ahead)
+        self.warm_up = (self.size - 1 - self.rank) * 2
         self.activations = _Link(self.groups[0], after, before, self.warm_up + 1)
-        self.gradients = _Link(self.groups[1], before, after, self.warm_up + ahead + 2)
+        self.gradients = _Link(self.groups[1], before, after, self.warm_up + 3)
         self._connect()
 
     def _connect(self) -> None:
@@ -106,13 +97,12 @@ class RunAhead:
     ) -> None:
         """All micro-batches forward and back; `shape` is that of what a stage passes on, `loss` the last stage's."""
         chunk, count = model.module, len(batches)
-        for link in self.activations, self.gradients:
-            link.start(count, shape, chunk.config.pipeline_dtype)
+        passed = shape, chunk.config.pipeline_dtype
         under_way: deque[tuple[torch.Tensor | None, torch.Tensor]] = deque()
         coming = iter(batches)
 
         def forward() -> None:
-            received = self.activations.receive().requires_grad_() if self.rank else None
+            received = self.activations.receive(*passed).requires_grad_() if self.rank else None
             chunk.set_input_tensor(received)
             output = model(next(coming))
             if self.rank == self.size - 1:
@@ -123,7 +113,7 @@ class RunAhead:
 
         def backward() -> None:
             received, output = under_way.popleft()
-            gradient = None if self.rank == self.size - 1 else self.gradients.receive()
+            gradient = None if self.rank == self.size - 1 else self.gradients.receive(*passed)
             if output.requires_grad:  # not where nothing up to here is trained
                 output.backward(gradient)
             if received is not None:

@@ -2,7 +2,7 @@
 
 _SP, _RECOMPUTE, _VPP = "parallel.sequence=true", "train.recompute=true", "parallel.virtual_pipeline=2"
 _TP, _PP, _CP = "parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2"
-_AHEAD = "parallel.run_ahead=1"
+_AHEAD = "parallel.run_ahead=true"
 _ZERO = {stage: ["engine=deepspeed", f"parallel.zero_stage={stage}"] for stage in (1, 2, 3)}
 
 # name -> (processes, overrides of testing.tiny.tiny_run); what is left of the processes is data parallel.
@@ -13,14 +13,14 @@ LAYOUTS = {
     "PP2": (2, [_PP]),
     "PP4": (4, ["parallel.pipeline=4"]),
     "PP4, heads alone": (4, ["parallel.pipeline=4", "parallel.stage_layers=[2,1,1,0]"]),
-    "PP2, 1 ahead": (2, [_PP, _AHEAD]),
+    "PP2, ahead": (2, [_PP, _AHEAD]),
     "PP2xVPP2": (2, [_PP, _VPP]),
     "DP2": (2, []),
     "DP4": (4, []),
     "TP2xPP2": (4, [_TP, _PP]),
     "TP2xPP2+SP": (4, [_TP, _PP, _SP]),
     "TP2xDP2, micro-batch 2": (4, [_TP, "train.micro_batch_size=2"]),
-    "TP2xPP2+SP, 1 ahead": (4, [_TP, _PP, _SP, _AHEAD]),
+    "TP2xPP2+SP, ahead": (4, [_TP, _PP, _SP, _AHEAD]),
     "TP2xPP2xDP2": (8, [_TP, _PP]),
     "TP2xPP2xDP2+SP": (8, [_TP, _PP, _SP]),
     "TP2xPP2xDP2+SP+recompute": (8, [_TP, _PP, _SP, _RECOMPUTE]),

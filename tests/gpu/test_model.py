@@ -20,7 +20,7 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got.double() - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("heads, groups, width", [(28, 4, 128), (16, 16, 128), (8, 2, 64)])
+@pytest.mark.parametrize("heads, groups, width", [(28, 4, 128), (16, 16, 128), (8, 2, 64), (4, 2, 48), (4, 2, 16)])
 @pytest.mark.parametrize(
     "lengths, key_lengths",
     [([700, 1, 129, 2000], None), ([4096], None), ([100, 412], [900, 412])],
@@ -36,7 +36,7 @@ def test_packed_attention(heads, groups, width, lengths, key_lengths):
         for n, h in sizes
     ]
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    got = attention.gpu_kernel()(*inputs, documents, width**-0.5)
+    got = attention.gpu_kernel(width)(*inputs, documents, width**-0.5)
     expected = attention.attend_each(*exact, documents, width**-0.5)
     upstream = torch.randn(got.shape, device="cuda", generator=generator)
     got.backward(upstream.bfloat16())
@@ -47,7 +47,7 @@ def test_packed_attention(heads, groups, width, lengths, key_lengths):
 
 
 def test_a_packed_kernel_is_there():
-    assert attention.gpu_kernel() is not attention.attend_each
+    assert attention.gpu_kernel(64) is not attention.attend_each
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
