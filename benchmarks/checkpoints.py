@@ -2,11 +2,11 @@
 
 python benchmarks/checkpoints.py [--only "one GPU" DP2 ...] [--folder DIR]
 
-Runs pretrain.py under layouts of benchmarks/scaling.py. The first start saves after its fourth step and is killed two
-steps after the checkpoint is whole; the second goes on from it, with its files in the host's memory where that is large
+Runs pretrain.py under layouts of benchmarks/scaling.py. The first start saves after every fourth step and is killed
+once its first checkpoint is whole; the second goes on from it, with its files in the host's memory where that is large
 enough, and with compiled kernels in their caches. Prints a Markdown table, in seconds: how long training waited for the
-checkpoint, in all its steps together; from the checkpoint's beginning to its being whole, while training went on; how
-long the second start read it, with its checking; and the first step of either start, alone and since the process began.
+checkpoint, before the next one was due; from the checkpoint's beginning to its being whole; how long the second start
+read it, with its checking; and the first step of either start, alone and since the process began.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from scaling import LAYOUTS, ROOT, config_of, folder_of, overrides_of
 from megadual.errors import UserError, command
 from megadual.run.step_log import METRICS, read_metrics
 
-SAVED, AFTER = 4, 2  # the step after which is saved, and how many are made after it, or after it is whole
+SAVED, AFTER = 4, 2  # the step after which is saved, and how many the second start makes
 HEADS = ("layout", "GPUs", "GiB", "waited", "until whole", "read", "first step", "second start's")
 
 
@@ -80,16 +80,14 @@ def row(name: str, args: argparse.Namespace, folder: Path) -> str:
     first = start.wait(start.steps)
     try:
         begun = start.wait(lambda: partial.is_dir() or whole.is_dir())
-        ended = start.wait(whole.is_dir)
-        reached = max(start.steps())
-        start.wait(lambda: max(start.steps()) >= reached + AFTER)
-        waited = sum(entry["checkpoint_wait_s"] for entry in start.steps().values())
+        ended = start.wait(lambda: whole.is_dir() and max(start.steps()) > SAVED + AFTER)
+        waited = sum(entry["checkpoint_wait_s"] for step, entry in start.steps().items() if step <= 2 * SAVED)
         cells = [f"{waited:.1f}", f"{ended - begun:.0f}"], start.shown(1, first)
     finally:
         start.end()
     again = Start(name, args, folder, "checkpoint.every=null", f"train.steps={SAVED + AFTER}")
     # What the first start has logged after the checkpoint is cut off first.
-    second = again.wait(lambda: SAVED + 1 in again.steps() and reached + AFTER not in again.steps())
+    second = again.wait(lambda: max(again.steps()) in (SAVED + 1, SAVED + AFTER))
     again.wait(lambda: again.process.poll() is not None)
     read = again.printed().split(", read in ")[1].split()[0]
     size = sum(path.stat().st_size for path in whole.iterdir()) / 2**30

@@ -241,13 +241,13 @@ class DeepSpeedEngine(SavedState):
     def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
         mine = owner == self.data_rank
         with self._gathered(parameter):
-            yield "", parameter.detach().to("cpu", copy=True) if mine else None
+            yield "", parameter.detach() if mine else None
         for prefix, key in self._state(parameter).items():
             if key == "param":
                 tensor = safe_get_full_fp32_param(parameter)
             else:
                 tensor = safe_get_full_optimizer_state(parameter, key)
-            yield prefix, tensor.to("cpu", copy=True) if mine else None
+            yield prefix, tensor if mine else None
 
     def _fill(self, parameter: torch.nn.Parameter, prefix: str, tensor: torch.Tensor) -> None:
         tensor = tensor.to(parameter.device)

@@ -235,7 +235,7 @@ class MegatronEngine(SavedState):
     def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
         group = data_parallel_group()
         mine = owner == dist.get_rank(group)
-        yield "", parameter.detach().to("cpu", copy=True) if mine else None
+        yield "", parameter.detach() if mine else None
         for prefix, key in self._state(parameter).items():
             whole = torch.zeros(parameter.numel(), device=parameter.device)
             if share := megatron_internals.held(self.optimizer, parameter):
@@ -243,7 +243,7 @@ class MegatronEngine(SavedState):
                 whole[place] = state[key]
             # Each number is on one rank, the others add zero bits: exact, minus zeros and NaNs too.
             dist.reduce(whole.view(torch.int32), dist.get_global_rank(group, owner), group=group)
-            yield prefix, whole.view(parameter.shape).to("cpu", copy=True) if mine else None
+            yield prefix, whole.view(parameter.shape) if mine else None
 
     def _fill(self, parameter: torch.nn.Parameter, prefix: str, tensor: torch.Tensor) -> None:
         if not prefix:

@@ -34,8 +34,14 @@ class Engine(Protocol):
     def updates(self) -> int:
         """Optimizer steps taken, equal on every rank (collective); steps that were skipped don't count."""
 
+    def prepare_to_save(self) -> None:
+        """Set host memory aside for `save`, in the background; else the first one does it."""
+
     def save(self, folder: Path) -> ShardedWrite:
-        """The state on its way to `folder`, as it is now, while training may go on."""
+        """The state on its way to `folder`, as it is now, while training may go on.
+
+        What the last one gave must have been written.
+        """
 
     def load(self, folder: Path, step: int, updates: int) -> None:
         """Fill from what any engine's `save` wrote under any layout, after `step` steps and `updates` made."""

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megadual.engine import sharded
+from megadual.engine.staging import Staging, size_of
 from megadual.model.dual_lm import DualLM
 from megadual.run.tensor_files import TensorFiles
 
@@ -19,7 +20,7 @@ from megadual.run.tensor_files import TensorFiles
 ADAMW_STATE, MUON_STATE = (
     {sharded.STATE.format(key): key for key in ("param", *moments)} for moments in (sharded.MOMENTS, sharded.MOMENTUM)
 )
-LOADED_AT_ONCE = 1 << 28  # parameters whose state is on the host at a time
+LOADED_AT_ONCE = 1 << 26  # parameters whose state is on the host at a time
 
 
 class SavedState(ABC):
@@ -32,10 +33,11 @@ class SavedState(ABC):
 
     chunks: list[DualLM]
     scheduler: OptimizerParamScheduler
+    _staging: Staging | None = None
 
     @abstractmethod
     def _whole(self, parameter: torch.nn.Parameter, owner: int) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """(entry's prefix, copy on the host) of a parameter and of its `_state`.
+        """(entry's prefix, tensor) of a parameter and of its `_state`, each as it is until the next is asked for.
 
         None on other data-parallel ranks than `owner` (collective over them).
         """
@@ -73,16 +75,27 @@ class SavedState(ABC):
         dist.all_reduce(updates, op=dist.ReduceOp.MAX)  # a stage without trained parts has made none
         return int(updates.item())
 
+    def prepare_to_save(self) -> None:
+        """Begin to make the host memory that `save` copies to, which takes a while and runs beside everything else."""
+        if self._staging is None:
+            rank = dist.get_rank(data_parallel_group())
+            mine = [name for name, owner in self._owners().items() if owner == rank]
+            self._staging = Staging(self._size(mine))
+
     def save(self, folder: Path) -> sharded.ShardedWrite:
         """Weights, fp32 weights and moments on their way to `folder`; every rank calls it.
 
-        They are copied, so training can go on; buffers are constant.
+        They are copied, so training can go on, but the last `save` must have been written; buffers are constant.
         """
-        rank, state = dist.get_rank(data_parallel_group()), {"buffers": self.buffers}
+        self.prepare_to_save()
+        self._staging.reset()
+        state = {"buffers": self.buffers}
         for name, owner in self._owners().items():
-            whole = list(self._whole(self.parameters[name], owner))
-            if owner == rank:
-                state[name] = [self._entry(name, prefix, tensor) for prefix, tensor in whole]
+            for prefix, tensor in self._whole(self.parameters[name], owner):
+                if tensor is not None:
+                    state.setdefault(name, []).append(self._entry(name, prefix, self._staging.copy(tensor)))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return sharded.ShardedWrite(state, folder)
 
     def load(self, folder: Path, step: int, updates: int) -> None:
@@ -91,33 +104,36 @@ class SavedState(ABC):
         UserError where that is of another model.
         """
         files = TensorFiles(folder)
-        entries = [
-            self._entry(name, prefix, tensor.to("meta"))
-            for name in self.parameters
-            for prefix, tensor in self._empty(name)
-        ]
+        entries = [self._entry(name, prefix, like) for name in self.parameters for prefix, like in self._like(name)]
         sharded.check_fits(entries, self.constants, files)
         total = sum(math.prod(shape) for shape in self.shapes.values())
-        parts = torch.tensor([total // LOADED_AT_ONCE + 1], device=torch.cuda.current_device())
-        dist.all_reduce(parts, op=dist.ReduceOp.MAX)
+        count = torch.tensor([total // LOADED_AT_ONCE + 1], device=torch.cuda.current_device())
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
         group, owners = data_parallel_group(), self._owners()
-        for part in range(parts.item()):
-            names = list(self.parameters)[part :: parts.item()]
-            mine = [name for name in names if owners[name] == dist.get_rank(group)]
+        rank, names = dist.get_rank(group), list(self.parameters)
+        parts = [names[part :: count.item()] for part in range(count.item())]
+        mine = [[name for name in part if owners[name] == rank] for part in parts]
+        staging = Staging(max(map(self._size, mine)))
+        for part, own in zip(parts, mine, strict=True):
+            staging.reset()
             entries = {
-                name: {prefix: self._entry(name, prefix, tensor) for prefix, tensor in self._empty(name)}
-                for name in mine
+                name: {
+                    prefix: self._entry(name, prefix, staging.empty(like.shape, like.dtype))
+                    for prefix, like in self._like(name)
+                }
+                for name in own
             }
             loaded = sharded.read(entries, files)
-            for name in names:
+            for name in part:
                 parameter, read = self.parameters[name], loaded.get(name)
-                for prefix, empty in self._empty(name):
-                    tensor = read.pop(prefix) if read else torch.empty_like(empty, device=parameter.device)
+                for prefix, like in self._like(name):
+                    tensor = read.pop(prefix) if read else torch.empty_like(like, device=parameter.device)
                     if group.size() > 1:
                         tensor = tensor.to(parameter.device)
                         dist.broadcast(tensor, dist.get_global_rank(group, owners[name]), group=group)
                     with torch.no_grad():
                         self._fill(parameter, prefix, tensor)
+        staging.close()
         if self._inner_optimizer():
             sharded.set_updates(self._inner_optimizer(), updates)
         self.scheduler.step(increment=step)
@@ -138,12 +154,16 @@ class SavedState(ABC):
             values["dtype"] = tensor.dtype
         return replace(entry, **values)
 
-    def _empty(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """What `_whole` gives of a parameter, not filled."""
+    def _like(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """What `_whole` gives of a parameter, without its numbers."""
         shape, parameter = self.shapes[name], self.parameters[name]
-        yield "", torch.empty(shape, dtype=parameter.dtype)
+        yield "", torch.empty(shape, dtype=parameter.dtype, device="meta")
         for prefix in self._state(parameter):
-            yield prefix, torch.empty(shape)
+            yield prefix, torch.empty(shape, device="meta")
+
+    def _size(self, names: list[str]) -> int:
+        """Bytes of host memory that parameters take with their state."""
+        return sum(size_of(like.shape, like.dtype) for name in names for _, like in self._like(name))
 
 
 def data_parallel_group() -> dist.ProcessGroup:

@@ -5,13 +5,15 @@ Entries have the names of the whole model: `decoder.layers.3.mlp.linear_fc2.weig
 that Muon trains has `momentum` in their place.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megadual.engine import megatron_internals
+from megadual.engine.staging import same_device
 from megadual.errors import UserError
 from megadual.run.checkpoints import checksum
 from megadual.run.ranks import Ranks
@@ -21,6 +23,7 @@ METADATA = {"non_homogeneous_layers": True}
 STATE = "optimizer.state.{}."  # of an optimizer state's entries
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 MOMENTUM = ("momentum",)  # Muon's
+READERS = 4  # threads
 
 
 class ShardedWrite:
@@ -49,19 +52,24 @@ class ShardedWrite:
 
 def read(state: dict, files: TensorFiles) -> dict:
     """`state` with its sharded tensors filled from `files`, by each rank for itself."""
-    return _filled(state, files)
+    with ThreadPoolExecutor(READERS, initializer=same_device()) as pool:
+        return dict(zip(state, pool.map(lambda entry: _filled(entry, files), state.values()), strict=True))
 
 
 def _filled(entry, files: TensorFiles):
     if isinstance(entry, dict):
         return {name: _filled(part, files) for name, part in entry.items()}
-    if isinstance(entry, list):
-        return [_filled(part, files) for part in entry]
     if isinstance(entry, ShardedTensorFactory):
-        return entry.merge_fn(_filled(entry.build(), files))
+        for part in nested_values(entry.build()):  # of its tensor, of which they are views
+            _read_into(part, files)
+        return entry.data
+    _read_into(entry, files)
+    return entry.data
+
+
+def _read_into(entry: ShardedTensor, files: TensorFiles) -> None:
     assert not entry.prepend_axis_num and entry.flattened_range is None, entry.key
     files.read(entry.key, entry.global_offset, entry.data)
-    return entry.data
 
 
 def check_fits(entries: list, buffers: list, files: TensorFiles) -> None:

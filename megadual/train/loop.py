@@ -34,6 +34,8 @@ class Loop:
         progress = self.checkpointer.load(engine, latest) if latest else {"step": 0}
         loaded = time.perf_counter() - begun
         session.beat()
+        if run.checkpoint.every:
+            engine.prepare_to_save()
         self.start, position = progress["step"], progress.get("data")
         same_rows = data.resume(self.start, position) if position else True
         self.log = MetricsLog(run, self.start) if session.ranks.main else None
