@@ -50,7 +50,7 @@ _TP, _PP = ["parallel.tensor=2", "parallel.sequence=true"], ["parallel.pipeline=
 _TP4 = ["parallel.tensor=4", "parallel.sequence=true"]
 _ZERO = {stage: ["engine=deepspeed", f"parallel.zero_stage={stage}"] for stage in (1, 3)}
 _FP8 = ["train.fp8=true"]
-_BF16, _AHEAD, _TWO_ROWS = ["train.grad_reduce_dtype=bf16"], ["parallel.run_ahead=true"], ["train.micro_batch_size=2"]
+_BF16, _AHEAD, _TWO_ROWS = ["train.grad_reduce_dtype=bf16"], ["parallel.run_ahead=1"], ["train.micro_batch_size=2"]
 # Of ZeRO-3: gradients are not copied into a bucket before they are copied for sending; weights are asked for two layers
 # ahead; and those of the forward pass are kept for the backward pass.
 _NO_BUCKET = ["parallel.zero.contiguous_gradients=0"]

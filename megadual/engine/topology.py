@@ -156,7 +156,7 @@ def _check_engine(run: PretrainConfig) -> None:
         )
     if parallel.run_ahead and (run.engine == "deepspeed" or parallel.virtual_pipeline > 1):
         raise UserError(
-            "parallel.run_ahead=true needs engine=megatron and parallel.virtual_pipeline=1, whose schedule it replaces"
+            "parallel.run_ahead=1 needs engine=megatron and parallel.virtual_pipeline=1, whose schedule it replaces"
         )
     if run.engine == "deepspeed" and parallel.virtual_pipeline > 1:
         raise UserError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs engine=megatron")

@@ -2,7 +2,7 @@
 
 _SP, _RECOMPUTE, _VPP = "parallel.sequence=true", "train.recompute=true", "parallel.virtual_pipeline=2"
 _TP, _PP, _CP = "parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2"
-_AHEAD = "parallel.run_ahead=true"
+_AHEAD = "parallel.run_ahead=1"
 _ZERO = {stage: ["engine=deepspeed", f"parallel.zero_stage={stage}"] for stage in (1, 2, 3)}
 
 # name -> (processes, overrides of testing.tiny.tiny_run); what is left of the processes is data parallel.

@@ -104,10 +104,12 @@ class ParallelConfig:
     pipeline: int = key(1, "stages, each with a part of the layers", least=1)
     virtual_pipeline: int = key(1, "model chunks per pipeline stage (megatron)", least=1)
     stage_layers: list[int] | None = key(None, "layers of each chunk, first to last; null: cut by cost", least=0)
-    run_ahead: bool = key(
-        False,
-        "a pipeline's stage may have a micro-batch more under way for each stage behind it, where those take a stage "
-        "unequal times; each takes the memory of its activations (megatron, no virtual_pipeline)",
+    run_ahead: int = key(
+        0,
+        "micro-batches more that a pipeline's stage may have under way for each stage behind it, where those take a "
+        "stage unequal times; each takes the memory of its activations (megatron, no virtual_pipeline)",
+        least=0,
+        most=1,
     )
     context: int = key(1, "ranks that share each sequence, its attention and activations (megatron)", least=1)
     sequence: bool = key(False, "sequence parallelism over the tensor-parallel group")

@@ -6,7 +6,7 @@ from megadual.testing import tiny
 from megadual.testing.distributed import run_distributed
 from megadual.testing.layouts import LAYOUTS, TOLERANCE, differences
 
-_PP, _AHEAD = "parallel.pipeline=2", "parallel.run_ahead=true"
+_PP, _AHEAD = "parallel.pipeline=2", "parallel.run_ahead=1"
 OURS = {
     "PP2": (2, [_PP]),
     "PP2, tied": (2, [_PP, "model.tie_embeddings=true"]),

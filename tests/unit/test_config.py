@@ -163,7 +163,7 @@ def test_what_auto_picks_is_not_given():
     (1, ["engine=deepspeed", "train.grad_reduce_dtype=bf16"], "grad_reduce_dtype=bf16 needs engine=megatron"),
     (1, ["parallel.zero.reduce_bucket_size=1e8"], "they need engine=deepspeed"),
     (1, ["engine=deepspeed", "parallel.zero.stage=3"], "the stage is parallel.zero_stage"),
-    (2, ["engine=deepspeed", "parallel.pipeline=2", "parallel.run_ahead=true"], "run_ahead=true needs engine=megatron"),
+    (2, ["engine=deepspeed", "parallel.pipeline=2", "parallel.run_ahead=1"], "run_ahead=1 needs engine=megatron"),
     (1, ["engine=deepspeed", "train.bad_loss=skip"], "train.bad_loss=skip needs engine=megatron"),
     (2, ["engine=deepspeed", "parallel.pipeline=2", "train.parts=[heads]"], "a stage .* with nothing to train"),
     (2, ["engine=deepspeed", "parallel.pipeline=2", "parallel.virtual_pipeline=2"], "needs engine=megatron"),
