@@ -40,7 +40,9 @@ TENSOR_EXCHANGES = 6
 GRADIENTS_EXPOSED = 0.75  # of their reduction over data-parallel ranks nothing runs beside
 ZERO_3_BYTES = 12  # a weight and micro-batch: gathered twice, its gradient reduced; fitted
 TENSOR_LOSS = 0.1  # of the products' rate, each time that tensor parallelism halves them; fitted
-STAGE_WAITS = 0.4  # expected excess of a normal number over its mean, where less is no gain
+# Of the standard deviation of what a micro-batch draws: expected excess of a normal number over its mean, where less is
+# no gain; and where stages run ahead of each other, fitted.
+STAGE_WAITS, STAGE_WAITS_AHEAD = 0.4, 0.1
 # Weights of a bucket, whose gradients are reduced at once: megatron-core's, at least and for each data-parallel rank.
 BUCKET, BUCKET_A_RANK = 40_000_000, 1_000_000
 STEP_DEVIATION = 0.01  # standard deviation of one GPU's time for a step, of that time; assumed, not measured
@@ -52,6 +54,7 @@ class Rates:
     """See rates.yaml."""
 
     products: float
+    fp8: float
     memory: float
     inside: float
     between: float
@@ -141,7 +144,8 @@ def _micro_batch_s(
     filled = positions * traffic.fill
 
     layered = positions * stage.layers * (4 / 3 if train.recompute else 1)
-    multiply_adds = layered * (each.layer_position + each.attention * traffic.attended) / tensor
+    of_layer = each.layer_position / (rates.fp8 if train.fp8 else 1)
+    multiply_adds = layered * (of_layer + each.attention * traffic.attended) / tensor
     moved = layered * 2 * (WIDTH_PASSES * model.hidden / split + FFN_PASSES * model.ffn / tensor)
     if number == 0:
         multiply_adds += filled * traffic.image * each.embed_image
@@ -149,7 +153,8 @@ def _micro_batch_s(
         text = filled * traffic.text / tensor
         drawn = filled * traffic.drawn
         if parallel.pipeline > 1:
-            drawn += STAGE_WAITS * drawn_deviation(filled, traffic)
+            waits = STAGE_WAITS_AHEAD if parallel.run_ahead else STAGE_WAITS
+            drawn += waits * drawn_deviation(filled, traffic)
         of_heads = _drawn_position(run, vocabulary)
         multiply_adds += text * each.text_target + drawn / split * of_heads[0]
         moved += text * vocabulary.padded_text_size * LOGIT_BYTES + drawn / split * of_heads[1]
