@@ -9,6 +9,7 @@ import functools
 import math
 import mmap
 import threading
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -39,8 +40,11 @@ class Staging:
             self._whole = torch.frombuffer(self._memory, dtype=torch.uint8)
             self._whole.zero_()
             if torch.cuda.is_available():
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self._whole.data_ptr(), self._size, 0))
-                self._registered = True
+                code = int(torch.cuda.cudart().cudaHostRegister(self._whole.data_ptr(), self._size, 0))
+                self._registered = code == 0
+                if code:
+                    told = f"memory for checkpoints is not pinned (CUDA's error {code}), so saving takes longer"
+                    warnings.warn(told, stacklevel=1)
         except BaseException as error:
             self._error = error
 
