@@ -70,6 +70,7 @@ LAYOUTS = {
     "PP2": (2, _CUT, _PP),
     "PP2, ahead": (2, _CUT, [*_PP, *_AHEAD]),
     "TP2+SP": (2, _CUT, _TP),
+    "TP2+SP, two rows at a time": (2, _CUT, _TP + _TWO_ROWS),
     "CP2, rows of 32,768": (2, _CUT, ["parallel.context=2", "train.seq_len=32768"]),
     "ZeRO-1 DP2": (2, _CUT, _ZERO[1]),
     "ZeRO-3 DP2": (2, _CUT, _ZERO[3]),
