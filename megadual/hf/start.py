@@ -28,7 +28,7 @@ from megadual.errors import UserError, first_line  # noqa: E402
 from megadual.hf.configuration_megadual import MegaDualConfig  # noqa: E402
 from megadual.hf.export import DUALTOKEN, check_dualtoken, model_config, read_dualtoken  # noqa: E402
 from megadual.hf.folder import exported_shapes, is_export, read_export  # noqa: E402
-from megadual.hf.mapping import Sizes, origins  # noqa: E402
+from megadual.hf.mapping import CODEBOOK_PLACES, Sizes, origins  # noqa: E402
 from megadual.hf.tensors import FolderTensors, read_json, write_checkpoint, write_folder  # noqa: E402
 from megadual.model.dual_lm import Vocabulary  # noqa: E402
 from megadual.model.init import initial  # noqa: E402
@@ -194,8 +194,9 @@ class Conversion:
         origin, model = self.origins[name], self.run.model
         if self.fresh.isdisjoint(origin.names):
             return origin.merge(self._tensor, self.sizes)
-        shape = self.meta[name].shape
-        return initial(name, shape, self.run.train.seed, model.hidden, model.layers).to(self.dtype)
+        shape, place = self.meta[name].shape, f"{CODEBOOK_PLACES[0]}."
+        codebooks = {each.removeprefix(place): self.read(each) for each in self.origins if each.startswith(place)}
+        return initial(name, shape, self.run.train.seed, model.hidden, model.layers, codebooks).to(self.dtype)
 
 
 def write_own_dualtoken(folder: FolderTensors, config: MegaDualConfig, output: Path) -> None:

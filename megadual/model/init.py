@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -11,6 +12,8 @@ from megatron.core import parallel_state
 
 NORM = re.compile(r"norm\d*\.weight$|layernorm\.weight$")
 MOST_AT_ONCE = 8  # tensors that are whole and in fp32 on the host while they are filled
+# What reads code vectors: of all streams, or of the one that is named.
+OF_CODES = re.compile(r"^embedding\.projector\.0\.weight$|^heads\.(\w+)\.code_projector\.weight$")
 RESIDUAL_OUT = re.compile(r"(linear_proj|linear_fc2|\.out|\.down)\.weight$")
 
 
@@ -45,11 +48,14 @@ def tensor_parallel_whole(name: str, shares: list[torch.Tensor], parameter: torc
     return torch.cat(shares, dim=parameter.partition_dim)
 
 
-def initial(name: str, shape: list[int], seed: int, hidden: int, layers: int) -> torch.Tensor:
+def initial(
+    name: str, shape: list[int], seed: int, hidden: int, layers: int, codebooks: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
     """The full tensor that a parameter starts as, fp32.
 
     Matrices are normal with standard deviation sqrt(2 / (5 * hidden)), those that write to the residual
-    stream divided by sqrt(2 * layers); norms are ones, biases zeros.
+    stream divided by sqrt(2 * layers); norms are ones, biases zeros. Those that read code vectors, a dozen numbers of
+    whatever size the tokenizer has come to, make of each stream's `codebooks` (K, C) numbers of size one.
     """
     if NORM.search(name):
         return torch.ones(shape)
@@ -59,10 +65,21 @@ def initial(name: str, shape: list[int], seed: int, hidden: int, layers: int) ->
     drawn_by = re.sub(r"^heads\.(\w+)\.", r"\1_head.", name)
     digest = hashlib.blake2b(f"{seed}:{drawn_by}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    full = torch.empty(shape).normal_(0.0, math.sqrt(2 / (5 * hidden)), generator=generator)
+    reads = OF_CODES.search(name)
+    deviation = shape[-1] ** -0.5 if reads else math.sqrt(2 / (5 * hidden))
+    full = torch.empty(shape).normal_(0.0, deviation, generator=generator)
+    if reads:
+        read = [codebooks[reads[1]]] if reads[1] else codebooks.values()
+        full /= torch.cat([_sizes(codebook_KC) for codebook_KC in read])
     if RESIDUAL_OUT.search(name):
         full /= math.sqrt(2 * layers)
     return full
+
+
+def _sizes(codebook_KC: torch.Tensor) -> torch.Tensor:
+    """(C,) the root mean square of a codebook's numbers."""
+    mean_square = codebook_KC.double().cpu().square().mean()
+    return mean_square.sqrt().clamp(min=1e-6).float().expand(codebook_KC.size(1))
 
 
 def initialize(chunks: list[torch.nn.Module], seed: int) -> None:
@@ -86,5 +103,7 @@ def _fill(local_name: str, parameter: torch.nn.Parameter, module: torch.nn.Modul
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
         shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
-    full = initial(name, shape, seed, config.hidden_size, config.num_layers)
+    holder = module.embedding.codebooks if module.pre_process else getattr(module, "head_codebooks", None)
+    codebooks = dict(holder.named_buffers()) if holder else {}
+    full = initial(name, shape, seed, config.hidden_size, config.num_layers, codebooks)
     parameter.copy_(tensor_parallel_slice(name, full, parameter))
