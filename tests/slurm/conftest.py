@@ -110,7 +110,7 @@ class Lab:
     def hurry(self, job: str) -> None:
         """A requeued job would wait two minutes."""
         self.wait_state(job, "PENDING")
-        wait_for(lambda: "CG" not in self.cluster.output("squeue", "-h", "-o", "%t").split(), 30, "the old start's end")
+        wait_for(lambda: "CG" not in self.cluster.output("squeue", "-h", "-o", "%t").split(), 120, "the old start's end")
         time.sleep(2)  # Slurm refuses a start in the second of the requeue: "job credential revoked"
         self.cluster.output("scontrol", "update", f"JobId={job}", "StartTime=now")
 
@@ -134,7 +134,7 @@ class Lab:
         """The process id, in its node, of the rank there; waits until it has started."""
         try:
             pgrep = ("sh", "-c", "pgrep --full 'python -u [p]retrain/pretrain.py' || true")
-            return int(wait_for(lambda: self.cluster.on_node(node, *pgrep), 60).split()[0])
+            return int(wait_for(lambda: self.cluster.on_node(node, *pgrep), 240).split()[0])
         except TimeoutError:
             raise AssertionError(f"no rank on {node}\n{self.output('*')}") from None
 
@@ -145,7 +145,7 @@ def lab(cluster, inputs, tmp_path):
     yield lab
     for job in lab.jobs:
         cluster.output("scancel", "--quiet", job)
-    wait_for(lambda: not cluster.output("squeue", "-h"), 60, "an empty queue")
+    wait_for(lambda: not cluster.output("squeue", "-h"), 240, "an empty queue")
 
 
 def steps(run: Path) -> list[dict]:

@@ -74,4 +74,4 @@ def test_a_tokenizer_out_of_time_goes_on(lab, tokenizer_config, tmp_path):
     lab.wait_state(job, "PENDING", seconds=30)
     checkpoint = CheckpointFolder(run, keep=1).latest()
     lab.hurry(job)
-    wait_for(lambda: f"resumed from {checkpoint}" in lab.output(job), 60, "the second start")
+    wait_for(lambda: f"resumed from {checkpoint}" in lab.output(job), 240, "the second start")

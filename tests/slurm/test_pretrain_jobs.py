@@ -118,7 +118,7 @@ def small_disk(cluster, tmp_path):
 def test_a_full_disk_keeps_the_last_good_checkpoint(lab, cluster, small_disk, undisturbed, tmp_path):
     run, arguments = tmp_path / "run", [f"train.steps={STEPS}", "checkpoint.every=4"]
     job = lab.pretrain(run, *arguments)
-    wait_for(lambda: "latest" in cluster.on_node("n1", "ls", str(small_disk)), 120, "a checkpoint")
+    wait_for(lambda: "latest" in cluster.on_node("n1", "ls", str(small_disk)), 300, "a checkpoint")
     cluster.on_node("n1", "sh", "-c", f"dd if=/dev/zero of={small_disk}/ballast bs=1M; test -s {small_disk}/ballast")
     lab.wait_state(job, "FAILED")
     assert lab.job(job)["ExitCode"] == "2:0" and lab.job(job)["Restarts"] == "0"
@@ -140,7 +140,7 @@ def test_a_second_start_refuses(lab, tmp_path):
     job = lab.pretrain(run, "train.steps=100000", "checkpoint.every=100000")
     lab.wait_step(run, 2)
     command = [sys.executable, "pretrain/pretrain.py", "--config", run / "config.yaml"]
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert second.returncode == 2
     assert re.search(rf"error: run.dir '{run}' is in use by process \d+ on n1, Slurm job {job};", second.stderr)
     assert lab.state(job) == "RUNNING"
