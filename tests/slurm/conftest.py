@@ -110,7 +110,7 @@ class Lab:
     def hurry(self, job: str) -> None:
         """A requeued job would wait two minutes."""
         self.wait_state(job, "PENDING")
-        wait_for(lambda: "CG" not in self.cluster.output("squeue", "-h", "-o", "%t").split(), 120, "the old start's end")
+        wait_for(lambda: "CG" not in self.cluster.output("squeue", "-h", "-o", "%t").split(), 90, "the old start's end")
         time.sleep(2)  # Slurm refuses a start in the second of the requeue: "job credential revoked"
         self.cluster.output("scontrol", "update", f"JobId={job}", "StartTime=now")
 
