@@ -82,7 +82,7 @@ def row(name: str, args: argparse.Namespace, folder: Path) -> str:
         begun = start.wait(lambda: partial.is_dir() or whole.is_dir())
         ended = start.wait(lambda: whole.is_dir() and max(start.steps()) > SAVED + AFTER)
         waited = sum(entry["checkpoint_wait_s"] for step, entry in start.steps().items() if step <= 2 * SAVED)
-        cells = [f"{waited:.1f}", f"{ended - begun:.0f}"], start.shown(1, first)
+        shown = start.shown(1, first)
     finally:
         start.end()
     again = Start(name, args, folder, "checkpoint.every=null", f"train.steps={SAVED + AFTER}")
@@ -91,8 +91,11 @@ def row(name: str, args: argparse.Namespace, folder: Path) -> str:
     again.wait(lambda: again.process.poll() is not None)
     read = again.printed().split(", read in ")[1].split()[0]
     size = sum(path.stat().st_size for path in whole.iterdir()) / 2**30
-    figures = [name, str(LAYOUTS[name][0]), f"{size:.1f}", *cells[0], read, cells[1], again.shown(SAVED + 1, second)]
-    return "| " + " | ".join(figures) + " |"
+    cells = [
+        name, str(LAYOUTS[name][0]), f"{size:.1f}", f"{waited:.1f}", f"{ended - begun:.0f}", read, shown,
+        again.shown(SAVED + 1, second),
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
 
 
 @command

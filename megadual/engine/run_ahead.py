@@ -9,7 +9,8 @@ is the same.
 A GPU's kernel that waits for a neighbour must not wait for what this rank is still to start: loading a kernel that
 runs for the first time waits for all that are running, and would hang. So a tensor is asked for only when it is
 needed, and a stage is one micro-batch ahead, not more. With two, both neighbours could be loading, each with something
-sent that the other has not asked for.
+sent that the other has not asked for: the stage before in its forward pass j, at least two after the other's i, which
+has asked for nothing later; and the other's newest gradient is asked for after forward pass i - 1 + ahead.
 """
 
 import contextlib

@@ -21,14 +21,8 @@ from megadual.testing.starts import Start, nothing
 from megadual.train import checkpoint
 
 STEPS = 6
-TIMES = (
-    "tokens_per_s",
-    "model_tflops",
-    "data_wait_s",
-    "checkpoint_wait_s",
-    "mfu",
-    "peak_gib",
-)  # of metrics: other in each run
+# Of metrics: other in each run.
+TIMES = ("tokens_per_s", "model_tflops", "data_wait_s", "checkpoint_wait_s", "mfu", "peak_gib")
 
 
 @pytest.fixture(scope="module")

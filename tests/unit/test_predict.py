@@ -49,10 +49,8 @@ def test_what_costs_time_is_counted(tmp_path):
         other = speed(tmp_path, world, *overrides)
         assert 0.4 * alone.tokens_per_s < other.tokens_per_s < alone.tokens_per_s, overrides
     assert speed(tmp_path, 64).tokens_per_s < speed(tmp_path, 8).tokens_per_s  # between hosts
-    cut = "model.layers=2", "parallel.pipeline=2"
-    stages = [
-        speed(tmp_path, 2, *cut, *more, depth=16) for more in ([], ["parallel.run_ahead=1"])
-    ]  # the last is slowest
+    cut = "model.layers=2", "parallel.pipeline=2"  # and deep heads, so that the last stage is slowest
+    stages = [speed(tmp_path, 2, *cut, *more, depth=16) for more in ([], ["parallel.run_ahead=1"])]
     assert stages[0].tokens_per_s < stages[1].tokens_per_s and stages[0].peak_gib < stages[1].peak_gib
     assert 1.1 < speed(tmp_path, 1, "train.fp8=true").tokens_per_s / alone.tokens_per_s < 1.3
 
