@@ -32,10 +32,12 @@ def main() -> None:
 
     set_environment(run)
     hush_libraries()
+    world = world or _gpus() or 1
+    if not place and not args.dry_run and world > 1:
+        # Before anything large is loaded, which every rank does for itself; of their mistakes rank 0 speaks.
+        become_ranks(world, __file__, sys.argv[1:])
 
-    # From here on torch and megatron-core are needed; a wrong config has been told before they load.
-    import torch
-
+    # From here on megatron-core is needed; a wrong config has been told before it loads.
     from megadual.engine import cpu
 
     cpu.install()
@@ -46,7 +48,6 @@ def main() -> None:
     from megadual.train.loop import Loop
 
     inputs = read_or_assume(run) if elsewhere else setup.read_inputs(run)
-    world = world or torch.cuda.device_count() or 1
     layout = setup.settle(run, world, inputs, here=not elsewhere)
     set_environment(run)  # again: the layout may have been picked just now
     if not elsewhere:
@@ -56,8 +57,6 @@ def main() -> None:
         if not place or place.rank == 0:
             print(to_yaml(run) + "\n" + setup.plan(run, layout, inputs))
         return
-    if not place and world > 1:
-        become_ranks(world, __file__, sys.argv[1:])
     if not place:  # DeepSpeed asks for these
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     with session(run.run, run) as opened:
@@ -78,6 +77,12 @@ def main() -> None:
         loop = Loop(run, engine, data, opened)
         loop.hooks = setup.hooks(run, engine, inputs, layout, loop.log)
         loop.train()
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 if __name__ == "__main__":

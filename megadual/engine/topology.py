@@ -3,8 +3,9 @@
 import dataclasses
 
 from megadual.errors import UserError
-from megadual.model import fp8
 from megadual.train.config import PretrainConfig
+
+FP8_MULTIPLE = 16  # of which the sizes of products of FP8 must be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +111,8 @@ def _check_fp8(run: PretrainConfig, positions: int) -> None:
         "width of a rank's queries, keys and values": heads * (model.hidden // model.heads),
     }
     for name, size in sizes.items():
-        if size % fp8.MULTIPLE:
-            raise UserError(f"train.fp8=true takes sizes that are multiples of {fp8.MULTIPLE}; {name}: {size}")
+        if size % FP8_MULTIPLE:
+            raise UserError(f"train.fp8=true takes sizes that are multiples of {FP8_MULTIPLE}; {name}: {size}")
 
 
 def _check_validation(run: PretrainConfig, data: int) -> None:

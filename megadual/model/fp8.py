@@ -24,7 +24,6 @@ except ImportError:  # no Triton here
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 SMALLEST = 1e-30  # scale: zeros stay zeros
-MULTIPLE = 16  # of which the products' sizes must be
 
 
 def check_device() -> None:

@@ -1,20 +1,21 @@
 """The tensors of a checkpoint in torch.distributed.checkpoint's files, read without running what a file says.
 
 Their index, `.metadata`, is a pickle, which can call anything that it names: here only the types that an index is made
-of. The other files are read by `torch.load(weights_only=True)`. Objects beside the tensors are not read at all, since
-torch's own planner unpickles them as they are.
+of. What the other files say of their tensors is read by `torch.load(weights_only=True)`. Objects beside the tensors are
+not read at all, since torch's own planner unpickles them as they are.
 """
 
 import math
 import pickle
 from pathlib import Path, PurePath
+from typing import IO, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, filesystem, planner
+from torch.distributed.checkpoint import filesystem, planner
 from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megadual.errors import UserError, first_line
 from megadual.run.checkpoints import PASSING
@@ -55,12 +56,11 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an index")
 
 
-class TensorFiles(FileSystemReader):
+class TensorFiles:
     """A checkpoint's tensors, of which any part can be read into one's own. Every rank may read by itself."""
 
     def __init__(self, checkpoint: Path):
         """UserError where the index can't be read, or is none."""
-        super().__init__(str(checkpoint))
         self.folder = Path(checkpoint)
         try:
             with open(self.folder / INDEX, "rb") as file:
@@ -70,7 +70,7 @@ class TensorFiles(FileSystemReader):
                 for name, entry in index.state_dict_metadata.items()
                 if isinstance(entry, dcp.TensorStorageMetadata)
             }
-            self.storage_data = index.storage_data
+            self._places: dict[dcp.MetadataIndex, filesystem._StorageInfo] = index.storage_data
             self._check()
         except Exception as error:  # of unpickling: whatever wrong bytes lead to
             raise UserError(f"checkpoint '{checkpoint}': {INDEX} is not its index: {first_line(error)}") from error
@@ -83,7 +83,7 @@ class TensorFiles(FileSystemReader):
             sizes = [entry.size, *(size for chunk in entry.chunks for size in (chunk.sizes, chunk.offsets))]
             if not all(isinstance(size, torch.Size) and len(size) == len(entry.size) for size in sizes):
                 raise TypeError(f"'{name}' has no size")
-        for place in self.storage_data.values():
+        for place in self._places.values():
             if Path(place.relative_path).name != place.relative_path:
                 raise ValueError(f"'{place.relative_path}' is no file of the checkpoint")
 
@@ -108,27 +108,43 @@ class TensorFiles(FileSystemReader):
         for item in items:
             file = "the file of"
             try:
-                file = self.storage_data[item.storage_index].relative_path
-                self.read_data(LoadPlan([item]), _Into(tensor))
+                place = self._places[item.storage_index]
+                file = place.relative_path
+                into = tensor.detach()[_slices(item.dest_offsets, item.lengths)]
+                self._read(place, _slices(item.storage_offsets, item.lengths), into)
             except Exception as error:
                 if getattr(error, "errno", None) in PASSING:
                     raise
                 raise UserError(f"checkpoint '{self.folder}': {file} has no {name}: {first_line(error)}") from error
 
+    def _read(self, place: filesystem._StorageInfo, part: tuple[slice, ...], into: Tensor) -> None:
+        """Fill `into` with a part of what `torch.save` wrote to a place in a file.
 
-class _Into(DefaultLoadPlanner):
-    """Says where what is read goes to: a part of one tensor."""
+        Where both lie in one piece it is read to where it belongs: memory that `torch.load` would take for the whole
+        tensor has to be found page by page, which takes longer than reading.
+        """
+        with open(self.folder / place.relative_path, "rb") as file:
 
-    def __init__(self, tensor: Tensor):
-        super().__init__()
-        self.tensor = tensor.detach()
+            def load(device: str) -> Tensor:
+                view = cast(IO[bytes], _create_file_view(file, place.offset, place.length))
+                return torch.load(view, device, weights_only=True)
 
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        parts = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        return self.tensor[tuple(slice(start, start + length) for start, length in parts)]
+            stored = load("meta")
+            wanted, begin = stored[part], getattr(stored.untyped_storage(), "_checkpoint_offset", None)
+            if wanted.shape != into.shape:
+                raise ValueError(f"{tuple(stored.shape)} is stored")
+            alike = wanted.dtype == into.dtype and wanted.is_contiguous() and into.is_contiguous()
+            if begin is None or not alike or into.device.type != "cpu":  # older versions of torch don't say where it is
+                into.copy_(load("cpu")[part])
+                return
+            file.seek(place.offset + begin + wanted.storage_offset() * wanted.itemsize)
+            left = into.reshape(-1).view(torch.uint8).numpy().data
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise EOFError("the file ends within it")
+                left = left[count:]
 
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
 
-    def load_bytes(self, read_item: ReadItem, value) -> None:
-        raise TypeError("it is no tensor")  # torch's would unpickle it
+def _slices(offsets: torch.Size, lengths: torch.Size) -> tuple[slice, ...]:
+    return tuple(slice(start, start + length) for start, length in zip(offsets, lengths, strict=True))
