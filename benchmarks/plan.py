@@ -7,7 +7,10 @@ parallel.layout=auto picks. The tables go where the page has their names, the pi
 """
 
 import argparse
+import os
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tokenizers that are not here are assumed
 
 import matplotlib
 
@@ -30,11 +33,18 @@ CURVE = [2**i for i in range(3, 13)]  # GPUs
 ROWS_A_GPU = 8  # of the curve
 NATURAL = ("computing", "optimizer")  # parts of a step that are no loss
 
-# Tokens/s a GPU and MFU, four H100s, 2026-11-26 (docs/log.md), by name in benchmarks/scaling.py.
-MEASURED = {
-    "one GPU": (44_148, 0.516), "DP2": (42_647, 0.500), "DP4": (40_478, 0.475), "PP2": (35_719, 0.429),
-    "TP2+SP": (36_101, 0.426), "ZeRO-1 DP2": (32_985, 0.394), "ZeRO-3 DP2": (22_107, 0.255),
-    "3B DP2": (20_993, 0.483), "7B TP2+SP PP2": (9_556, 0.434),
+# Tokens/s a GPU, MFU, GiB of rank 0 and rows a step, H100s (docs/log.md), by name in benchmarks/scaling.py: what the
+# rates were fitted to, 2026-11-26 (ZeRO-1 two days later), and what was measured since on other hosts.
+FITTED = {
+    "one GPU": (44_148, 0.516, 63.0, 32), "DP2": (42_647, 0.500, 46.7, 32), "PP2": (35_719, 0.429, 30.7, 32),
+    "TP2+SP": (36_101, 0.426, 39.7, 32), "ZeRO-1 DP2": (38_371, 0.454, 46.7, 32),
+    "ZeRO-3 DP2": (22_107, 0.255, 42.4, 32), "3B DP2": (20_993, 0.483, 68.6, 32),
+    "7B TP2+SP PP2": (9_556, 0.434, 46.8, 32),
+}  # fmt: skip
+SINCE = {
+    "one GPU": (43_208, 0.509, 63.0, 32), "DP4": (41_288, 0.485, 38.6, 32), "PP2, ahead": (36_819, 0.438, 33.3, 32),
+    "TP2+SP": (29_004, 0.344, 39.7, 32), "TP2+SP, two rows at a time": (40_303, 0.476, 44.4, 32),
+    "7B TP2+SP PP2, ahead, two rows at a time": (10_204, 0.465, 67.7, 64),
 }  # fmt: skip
 
 
@@ -49,26 +59,31 @@ def planned(model: str, gpus: int, batch: int, measured: tuple[str, Rates]) -> S
 
 
 def beside_measured(measured: tuple[str, Rates]) -> str:
-    """What was measured, and the plan's errors. All layouts had the same 32 rows a step."""
-    args = argparse.Namespace(micro_batches=8, gpus=4, inputs="not-here", steps=14, set=[])
-    lines, errors = [], []
-    for name, (tokens, mfu) in MEASURED.items():
-        gpus = LAYOUTS[name][0]
-        own = [each for each in overrides_of(name, args) if not each.startswith("model.dualtoken")]
-        run, inputs = inputs_of(config_of(name), own)
-        layout = setup.settle(run, gpus, inputs)
-        expected = predict(run, layout, inputs.vocabulary, inputs.traffic, measured)
-        errors.append(expected.tokens_per_s / tokens - 1)
-        lines.append(
-            f"| {name} | {gpus} | {tokens:,} | {expected.tokens_per_s:,.0f} | {errors[-1]:+.1%} | {mfu:.3f} | "
-            f"{expected.mfu:.3f} |"
-        )
-    mean, most = sum(map(abs, errors)) / len(errors), max(errors, key=abs)
-    return "\n".join([
-        "| layout | GPUs | measured, tokens/s a GPU | predicted | error | measured MFU | predicted |",
-        "| --- | --- | --- | --- | --- | --- | --- |", *lines,
-        "", f"Mean error {mean:.1%}, the largest {most:+.1%}.",
-    ])  # fmt: skip
+    """What was measured, and the plan's errors."""
+    lines = [
+        "| layout | GPUs | measured, tokens/s a GPU | predicted | error | MFU | predicted | GiB, rank 0 | predicted |",
+        "| --- " * 9 + "|",
+    ]
+    told = []
+    for title, figures in ("the rates were fitted to", FITTED), ("measured since", SINCE):
+        errors = []
+        lines.append(f"| *{title}* " + "| " * 8 + "|")
+        for name, (tokens, mfu, gib, rows) in figures.items():
+            gpus = LAYOUTS[name][0]
+            args = argparse.Namespace(micro_batches=rows // 4, gpus=4, inputs="not-here", steps=14, set=[])
+            own = [each for each in overrides_of(name, args) if not each.startswith("model.dualtoken")]
+            run, inputs = inputs_of(config_of(name), own)
+            layout = setup.settle(run, gpus, inputs)
+            expected = predict(run, layout, inputs.vocabulary, inputs.traffic, measured)
+            error = expected.tokens_per_s / tokens - 1
+            errors.append(abs(error))
+            cells = [
+                name, str(gpus), f"{tokens:,}", f"{expected.tokens_per_s:,.0f}", f"{error:+.1%}", f"{mfu:.3f}",
+                f"{expected.mfu:.3f}", f"{gib:.1f}", f"{expected.peak_gib:.1f}",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+        told.append(f"of what {title} {sum(errors) / len(errors):.1%}, at most {max(errors):.1%}")
+    return "\n".join([*lines, "", f"Mean error {'; '.join(told)}."])
 
 
 def headline(measured: tuple[str, Rates]) -> str:

@@ -56,12 +56,12 @@ scaling one 0 "one GPU" &
 wait
 if [ "$gpus" -ge 4 ]; then
     scaling c 0,1,2,3 "DP4"
-    scaling d 0,1,2,3 "7B TP2+SP PP2, ahead"
+    scaling d 0,1,2,3 "7B TP2+SP PP2, ahead, two rows at a time"
     scaling a $first "PP2, ahead" "3B DP2" "PP2" &
     scaling e $second "ZeRO-3 DP2, no bucket, weights kept" "CP2, rows of 32,768" "DP2, gradients in bf16" &
     wait
     checkpoints save-7b 0,1,2,3 "7B TP2+SP PP2"
-    for layout in "7B TP2+SP PP2, ahead, FP8" "PP2 DP2, ahead" "7B TP2+SP PP2" "TP2+SP DP2" "DP4, gradients in bf16" "PP2xVPP2 DP2" "7B TP4+SP"; do
+    for layout in "7B TP2+SP PP2, ahead, two rows at a time, FP8" "PP2 DP2, ahead" "7B TP2+SP PP2" "TP2+SP DP2" "DP4, gradients in bf16" "PP2xVPP2 DP2" "7B TP4+SP"; do
         scaling "f ${layout//[ ,]/_}" 0,1,2,3 "$layout"
     done
 else

@@ -30,8 +30,9 @@ from megadual.train.config import PretrainConfig
 # Bytes a weight and step that the optimizer moves: AdamW in fp32 with a bf16 copy, the gradient's norm and clipping,
 # all split over data-parallel ranks; and zeroing gradients, which is not.
 OPTIMIZER_BYTES, ZEROING_BYTES = 46, 4
-# Bytes a weight and micro-batch that adding its gradient to an fp32 sum moves, by engine; DeepSpeed's were fitted.
-GRADIENT_BYTES = {"megatron": 6, "deepspeed": 32}
+# Bytes a weight and micro-batch that adding its gradient to an fp32 sum moves, by engine; DeepSpeed's were fitted, and
+# those that ZeRO-3 moves beside them.
+GRADIENT_BYTES, ZERO_3_COPIED = {"megatron": 6, "deepspeed": 17}, 15
 # bf16 numbers read and written between a layer's products, forward and backward, for each of its width and of its
 # ffn's; and bytes for each logit.
 WIDTH_PASSES, FFN_PASSES, LOGIT_BYTES = 40, 8, 6
@@ -170,6 +171,7 @@ def _micro_batch_s(
         sent = 2 * positions * model.hidden * width / split * parallel.virtual_pipeline
         exchange_s += sent / (rates.inside if layout.world <= rates.gpus else rates.between)
     if run.engine == "deepspeed" and parallel.zero_stage == 3:
+        moved += stage.trained * ZERO_3_COPIED
         exchange_s += stage.trained * ZERO_3_BYTES / 2 / _data_bus(run, layout, rates)
     products = rates.products * (1 - TENSOR_LOSS) ** math.log2(tensor)
     return 2 * multiply_adds / products + moved / rates.memory, exchange_s
