@@ -43,7 +43,8 @@ test-gpu: install
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: make test-gpu needs a GPU, and torch sees none here")'
 	$(BIN)/python -m pytest --noconftest tests/gpu
 
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Few of the many files are used: they are compiled when they are first imported.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 $(VENV)/.installed: setup.py requirements-nodeps.txt $(CONSTRAINTS)
 	@echo "== setting up $(VENV)"
 	$(PYTHON) -m venv $(VENV)
@@ -95,8 +96,7 @@ test-transformers: install
 	PYTHONPATH="$$($(OLD)/bin/python -c '$(PURELIB)')" $(BIN)/python -m pytest tests/unit/test_hf_model.py \
 		tests/unit/test_chat_template.py
 
-# lmms-eval on an exported folder, in an environment that borrows what it shares (torch) from this one. Few of its
-# thousands of files are used: they are compiled when they are first imported.
+# lmms-eval on an exported folder, in an environment that borrows what it shares (torch) from this one.
 LMMS_EVAL := $(VENV)/lmms-eval
 test-lmms-eval: install
 	$(BIN)/python -m venv --without-pip $(LMMS_EVAL)
