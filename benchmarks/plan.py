@@ -34,7 +34,8 @@ ROWS_A_GPU = 8  # of the curve
 NATURAL = ("computing", "optimizer")  # parts of a step that are no loss
 
 # Tokens/s a GPU, MFU, GiB of rank 0 and rows a step, H100s (docs/log.md), by name in benchmarks/scaling.py: what the
-# rates were fitted to, 2026-11-26 (ZeRO-1 two days later), and what was measured since on other hosts.
+# rates were fitted to, 2026-11-26 (ZeRO-1 two days later), and what was measured since on other hosts. The host's own
+# rates are from both TP2+SP.
 FITTED = {
     "one GPU": (44_148, 0.516, 63.0, 32), "DP2": (42_647, 0.500, 46.7, 32), "PP2": (35_719, 0.429, 30.7, 32),
     "TP2+SP": (36_101, 0.426, 39.7, 32), "ZeRO-1 DP2": (38_371, 0.454, 46.7, 32),
