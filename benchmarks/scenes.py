@@ -32,9 +32,10 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from megadual.demo.scenes import CORPUS, DETECTOR, RUN  # noqa: E402
+from megadual.demo.scenes import CONFIG, CORPUS, DETECTOR, RUN  # noqa: E402
 from megadual.errors import UserError, command  # noqa: E402
 from megadual.run.step_log import METRICS, read_metrics  # noqa: E402
 
@@ -42,6 +43,7 @@ LAST = 100  # steps whose mean is a run's final loss
 LOSSES = ("loss_text", "loss_semantic", "loss_pixel")
 Variants = dict[str, list[str]]  # what each overrides
 Results = dict[str, dict]
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -56,21 +58,23 @@ def run_jobs(jobs: list[Job], args: argparse.Namespace) -> None:
     """All jobs, --each at a time on each of --gpus; at their end UserError with the ends of the logs of failed ones."""
     logs = args.output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    free: queue.Queue[int] = queue.Queue()
-    for slot in range(args.gpus * args.each):
-        free.put(slot % args.gpus)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = (visible.split(",") if visible else [str(each) for each in range(args.gpus)])[: args.gpus]
+    free: queue.Queue[str] = queue.Queue()
+    for gpu in gpus * args.each:
+        free.put(gpu)
 
     def run(job: Job) -> str | None:
         gpu, log = free.get(), logs / f"{job.name}.log"
         try:
-            environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.is_available() else {})
+            environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if torch.cuda.is_available() else {})
             with log.open("w") as file:
                 code = subprocess.run([sys.executable, *job.arguments], stdout=file, stderr=file, env=environment)
         finally:
             free.put(gpu)
         return f"'{job.name}' failed, see {log}: {log.read_text()[-1500:]}" if code.returncode else None
 
-    with ThreadPoolExecutor(args.gpus * args.each) as pool:
+    with ThreadPoolExecutor(len(gpus) * args.each) as pool:
         running = [pool.submit(run, job) for job in jobs]
         done = tqdm(as_completed(running), total=len(running), desc="runs", unit="run", mininterval=1)
         failed = [failure for failure in (each.result() for each in done) if failure]
@@ -213,18 +217,25 @@ def sizes(args: argparse.Namespace, results: Results) -> str:
 
 
 def with_optimizer(name: str, rate: float, seed: int) -> Variants:
-    overrides = [f"train.optimizer={name}", f"train.lr={rate}", f"train.seed={seed}"]
-    return {f"{name}-{rate:g}-{seed}": overrides}
+    recipe = OmegaConf.load(ROOT / CONFIG)
+    if (name, rate) == (recipe.train.optimizer, recipe.train.lr):
+        return {f"both-{seed}": [f"train.seed={seed}"]}  # which other kinds train too
+    return {f"{name}-{rate:g}-{seed}": [f"train.optimizer={name}", f"train.lr={rate}", f"train.seed={seed}"]}
 
 
 def optimizer_variants(args: argparse.Namespace) -> Variants:
-    tried = [("adamw", rate) for rate in args.adamw] + [("muon", rate) for rate in args.muon]
-    return {name: of for each in tried for name, of in with_optimizer(*each, 0).items()}
+    """Every rate with one seed, those in the middle, which are the likeliest, with all."""
+    variants: Variants = {}
+    for name, rates in (("adamw", args.adamw), ("muon", args.muon)):
+        for rate in rates:
+            seeds = args.seeds if rate == rates[len(rates) // 2] else 1
+            for seed in range(seeds):
+                variants |= with_optimizer(name, rate, seed)
+    return variants
 
 
 def optimizers(args: argparse.Namespace, results: Results) -> str:
     """AdamW and Muon at as many rates each; then each one's best rate with other seeds."""
-    tried = list(optimizer_variants(args))
 
     def final(run: str) -> float:
         return sum(results[run]["final"].values())
@@ -241,7 +252,11 @@ def optimizers(args: argparse.Namespace, results: Results) -> str:
         for optimizer, rate in best.items():
             seeds |= with_optimizer(optimizer, rate, seed)
     results |= train(seeds, args)
-    groups = {name: [name] for name in tried}
+    groups = {
+        f"{optimizer} {rate:g}": list(with_optimizer(optimizer, rate, 0))
+        for optimizer, rates in (("adamw", args.adamw), ("muon", args.muon))
+        for rate in rates
+    }
     lines = []
     for seed in range(args.seeds):
         reached = steps_to(results[named("muon", seed)]["curve"], final(named("adamw", seed)))

@@ -1,5 +1,7 @@
 """What the forkserver imports once for all test processes: for a rank it costs more than the steps that it trains."""
 
+import gc
+
 from megadual.engine import cpu
 
 cpu.install()
@@ -13,3 +15,6 @@ import megadual.testing.checkpoints  # noqa: E402, F401
 import megadual.train.loop  # noqa: E402, F401
 import megadual.train.setup  # noqa: E402, F401
 import megadual.vision.train  # noqa: E402, F401
+
+gc.collect()
+gc.freeze()  # what a fork need not look through, and so not copy, for whatever it collects itself
