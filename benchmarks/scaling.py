@@ -80,7 +80,7 @@ LAYOUTS = {
     "one GPU, two rows at a time": (1, _CUT, _TWO_ROWS),
     "ZeRO-1 DP2, two rows at a time": (2, _CUT, _ZERO[1] + _TWO_ROWS),
     "ZeRO-3 DP2, two rows at a time": (2, _CUT, _ZERO[3] + _TWO_ROWS),
-    "3B DP2": (2, "3b.yaml", []),
+    "3B DP2": (2, "3b.yaml", ["train.micro_batch_size=1"]),  # of two, 82 GiB
     "3B, rows of 8,192, recompute DP2": (2, _3B, ["train.recompute=true"]),
     "DP4": (4, _CUT, []),
     "DP4, gradients in bf16": (4, _CUT, _BF16),

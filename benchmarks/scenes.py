@@ -159,6 +159,31 @@ def claim(args: argparse.Namespace, results: Results) -> str:
     return scores_of({codes: list(seeded(codes, args)) for codes in CODES}, results)
 
 
+def totals(run: dict) -> list[float]:
+    """Of each step, its losses of all streams together."""
+    return [sum(value for value in losses if value is not None) for _, *losses in run["curve"]]
+
+
+def smoothed(run: dict) -> list[float]:
+    """Mean total losses of LAST steps at a time."""
+    losses = totals(run)
+    return [statistics.mean(losses[at : at + LAST]) for at in range(0, len(losses) - LAST + 1, LAST)]
+
+
+def draw_curves(groups: dict[str, list[dict]], path: Path) -> None:
+    """Total losses over steps, one line a run, one colour a group."""
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for color, (label, runs) in enumerate(groups.items()):
+        for number, run in enumerate(runs):
+            shown = [statistics.mean(totals(run)[max(at - 20, 0) : at + 1]) for at in range(len(run["curve"]))]
+            steps = [step for step, *_ in run["curve"]]
+            axes.plot(steps, shown, color=f"C{color}", lw=0.9, label=None if number else label)
+    axes.set(ylim=(0, None), xlabel="steps", ylabel="losses of all streams, nats")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def fp8_variants(args: argparse.Namespace) -> Variants:
     return seeded("both", args) | seeded("fp8", args, "train.fp8=true")
 
@@ -166,13 +191,9 @@ def fp8_variants(args: argparse.Namespace) -> Variants:
 def fp8(args: argparse.Namespace, results: Results) -> str:
     """Scores, and how far a seed's losses in FP8 are from its bf16's, beside how far two seeds are from each other."""
 
-    def smoothed(name: str) -> list[float]:
-        totals = [sum(value for value in losses if value is not None) for _, *losses in results[name]["curve"]]
-        return [statistics.mean(totals[at : at + LAST]) for at in range(0, len(totals) - LAST + 1, LAST)]
-
     def apart(first: str, second: str) -> float:
         """The largest relative difference of two runs' mean losses of LAST steps, after the first LAST."""
-        pairs = list(zip(smoothed(first), smoothed(second), strict=True))[1:]
+        pairs = list(zip(smoothed(results[first]), smoothed(results[second]), strict=True))[1:]
         return max((abs(b / a - 1) for a, b in pairs), default=0.0)
 
     bf16, in_fp8 = list(seeded("both", args)), list(seeded("fp8", args))
@@ -259,20 +280,22 @@ def optimizers(args: argparse.Namespace, results: Results) -> str:
     }
     lines = []
     for seed in range(args.seeds):
-        reached = steps_to(results[named("muon", seed)]["curve"], final(named("adamw", seed)))
+        reached = steps_to(results[named("muon", seed)], final(named("adamw", seed)))
         after = f"after {reached} of" if reached else "not in"
         lines.append(f"seed {seed}: Muon reaches AdamW's final loss {after} {args.steps} steps")
     for optimizer, rate in best.items():
         groups[f"{optimizer} {rate:g}, all seeds"] = [named(optimizer, seed) for seed in range(args.seeds)]
+    drawn = {name: [results[each] for each in runs] for name, runs in groups.items() if len(runs) == args.seeds}
+    draw_curves(drawn, folder_of("optimizers", args) / "curves.png")
     return scores_of(groups, results) + "\n" + "\n".join(lines) + "\n"
 
 
-def steps_to(curve: list[tuple], loss: float) -> int | None:
+def steps_to(run: dict, loss: float) -> int | None:
     """The first step at whose end the mean of the last LAST total losses is no more than `loss`."""
-    totals = [sum(value for value in losses if value is not None) for _, *losses in curve]
-    for end in range(LAST, len(totals) + 1):
-        if statistics.mean(totals[end - LAST : end]) <= loss:
-            return curve[end - 1][0]
+    losses = totals(run)
+    for end in range(LAST, len(losses) + 1):
+        if statistics.mean(losses[end - LAST : end]) <= loss:
+            return run["curve"][end - 1][0]
     return None
 
 

@@ -1,9 +1,9 @@
 """How fast a layout will train, from rates that were measured on its type of GPU.
 
 A micro-batch takes a stage its products, the bytes of everything between them, the adding of its gradients, and its
-tensor-, context- and pipeline-parallel exchanges; under tensor parallelism no less than the host takes to launch it. A
-step is all micro-batches through the slowest stage, the pipeline's filling and emptying, the optimizer, what of the
-data-parallel exchanges nothing hides, and waiting: for the rank that draws most and for the slowest GPU. How much is
+tensor-, context- and pipeline-parallel exchanges; no less than the host takes to launch it. A step is all micro-batches
+through the slowest stage, the pipeline's filling and emptying, the optimizer, what of the data-parallel exchanges
+nothing hides, and waiting: for the rank that draws most and for the slowest GPU. How much is
 drawn differs from one micro-batch to the next too: pipeline stages wait for those that draw most.
 """
 
@@ -177,11 +177,10 @@ def _micro_batch_s(
         exchange_s += stage.trained * ZERO_3_BYTES / 2 / _data_bus(run, layout, rates)
     products = rates.products * (1 - TENSOR_LOSS) ** math.log2(tensor)
     computing = 2 * multiply_adds / products + moved / rates.memory
-    if tensor > 1:  # smaller kernels than the host launches in time, where rows are few and layers narrow
-        heads = len(vocabulary.streams) if number == len(stages) - 1 else 0
-        launching = layered / positions * rates.host_layer + heads * rates.host_head
-        computing = max(computing, launching - exchange_s)
-    return computing, exchange_s
+    # Where rows are few and layers narrow, or shared by many, kernels take less time than the host's launching them.
+    heads = len(vocabulary.streams) if number == len(stages) - 1 else 0
+    launching = layered / positions * rates.host_layer + heads * rates.host_head
+    return max(computing, launching - exchange_s), exchange_s
 
 
 def _drawn_position(run: PretrainConfig, vocabulary: Vocabulary) -> tuple[float, float]:
