@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from megadual.errors import UserError
 from megadual.run import exits, nodes, record
 from megadual.run.config import RunConfig
 from megadual.run.files import write_whole
+from megadual.run.gloo import keep_gloo_behind
 from megadual.run.launch import Launch, launched
 from megadual.run.lock import sole_trainer
 from megadual.run.output import unbreakable_output
@@ -94,22 +94,11 @@ def _note_start(folder: Path, config, world: int) -> None:
         raise UserError(f"run.dir '{folder}' can't be written: {error.strerror}; make room there") from error
 
 
-def let_ranks_share_cores() -> None:
-    """Let no thread that starts from here on take a core from one at work; called before a gloo group is made.
-
-    A thread of gloo's that has been sent something polls until its rank asks for it. Woken by each message, it would
-    stop the very rank that others wait for: small all-reduces of two ranks take a quarter of the time, of four a third.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # Linux alone knows it, and may forbid it
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
 def _join_group(run: RunConfig, store: dist.Store, rank: int, world: int) -> None:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(nodes.local_rank())
-    else:
-        let_ranks_share_cores()
     timeout = datetime.timedelta(seconds=collective_timeout_s(run.hang_timeout))
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+    keep_gloo_behind()
     nodes.check_all_reduce(rank, world)

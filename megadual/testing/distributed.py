@@ -35,8 +35,6 @@ def _worker(fn, rank, world_size, store, results, timeout_s, backend, args):
     import torch
     import torch.distributed as dist
 
-    from megadual.run.session import let_ranks_share_cores
-
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
     )
@@ -44,8 +42,6 @@ def _worker(fn, rank, world_size, store, results, timeout_s, backend, args):
     try:
         if backend == "nccl":
             torch.cuda.set_device(rank)
-        else:
-            let_ranks_share_cores()
         dist.init_process_group(
             backend,
             init_method=f"file://{store}",

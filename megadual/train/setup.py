@@ -21,6 +21,7 @@ from megadual.engine.topology import Topology, topology
 from megadual.errors import UserError
 from megadual.model.dual_lm import Vocabulary
 from megadual.run import record, session
+from megadual.run.gloo import keep_gloo_behind
 from megadual.run.hooks import Hook
 from megadual.run.profiler import Profiler
 from megadual.run.ranks import Ranks
@@ -216,12 +217,12 @@ def engine(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary) -> Eng
     start = starting_weights(run)
     run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, start=start and str(start)))
     if run.engine == "deepspeed":
-        from megadual.engine.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(run, layout, vocabulary)
-    from megadual.engine.megatron import MegatronEngine
-
-    return MegatronEngine(run, layout, vocabulary)
+        from megadual.engine.deepspeed import DeepSpeedEngine as Made
+    else:
+        from megadual.engine.megatron import MegatronEngine as Made
+    made: Engine = Made(run, layout, vocabulary)
+    keep_gloo_behind()  # now that there are all groups
+    return made
 
 
 def plan(run: PretrainConfig, layout: Topology, inputs: Inputs) -> str:
