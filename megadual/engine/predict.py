@@ -3,8 +3,8 @@
 A micro-batch takes a stage its products, the bytes of everything between them, the adding of its gradients, and its
 tensor-, context- and pipeline-parallel exchanges; no less than the host takes to launch it. A step is all micro-batches
 through the slowest stage, the pipeline's filling and emptying, the optimizer, what of the data-parallel exchanges
-nothing hides, and waiting: for the rank that draws most and for the slowest GPU. How much is
-drawn differs from one micro-batch to the next too: pipeline stages wait for those that draw most.
+nothing hides, and waiting: for the rank that draws most and for the slowest GPU. How much is drawn differs from one
+micro-batch to the next too: pipeline stages wait for those that draw most.
 """
 
 import dataclasses
