@@ -32,6 +32,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.ticker import FormatStrFormatter, NullFormatter  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -224,15 +225,20 @@ def size_variants(args: argparse.Namespace) -> Variants:
 def sizes(args: argparse.Namespace, results: Results) -> str:
     """Final losses of LLMs of several sizes."""
     variants = size_variants(args)
+    flops = [results[name]["flops"] for name in variants]
     figure, axes = plt.subplots(1, len(LOSSES), figsize=(4 * len(LOSSES), 3.2), layout="constrained")
     for axis, loss in zip(axes, LOSSES, strict=True):
-        flops = [results[name]["flops"] for name in variants]
-        axis.plot(flops, [results[name]["final"][loss] for name in variants], "o-", color="black")
-        for name, x in zip(variants, flops, strict=True):
-            axis.annotate(name.partition("size-")[2] or "recipe", (x, results[name]["final"][loss]), fontsize=8)
+        nats = [results[name]["final"][loss] for name in variants]
+        axis.plot(flops, nats, "o-", color="black")
+        for name, at in zip(variants, zip(flops, nats, strict=True), strict=True):
+            label = name.partition("size-")[2] or "recipe"
+            axis.annotate(label, at, xytext=(5, 5), textcoords="offset points", fontsize=8)
         axis.set(
             xscale="log", yscale="log", xlabel="FLOPs of training", ylabel="nats", title=loss.removeprefix("loss_")
         )
+        axis.margins(0.15)
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
     figure.savefig(folder_of("sizes", args) / "sizes.png", dpi=110)
     return scores_of({name: [name] for name in variants}, results)
 
