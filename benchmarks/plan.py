@@ -76,6 +76,7 @@ def beside_measured(measured: tuple[str, Rates]) -> str:
             own = [each for each in overrides_of(name, args) if not each.startswith("model.dualtoken")]
             run, inputs = inputs_of(config_of(name), own)
             layout = setup.settle(run, gpus, inputs)
+            run.train.drawn_at_once = run.train.seq_len * run.train.micro_batch_size  # they kept all
             expected = predict(run, layout, inputs.vocabulary, inputs.traffic, measured)
             error = expected.tokens_per_s / tokens - 1
             errors.append(abs(error))

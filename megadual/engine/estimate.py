@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from statistics import NormalDist
 
 from megadual.engine.muon import work
 from megadual.engine.stages import Traffic, costs
@@ -96,8 +97,12 @@ def estimate(run: PretrainConfig, layout: Topology, vocabulary: Vocabulary, traf
             logits = min(LOGITS_AT_ONCE, positions * traffic.text * vocabulary.padded_text_size / tensor) * width
             classifiers = sum(each.classifiers.matrices for each in all_heads)
             logits += (llm * table / tensor + heads * classifiers) * width
-            codes = most_drawn(positions, traffic) / inner * sum(stream.depth for stream in vocabulary.streams)
+            most = most_drawn(positions, traffic) / inner
+            at_once = min(drawn_at_once(run, traffic) or most, most)
+            codes = at_once * sum(stream.depth for stream in vocabulary.streams)
             logits += codes * head.layers * (8 * head.width + 3 * head.ffn) * width
+            if at_once < most:  # gradients of a head's two parts are summed
+                logits += heads * max(each.total for each in all_heads) * width
         muon: list[tuple[sizes.Weights, int]] = []  # what it trains, and over how many GPUs that is split
         if train.optimizer == "muon":
             muon += [(a_layer, tensor)] * (llm * sum(chunks))
@@ -131,6 +136,25 @@ def drawn_deviation(positions: float, traffic: Traffic) -> float:
         return 0.0
     share = min(traffic.drawn / traffic.image, 1.0)
     return math.sqrt(positions / traffic.attended * share * (1 - share)) * traffic.attended * traffic.image
+
+
+def drawn_at_once(run: PretrainConfig, traffic: Traffic) -> int | None:
+    """`train.drawn_at_once` of a resolved run, or what null stands for; None under ZeRO-3, where all are kept."""
+    parallel, train = run.parallel, run.train
+    if train.drawn_at_once is not None or parallel.zero_stage == 3:
+        return train.drawn_at_once
+    positions = train.seq_len * train.micro_batch_size / parallel.context
+    often = positions * traffic.drawn + drawn_deviation(positions, traffic)
+    return max(math.ceil(often / (parallel.tensor if parallel.sequence else 1)), 1)
+
+
+def drawn_over(bound: float, positions: float, traffic: Traffic) -> float:
+    """By how much what is drawn of so many positions is expected to be over a bound."""
+    over, deviation = positions * traffic.drawn - bound, drawn_deviation(positions, traffic)
+    if not deviation:
+        return max(over, 0.0)
+    normal = NormalDist()
+    return over * normal.cdf(over / deviation) + deviation * normal.pdf(over / deviation)
 
 
 def most_drawn(positions: float, traffic: Traffic) -> float:

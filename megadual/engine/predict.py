@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from megadual.data.dealing import deal
-from megadual.engine.estimate import GIB, StageEstimate, drawn_deviation, estimate
+from megadual.engine.estimate import GIB, StageEstimate, drawn_at_once, drawn_deviation, drawn_over, estimate
 from megadual.engine.stages import Traffic
 from megadual.engine.topology import Topology
 from megadual.errors import UserError
@@ -158,6 +158,8 @@ def _micro_batch_s(
         if parallel.pipeline > 1:
             waits = STAGE_WAITS_AHEAD if parallel.run_ahead else STAGE_WAITS
             drawn += waits * drawn_deviation(filled, traffic)
+        if bound := drawn_at_once(run, traffic):
+            drawn += drawn_over(bound * split, filled, traffic) / 3  # forward, once more
         of_heads = _drawn_position(run, vocabulary)
         multiply_adds += text * each.text_target + drawn / split * of_heads[0]
         moved += text * vocabulary.padded_text_size * LOGIT_BYTES + drawn / split * of_heads[1]

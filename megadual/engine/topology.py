@@ -150,6 +150,11 @@ def _check_engine(run: PretrainConfig) -> None:
             f"train.grad_reduce_dtype={run.train.grad_reduce_dtype} needs engine=megatron: DeepSpeed exchanges "
             "gradients in the run's precision"
         )
+    if stage == 3 and run.train.drawn_at_once is not None:
+        raise UserError(
+            f"train.drawn_at_once={run.train.drawn_at_once} does not go with parallel.zero_stage=3, whose ranks gather "
+            "weights together: those that draw more would run the visual heads more often"
+        )
     if parallel.zero and (run.engine == "megatron" or "stage" in parallel.zero):
         raise UserError(
             f"parallel.zero={parallel.zero} are settings of DeepSpeed's: they need engine=deepspeed, and the stage is "

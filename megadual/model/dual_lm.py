@@ -12,6 +12,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
+from torch.utils.checkpoint import checkpoint
 
 from megadual.data.dataset import MicroBatch
 from megadual.model.attention import PackedDocuments, rotary_angles
@@ -68,6 +69,7 @@ class DualLM(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = run.model.tie_embeddings
         self.rope_base = run.model.rope_base
+        self.drawn_at_once = run.train.drawn_at_once
         config = self.config
         if pre_process or post_process:
             codebooks = Codebooks({stream.name: vocabulary.codebooks[stream.name] for stream in vocabulary.streams})
@@ -184,6 +186,24 @@ class DualLM(LanguageModule):
             targets = {stream: codes_PD.new_zeros(1, codes_PD.size(1)) for stream, codes_PD in targets.items()}
         hidden_PH = hidden.squeeze(1).index_select(0, at)
         return {
-            stream: head(hidden_PH, targets[stream], self.head_codebooks[stream]) * float(some)
+            stream: head_losses(head, hidden_PH, targets[stream], self.head_codebooks[stream], self.drawn_at_once)
+            * float(some)
             for stream, head in self.heads.items()
         }
+
+
+def head_losses(
+    head: DepthHead, hidden_PH: torch.Tensor, codes_PD: torch.Tensor, codebook_KC: torch.Tensor, at_once: int | None
+) -> torch.Tensor:
+    """(D,) what `head` returns; activations of `at_once` positions are kept for backward, others are made again there.
+
+    Those that are kept come last: backward begins with them, and then has their memory for the others.
+    """
+    P = len(codes_PD)
+    if at_once is None or P <= at_once or not torch.is_grad_enabled():
+        return head(hidden_PH, codes_PD, codebook_KC)
+    again = P - at_once
+    sizes = [*(min(at_once, again - start) for start in range(0, again, at_once)), at_once]
+    *parts, kept = zip(hidden_PH.split(sizes), codes_PD.split(sizes), strict=True)
+    losses_D = [checkpoint(head, *part, codebook_KC, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return sum(losses_D, head(*kept, codebook_KC))

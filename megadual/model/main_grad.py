@@ -34,14 +34,15 @@ def add_product(main_grad_OI: torch.Tensor, upstream_RO: torch.Tensor, x_RI: tor
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_OI, bias_O):
-        ctx.save_for_backward(x, weight_OI)
+        ctx.save_for_backward(x)
+        ctx.weight = weight_OI  # itself, with its main_grad: where x is made again, what is saved is made anew
         ctx.biased = bias_O is not None
         return F.linear(x, weight_OI, bias_O)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        x, weight_OI = ctx.saved_tensors
+        (x,), weight_OI = ctx.saved_tensors, ctx.weight
         x_gradient = upstream @ weight_OI if ctx.needs_input_grad[0] else None
         upstream_RO = upstream.flatten(0, -2)
         add_product(weight_OI.main_grad, upstream_RO, x.flatten(0, -2))

@@ -146,6 +146,13 @@ class TrainConfig(shared.TrainConfig):
     seq_len: int = key(about="positions of a row", least=1, most=1 << 24)
     parts: list[str] = key(list(PARTS), "what is trained; the rest stays as it starts", choices=tuple(PARTS))
     recompute: bool = key(False, "compute activations again in the backward pass, layer by layer")
+    drawn_at_once: int | None = key(
+        None,
+        "drawn positions of a micro-batch whose activations in the visual heads are kept for the backward pass; those "
+        "of more are computed again there, as many at a time; null: what a GPU's part of a micro-batch draws on "
+        "average and a standard deviation more, so that one that draws most of its images takes little more memory",
+        least=1,
+    )
     loss: dict[str, float] = key(
         {}, "weights of the mean losses in the total, of text or a stream; 1 where not named", least=0
     )

@@ -13,7 +13,7 @@ from megadual.data.cache import Cache
 from megadual.data.dataset import PackedDataset
 from megadual.data.source import Source
 from megadual.engine import choose
-from megadual.engine.estimate import estimate, table
+from megadual.engine.estimate import drawn_at_once, estimate, table
 from megadual.engine.predict import flops_of
 from megadual.engine.protocol import Engine
 from megadual.engine.stages import Traffic, costs, split_layers
@@ -177,7 +177,14 @@ def settle(run: PretrainConfig, world: int, inputs: Inputs, here: bool = True) -
     """
     if run.parallel.layout == "given":
         cut_stages(run, inputs)
-        return topology(run, world)
+        layout = topology(run, world)
+    else:
+        layout = _pick(run, world, inputs, here)
+    run.train.drawn_at_once = drawn_at_once(run, inputs.traffic)
+    return layout
+
+
+def _pick(run: PretrainConfig, world: int, inputs: Inputs, here: bool) -> Topology:
     (name, rates), by = choose.rates_here()
     if here and "LOCAL_WORLD_SIZE" in os.environ:
         rates = dataclasses.replace(rates, gpus=int(os.environ["LOCAL_WORLD_SIZE"]))

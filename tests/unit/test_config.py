@@ -154,6 +154,7 @@ def test_what_auto_picks_is_not_given():
     (2, ["engine=deepspeed", "parallel.pipeline=2", "parallel.zero_stage=2"], "does not go with parallel.pipeline=2"),
     (2, ["engine=deepspeed", "parallel.pipeline=2", "model.tie_embeddings=true"], "counts the shared table twice"),
     (1, ["parallel.zero_stage=3"], "needs engine=deepspeed"),
+    (1, ["engine=deepspeed", "parallel.zero_stage=3", "train.drawn_at_once=9"], "drawn_at_once=9 does not go with"),
     (1, ["engine=deepspeed", "train.optimizer=muon"], "train.optimizer=muon needs engine=megatron"),
     (1, ["engine=deepspeed", "train.fp8=true"], "train.fp8=true needs engine=megatron"),
     (1, ["train.fp8=true", "model.ffn=100"], "multiples of 16; model.ffn / parallel.tensor: 100"),

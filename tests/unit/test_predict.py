@@ -12,7 +12,7 @@ from megadual.engine import cpu
 cpu.install()
 
 from megadual.engine.choose import SPARE, search  # noqa: E402
-from megadual.engine.estimate import GIB, estimate  # noqa: E402
+from megadual.engine.estimate import GIB, drawn_deviation, drawn_over, estimate  # noqa: E402
 from megadual.engine.predict import expected_most, predict, rates_of  # noqa: E402
 from megadual.engine.stages import Traffic, costs, split_layers  # noqa: E402
 from megadual.engine.topology import topology  # noqa: E402
@@ -124,6 +124,24 @@ def test_the_layout_picked_is_the_fastest_that_fits(tmp_path, world, overrides):
     assert topology(best.run, world) == best.layout  # the rules hold
     assert best.name == search(run, world, tiny.vocabulary(), TRAFFIC, measured).best().name
     assert f"  {best.name} " in found.table()
+
+
+def test_what_is_drawn_beyond_a_bound():
+    positions, chance = 8192, random.Random(0)
+    mean, deviation = positions * TRAFFIC.drawn, drawn_deviation(positions, TRAFFIC)
+    drawn = [chance.gauss(mean, deviation) for _ in range(100_000)]
+    for bound in (0, mean - deviation, mean, mean + deviation):
+        over = statistics.mean(max(each - bound, 0) for each in drawn)
+        assert drawn_over(bound, positions, TRAFFIC) == pytest.approx(over, rel=0.03)
+    all_drawn = dataclasses.replace(TRAFFIC, drawn=TRAFFIC.image)
+    assert drawn_over(1000, 8192, all_drawn) == pytest.approx(8192 * TRAFFIC.image - 1000)
+
+
+def test_fewer_positions_at_once_take_less_memory_and_more_time(tmp_path):
+    few, usual, everything = (speed(tmp_path, 1, f"train.drawn_at_once={n}") for n in (100, 1700, 4096))
+    assert few.peak_gib < usual.peak_gib < everything.peak_gib
+    assert few.step_s > usual.step_s > everything.step_s
+    assert speed(tmp_path, 1).step_s == pytest.approx(usual.step_s, rel=0.01)
 
 
 @pytest.mark.parametrize("world, overrides, message", [

@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,6 +90,16 @@ def test_epochs_are_how_often_documents_are_read(run_with):
     assert f"documents of '{inputs.sets[0].config.path}' are read {inputs.epochs[0]:,.0f} times" in (
         setup.plan(run, layout, inputs)
     )
+
+
+def test_the_heads_keep_what_most_micro_batches_draw(run_with):
+    run = run_with("train.steps=100")
+    inputs = setup.read_inputs(run)
+    layout = setup.settle(run, 1, inputs)
+    data = setup.dataset(run, inputs.sets, inputs.marks, layout, 0)
+    drawn = np.array([len(batch.predicts_codes_at) for step in range(100) for batch in data.step(step)])
+    assert drawn.mean() < run.train.drawn_at_once < drawn.max()
+    assert 0.02 < (drawn > run.train.drawn_at_once).mean() < 0.35  # of normal numbers 0.16
 
 
 def test_a_cache_that_is_too_small_is_told_before_training(run_with, tmp_path, monkeypatch):
