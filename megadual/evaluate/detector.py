@@ -220,7 +220,7 @@ def train(
     names = sorted(trained.names)
     detector = Detector(names, side).to(device).train()
     loader = DataLoader(Scenes(trained, names, side, seed), batch_size, num_workers=workers)
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=lr, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=lr, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
     with tqdm(total=steps, desc="detector", unit="step", mininterval=1 if sys.stderr.isatty() else 10) as bar:
