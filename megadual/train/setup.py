@@ -185,6 +185,7 @@ def settle(run: PretrainConfig, world: int, inputs: Inputs, here: bool = True) -
 
 
 def _pick(run: PretrainConfig, world: int, inputs: Inputs, here: bool) -> Topology:
+    """The layout that the plan predicts to be fastest, put into `run`."""
     (name, rates), by = choose.rates_here()
     if here and "LOCAL_WORLD_SIZE" in os.environ:
         rates = dataclasses.replace(rates, gpus=int(os.environ["LOCAL_WORLD_SIZE"]))
